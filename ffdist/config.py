@@ -1,0 +1,261 @@
+"""What a run is: one YAML file, typed and validated before anything starts."""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+NAMED_DATA = ("digits", "mnist", "fashion_mnist", "cifar10")
+DATA_FOLDERS = ("parquet", "image_folder")
+
+
+class ConfigError(ValueError):
+    """A user's setting or input that cannot work; its text states the rule, the value and the way out."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """What is learned."""
+
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "parquet", "image_folder"]
+    """The dataset; `parquet` and `image_folder` read `path`."""
+    path: Path | None = None
+    """Folder with `train*` and `test*` in it: Parquet files or folders of them, or one image folder per split."""
+    root: Path | None = None
+    """Where torchvision's datasets are, or are downloaded to; without it FFDIST_DATA, else ~/.cache/ffdist."""
+    label: Literal["overwrite", "append"] = "overwrite"
+    """How the input shows the label: in place of the first C values, or as C more."""
+    image_column: str | None = None
+    """Parquet's column of images; found where there is only one candidate."""
+    label_column: str | None = None
+    """Parquet's column of labels; found where there is only one candidate."""
+    image_size: tuple[Count, Count] | None = None
+    """Height and width that images are resized to; without it all must have the same."""
+    classes: Annotated[int, Field(ge=2, le=256)] | None = None
+    """Number of classes of a Parquet dataset; without it one more than the largest training label."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> "Data":
+        if (self.path is None) == (self.name in DATA_FOLDERS):
+            need = "needs data.path, a folder with train* and test* in it" if self.path is None else "takes no data.path"
+            raise ValueError(f"data.name={self.name} {need}")
+        return self
+
+
+class Model(Section):
+    """The network."""
+
+    layers: Annotated[list[Count], Field(min_length=1)]
+    """Units of each hidden layer, lowest first."""
+    predict_from: Count | None = None
+    """First layer, counted from 1, that goodness and readout look at; 2, or 1 where there is only one."""
+
+    @model_validator(mode="after")
+    def _predict_from_a_layer(self) -> "Model":
+        if self.predict_from is not None and self.predict_from > len(self.layers):
+            raise ValueError(
+                f"model.predict_from must be one of the {len(self.layers)} layers (predict_from: {self.predict_from})"
+            )
+        return self
+
+
+class Negatives(Section):
+    """The negative data."""
+
+    kind: Literal["wrong_label"] = "wrong_label"
+    """`wrong_label`: a wrong class for every sample, drawn afresh each epoch."""
+    actors: Count = 1
+    """Actors that make them."""
+
+
+class Training(Section):
+    """How layers and readout learn; defaults are those of the paper's released code."""
+
+    epochs: Count = 60
+    batch_size: Count = 100
+    """Samples a minibatch, and an update."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the layers' matrix products; goodness, parameters and updates are float32."""
+    validation_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples held out of the training set by the seed; 0 evaluates nothing before the end."""
+    evaluate_every: Count = 5
+    """Epochs from one validation to the next."""
+    learning_rate: NotNegative = 0.01
+    weight_decay: NotNegative = 0.001
+    readout_learning_rate: NotNegative = 0.1
+    readout_weight_decay: NotNegative = 0.003
+    smoothing: Fraction = 0.9
+    """Weight of the past in the running mean of gradients."""
+    peer_normalization: NotNegative = 0.03
+    """Pull of each unit's mean activity towards the mean of its layer."""
+
+
+class Pipeline(Section):
+    """How the work is spread; nothing here changes a result, except threads_per_stage in the last bits."""
+
+    stages: Count | Literal["auto"] = "auto"
+    """Number of stages; `auto`: one a layer, or one a GPU where there are fewer GPUs."""
+    chunk_size: Count = 20
+    """Minibatches that travel together."""
+    max_in_flight: Count = 4
+    """Chunks admitted and not yet done."""
+    threads_per_stage: Count = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where stages compute; `auto`: on GPUs where the cluster has some."""
+
+
+class Checkpoint(Section):
+    """What is kept of a run."""
+
+    keep: Count = 1
+    """Newest commits kept, beside the one that did best on validation."""
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server or database; without it MLFLOW_TRACKING_URI, else a database in the runs folder."""
+    experiment: str = "ffdist"
+    every_minibatches: Count = 100
+    """Minibatches that a logged learning metric is averaged over."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Data
+    model: Model
+    negatives: Negatives = Negatives()
+    training: Training = Training()
+    pipeline: Pipeline = Pipeline()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    @property
+    def predict_from(self) -> int:
+        """First layer, counted from 1, that goodness and readout look at."""
+        return self.model.predict_from or min(2, len(self.model.layers))
+
+    def to_yaml(self) -> str:
+        """Returns the resolved configuration, defaults included, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def config_folder() -> Path:
+    """Returns the folder of the shipped configurations: inside an installed package, beside an editable one."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """Finds a configuration by its path, or a shipped one by its bare name.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    shipped = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(
+        f"a configuration is a YAML file or the name of a shipped one (given: {name}; shipped: {', '.join(shipped)})"
+        f"{_nearest(name, shipped)}"
+    )
+
+
+def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
+    """Reads and validates a configuration.
+
+    Args:
+        name: Path, or bare name of a shipped one.
+        overrides: `section.key=value` each, the value in YAML; later ones win.
+
+    Raises:
+        ConfigError: Says in one paragraph what is wrong and what would be right.
+    """
+    path = find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as data: and model: (it holds: {tree!r})")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str) -> Config:
+    """Validates a configuration given as nested dicts; `origin` is named in errors.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {'; '.join(_explain(error))}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"an override is section.key=value, without blanks around = (given: {override})")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section} is a value, not a section (given: {override})")
+        tree = inner
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} must be YAML (given: {text})") from error
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors(include_url=False):
+        place = [str(part) for part in detail["loc"]]
+        name = ".".join(place)
+        if detail["type"] == "extra_forbidden":
+            known = _keys(place[:-1])
+            yield f"unknown key {name}{_nearest(place[-1], known)}; known here: {', '.join(known)}"
+        elif detail["type"] == "missing":
+            yield f"{name} is missing; every run needs it"
+        elif detail["type"] == "value_error":
+            yield detail["msg"].removeprefix("Value error, ")
+        else:
+            yield f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given: {detail['input']!r})"
+
+
+def _keys(place: list[str]) -> list[str]:
+    section: Any = Config
+    for part in place:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def data_root(config: Data) -> Path:
+    """Returns where torchvision's datasets are looked for and downloaded to."""
+    return config.root or Path(os.environ.get("FFDIST_DATA") or Path.home() / ".cache" / "ffdist")

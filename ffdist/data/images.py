@@ -1,0 +1,172 @@
+"""A user's own images: Parquet files and image folders, checked sample by sample."""
+
+import io
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ffdist.config import ConfigError, Data
+
+SPLITS = ("train", "test")
+
+
+class _Sample(NamedTuple):
+    image: Any
+    """Encoded bytes, or the path of a file."""
+    label: Any
+    place: str
+    """Where it stands, for errors."""
+
+
+def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Reads `train*` and `test*`, files or folders of files, of `data.path`.
+
+    The image column holds encoded images, as bytes or as the common `{bytes, path}` structure; the label column holds
+    integers from 0 on.
+
+    Returns:
+        uint8 images `[N, channels, height, width]` and int64 labels `[N]`, by split.
+
+    Raises:
+        ConfigError: Names the file and row that break a rule.
+    """
+    assert config.path is not None
+    return _read(config, {split: chain.from_iterable(_rows(f, config) for f in _files(config.path, split)) for split in SPLITS})
+
+
+def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Reads one image folder per split (`train*` and `test*`), each with one folder per class, as torchvision does.
+
+    Returns:
+        As `read_parquet`; classes are numbered in the order of their folders' names.
+
+    Raises:
+        ConfigError: Names the folder or file that breaks a rule.
+    """
+    from torchvision.datasets import ImageFolder
+
+    assert config.path is not None
+    folders = {}
+    for split in SPLITS:
+        found = [path for path in sorted(config.path.glob(f"{split}*")) if path.is_dir()]
+        if len(found) != 1:
+            raise ConfigError(f"data.path must hold one folder {split}* (path: {config.path}, found: {len(found)})")
+        try:
+            folders[split] = ImageFolder(str(found[0]))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{found[0]}: {' '.join(str(error).split())}") from error
+    if folders["train"].classes != folders["test"].classes:
+        odd = sorted(set(folders["train"].classes) ^ set(folders["test"].classes))
+        raise ConfigError(f"{config.path}: train and test must have the same class folders (only in one: {odd})")
+    return _read(
+        config,
+        {
+            split: (_Sample(Path(path), label, path) for path, label in folder.samples)
+            for split, folder in folders.items()
+        },
+    )
+
+
+def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    from rich.progress import track
+
+    classes, mode, size = config.classes, None, config.image_size
+    images, labels = {}, {}
+    for split, samples in splits.items():
+        decoded: list[Tensor] = []
+        numbers: list[int] = []
+        for sample in track(samples, f"reading {split} images", transient=True):
+            image = _decode(sample)
+            mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
+            if image.mode not in ("1", "L") and mode == "L":
+                raise ConfigError(f"{sample.place}: the first image is grey and this one is not (mode: {image.mode})")
+            size = size or (image.height, image.width)
+            if (image.height, image.width) != size and not config.image_size:
+                raise ConfigError(
+                    f"{sample.place}: every image must be as large as the first (first: {size[0]} x {size[1]}, this: "
+                    f"{image.height} x {image.width}); set data.image_size to [height, width] to resize them"
+                )
+            if image.size != size[::-1]:
+                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            decoded.append(_pixels(image.convert(mode)))
+            if not isinstance(sample.label, int) or not 0 <= sample.label < (classes or 256):
+                below = f"{classes}, the number of classes" if classes else "256"
+                raise ConfigError(f"{sample.place}: a label must be an integer from 0 to below {below} (label: {sample.label!r})")
+            numbers.append(sample.label)
+        if not decoded:
+            raise ConfigError(f"{config.path}: the {split} split is empty; it must hold at least one sample")
+        images[split], labels[split] = torch.stack(decoded), torch.tensor(numbers)
+        classes = classes or max(2, max(numbers) + 1)
+    return images, labels
+
+
+def _decode(sample: _Sample) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{sample.place}: the image cannot be decoded ({' '.join(str(error).split())[:200]}); "
+            f"remove the sample or write it anew"
+        ) from error
+    return image
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    found = sorted(folder.glob(f"{split}*"))
+    files = [file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet")))]
+    files = [file for file in files if file.suffix == ".parquet"]
+    if not files:
+        raise ConfigError(f"data.path must hold {split}*.parquet or a folder {split}* of Parquet files (path: {folder})")
+    return files
+
+
+def _rows(file: Path, config: Data) -> Iterator[_Sample]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            schema = parquet.schema_arrow
+            image = _column(file, schema, "image_column", config.image_column, _holds_images)
+            label = _column(file, schema, "label_column", config.label_column, pa.types.is_integer)
+            row = 0
+            for batch in parquet.iter_batches(batch_size=1024, columns=[image, label]):
+                for encoded, number in zip(batch[image].to_pylist(), batch[label].to_pylist(), strict=True):
+                    content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
+                    yield _Sample(content if content is not None else b"", number, f"{file}, row {row}")
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _holds_images(kind: Any) -> bool:
+    import pyarrow as pa
+
+    binary = (pa.types.is_binary, pa.types.is_large_binary)
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and any(test(field.type) for test in binary) for field in kind)
+    return any(test(kind) for test in binary)
+
+
+def _column(file: Path, schema: Any, setting: str, wanted: str | None, fits: Any) -> str:
+    candidates = [field.name for field in schema if fits(field.type)]
+    if wanted is None and len(candidates) == 1:
+        return str(candidates[0])
+    if wanted in candidates:
+        return str(wanted)
+    asked = f"data.{setting}={wanted} is none" if wanted else f"there must be one to choose, or set data.{setting}"
+    raise ConfigError(
+        f"{file}: {asked} (candidates: {candidates}, all columns: {schema.names}); images are encoded bytes or "
+        f"{{bytes, path}} structures, labels are integers"
+    )

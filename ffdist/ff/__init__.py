@@ -1,0 +1,1 @@
+"""The Forward-Forward algorithm, with torch alone."""

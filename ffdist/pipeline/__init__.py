@@ -1,0 +1,1 @@
+"""The shape of the computation: which stage holds which layers, what travels, in which order."""

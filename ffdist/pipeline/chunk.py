@@ -1,0 +1,87 @@
+"""What the driver orders, and in which order: a pure function of the run's shape.
+
+    epoch 0             epoch 1                       end
+    T0 T1 T2 .. Tn | T0 T1 T2 .. Tn E0 E1 .. Em S | ... E0 .. Ep S
+    trained in chunks; cut at    validation, then a   test set, then
+    epoch ends                   state at its cut     the last state
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+
+class Train(NamedTuple):
+    """A chunk: `count` consecutive minibatches of one epoch, one update each."""
+
+    epoch: int
+    first: int
+    """First minibatch, counted within the epoch."""
+    count: int
+    step: int
+    """First minibatch, counted from the start of training."""
+    gain: float
+    """The schedule's factor on the learning rates."""
+
+
+class Evaluate(NamedTuple):
+    """A block of an evaluation on fixed weights: samples `first` to `first + count` of a split."""
+
+    split: str
+    first: int
+    count: int
+    last: bool
+    """Whether the split ends with this block."""
+
+
+class Snapshot(NamedTuple):
+    """The state of every layer and of the readout, exactly here in the stream."""
+
+    epochs: int
+    """Epochs done."""
+    step: int
+    """Minibatches done, counted from the start of training."""
+
+
+Order = Train | Evaluate | Snapshot
+
+
+def evaluation(split: str, samples: int, block: int) -> Iterator[Evaluate]:
+    """Cuts a split into blocks of at most `block` samples; every sample is kept."""
+    for first in range(0, samples, block):
+        yield Evaluate(split, first, min(block, samples - first), first + block >= samples)
+
+
+def schedule(
+    *,
+    epochs: int,
+    minibatches: int,
+    chunk_size: int,
+    gain: Callable[[int], float],
+    validation_samples: int,
+    test_samples: int,
+    evaluate_every: int,
+    evaluation_block: int,
+) -> Iterator[Order]:
+    """Yields everything that a run asks of its stages, in order.
+
+    Args:
+        epochs: Length of the run.
+        minibatches: Minibatches an epoch.
+        chunk_size: Most minibatches a chunk; changes speed and nothing else.
+        gain: Factor on the learning rates by epoch, counted from 0.
+        validation_samples: Size of the validation split; 0 evaluates nothing before the end.
+        test_samples: Size of the test split.
+        evaluate_every: Epochs from one validation to the next; the last epoch is always validated.
+        evaluation_block: Samples an evaluation block; the same for every run, so that sums are.
+    """
+    for epoch in range(epochs):
+        for first in range(0, minibatches, chunk_size):
+            count = min(chunk_size, minibatches - first)
+            yield Train(epoch, first, count, epoch * minibatches + first, gain(epoch))
+        done, last = epoch + 1, epoch + 1 == epochs
+        if validation_samples and (last or done % evaluate_every == 0):
+            yield from evaluation("validation", validation_samples, evaluation_block)
+            if not last:
+                yield Snapshot(done, done * minibatches)
+    yield from evaluation("test", test_samples, evaluation_block)
+    yield Snapshot(epochs, epochs * minibatches)

@@ -1,0 +1,38 @@
+"""Which layers make a stage."""
+
+from itertools import accumulate
+
+
+def layer_costs(widths: tuple[int, ...]) -> list[float]:
+    """Estimates each layer's work per sample, its number of weights, from the widths `[L + 1]`, the input's first."""
+    return [float(inputs * units) for inputs, units in zip(widths, widths[1:], strict=False)]
+
+
+def partition(costs: list[float], stages: int) -> list[range]:
+    """Cuts layers into contiguous stages so that the slowest stage is as fast as can be.
+
+    Args:
+        costs: Work of each layer, in any unit.
+        stages: Number of stages, from 1 to the number of layers.
+
+    Returns:
+        The layers of each stage, counted from 0, none empty; of equally good cuts the one with the earliest ends.
+    """
+    if not 1 <= stages <= len(costs):
+        raise ValueError(
+            f"every stage needs a layer (stages: {stages}, layers: {len(costs)}); "
+            f"set pipeline.stages between 1 and {len(costs)}, or to auto"
+        )
+    total = [0.0, *accumulate(costs)]
+    # best[end]: slowest stage and ends of the cut of the first `end` layers, for the number of stages so far
+    best = {end: (total[end], [end]) for end in range(1, len(costs) + 1)}
+    for stage in range(2, stages + 1):
+        best = {
+            end: min(
+                (max(best[start][0], total[end] - total[start]), [*best[start][1], end])
+                for start in range(stage - 1, end)
+            )
+            for end in range(stage, len(costs) + 1)
+        }
+    ends = best[len(costs)][1]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]

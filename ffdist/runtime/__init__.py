@@ -1,0 +1,1 @@
+"""Ray: where the parts of a run live as actors, and how the driver reaches them."""

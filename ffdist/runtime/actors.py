@@ -1,0 +1,87 @@
+"""The plain parts made remote, and the way in which tensors travel between them."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ffdist.pipeline.source import NegativeSource
+from ffdist.pipeline.stage import ReadoutStage, Stage
+
+
+def send_tensors_as_arrays() -> None:
+    """Has this process send tensors as numpy arrays, which arrive without a copy, and so must never be written to."""
+    ray.util.register_serializer(torch.Tensor, serializer=_to_array, deserializer=_from_array)
+
+
+def _to_array(tensor: torch.Tensor) -> tuple[np.ndarray[Any, Any], torch.dtype]:
+    is_bfloat16 = tensor.dtype == torch.bfloat16  # which numpy lacks
+    return (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy(), tensor.dtype
+
+
+def _from_array(sent: tuple[np.ndarray[Any, Any], torch.dtype]) -> torch.Tensor:
+    array, dtype = sent
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the array is read-only is known here
+        return torch.from_numpy(array).view(dtype)
+
+
+class _Actor:
+    """Prepares the process before the part is made."""
+
+    def __init__(self, threads: int, *args: Any) -> None:
+        torch.set_num_threads(threads)  # Ray's launcher leaves one, whatever was asked for
+        send_tensors_as_arrays()
+        super().__init__(*args)
+
+
+class StageActor(_Actor, Stage):
+    """A stage in a process of its own."""
+
+
+class ReadoutActor(_Actor, ReadoutStage):
+    """The readout in a process of its own."""
+
+
+class NegativeActor(_Actor, NegativeSource):
+    """A source of negatives in a process of its own."""
+
+
+ACTORS = {Stage: StageActor, ReadoutStage: ReadoutActor, NegativeSource: NegativeActor}
+
+
+class ActorMaker:
+    """Makes actors in the bundles of a placement group, one after the other.
+
+    They obey one driver in the order of its calls: synchronous, never restarted, no call ever retried, because a
+    silent retry would repeat an update or start from fresh weights.
+
+    Args:
+        group: Holds one bundle per actor, in the order in which they are made.
+        stage_threads: torch's threads in a stage; the other actors have one.
+    """
+
+    def __init__(self, group: PlacementGroup, stage_threads: int) -> None:
+        self._group, self._stage_threads = group, stage_threads
+        self.made: list[Any] = []
+
+    def __call__(self, part: type, *args: Any) -> Any:
+        """Makes an actor that holds an object of class `part`; arguments may be references."""
+        bundle = self._group.bundle_specs[len(self.made)]
+        handle = (
+            ray.remote(ACTORS[part])
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, len(self.made)),
+                max_restarts=0,
+                max_task_retries=0,
+            )
+            .remote(self._stage_threads if part is Stage else 1, *args)
+        )
+        self.made.append(handle)
+        return handle

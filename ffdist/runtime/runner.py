@@ -1,0 +1,71 @@
+"""The runner whose parts are actors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from torch import Tensor
+
+from ffdist.pipeline.runner import Blueprint, Runner
+from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
+from ffdist.runtime.placement import Placement, reserve
+
+
+class ActorFailure(RuntimeError):
+    """An actor died or raised; the text says which and why."""
+
+
+@contextmanager
+def ray_runner(
+    blueprint: Blueprint,
+    placement: Placement,
+    *,
+    images: dict[str, Tensor],
+    labels: Tensor,
+    threads: int,
+    max_in_flight: int,
+) -> Iterator[Runner]:
+    """Places the parts of a run as actors, and takes them down at the end of a `with` block.
+
+    Args:
+        blueprint: What to make.
+        placement: Resources of each actor.
+        images: uint8 images of each split `[N, D]`; they go into the object store once.
+        labels: Labels of the training set `[N]`.
+        threads: torch's threads in a stage.
+        max_in_flight: Orders admitted and not yet done.
+
+    Raises:
+        ConfigError: The cluster lacks the resources.
+        ActorFailure: An actor cannot start.
+    """
+    stage: dict[str, float] = {"CPU": placement.stage_cpus}
+    if placement.stage_gpus:
+        stage["GPU"] = placement.stage_gpus
+    others = [{"CPU": placement.other_cpus}] * (1 + blueprint.negative_parts)
+    send_tensors_as_arrays()
+    with reserve([stage] * placement.stages + others) as group:
+        make = ActorMaker(group, threads)
+        try:
+            parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
+            _collect([actor.__ray_ready__.remote() for actor in make.made])
+            yield Runner(parts, call=_call_remotely, collect=_collect, max_in_flight=max_in_flight)
+        finally:
+            for actor in make.made:
+                ray.kill(actor)
+
+
+def _call_remotely(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
+    return getattr(part, method).options(num_returns=returns).remote(*args)
+
+
+def _collect(references: list[Any]) -> list[Any]:
+    try:
+        values: list[Any] = ray.get(references)
+    except RayTaskError as error:
+        raise ActorFailure(f"an actor failed: {error.cause!r}\n{error}") from error
+    except RayError as error:
+        raise ActorFailure(f"an actor is gone: {error}") from error
+    return values

@@ -1,0 +1,73 @@
+"""From reports of chunks to the metrics that are logged, the same however the minibatches were chunked."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ffdist.ff.layers import METRICS
+from ffdist.pipeline.chunk import Train
+from ffdist.pipeline.runner import Trained
+
+
+class Averages:
+    """Averages learning metrics over a fixed number of minibatches, and sums times beside them.
+
+    Args:
+        every: Minibatches that make a point.
+        batch_size: Samples a minibatch.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        self._every, self._batch_size = every, batch_size
+        self._layers: list[Tensor] = []
+        self._readout: list[Tensor] = []
+        self._times: list[tuple[float, float]] = []
+        self._since, self._minibatches = time.perf_counter(), 0
+
+    def add(self, chunk: Train, trained: Trained) -> Iterator[tuple[int, dict[str, float]]]:
+        """Takes the reports of a chunk in.
+
+        Yields:
+            Number of samples seen, and metrics by name, for every point that the chunk completes.
+        """
+        layers = torch.cat([report.metrics for report in trained.stages], 1)
+        times = [(report.compute_s, report.wait_s) for report in trained.stages]
+        self._times = [(a + c, b + d) for (a, b), (c, d) in zip(self._times or [(0, 0)] * len(times), times, strict=True)]
+        self._minibatches += chunk.count
+        for minibatch in range(chunk.count):
+            self._layers.append(layers[minibatch])
+            self._readout.append(trained.readout.metrics[minibatch])
+            done = chunk.step + minibatch + 1
+            if done % self._every == 0:
+                yield done * self._batch_size, self._learning() | self._speed()
+
+    def rest(self, step: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yields a last point for the minibatches that fill none, `step` minibatches into the run."""
+        if self._layers:
+            yield step * self._batch_size, self._learning() | self._speed()
+
+    def _learning(self) -> dict[str, float]:
+        layers = torch.stack(self._layers).double().nanmean(0)
+        readout = torch.stack(self._readout).double().mean(0)
+        self._layers, self._readout = [], []
+        metrics = {
+            f"layer_{layer}/{name}": value
+            for layer, values in enumerate(layers.tolist(), 1)
+            for name, value in zip(METRICS, values, strict=True)
+            if value == value  # weights are measured once a point; a last, partial one has none
+        }
+        return metrics | dict(zip(("readout/loss", "readout/error"), readout.tolist(), strict=True))
+
+    def _speed(self) -> dict[str, float]:
+        if not self._minibatches:  # a second point of one chunk: its times went with the first
+            return {}
+        now = time.perf_counter()
+        metrics = {"samples_per_s": self._minibatches * self._batch_size / (now - self._since)}
+        for stage, (compute_s, wait_s) in enumerate(self._times, 1):
+            metrics[f"stage_{stage}/compute_s"] = compute_s
+            metrics[f"stage_{stage}/wait_s"] = wait_s
+            metrics[f"stage_{stage}/busy_fraction"] = compute_s / (compute_s + wait_s)
+        self._times, self._since, self._minibatches = [], now, 0
+        return metrics

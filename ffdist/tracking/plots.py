@@ -1,0 +1,51 @@
+"""Pictures of a run, made with matplotlib."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from torch import Tensor
+
+History = dict[str, list[tuple[int, float]]]
+"""Samples seen and value, by metric."""
+
+
+def plot_layers(history: History, path: Path) -> Path:
+    """Draws loss and goodness of every layer over the samples seen, and returns the picture's path."""
+    layers = sorted({name.split("/")[0] for name in history if name.startswith("layer_")}, key=lambda name: int(name[6:]))
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for index, layer in enumerate(layers):
+        color = plt.cm.viridis(index / max(1, len(layers)))  # type: ignore[attr-defined]
+        label = layer.replace("_", " ")
+        panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=label)
+        panels[1].plot(*zip(*history[f"{layer}/goodness_positive"], strict=True), color=color, label=f"{label}, positive")
+        panels[1].plot(*zip(*history[f"{layer}/goodness_negative"], strict=True), color=color, linestyle="--", label="negative")
+    panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss per layer")
+    panels[1].set(xlabel="samples seen", ylabel="sum of squared activities", title="goodness per layer")
+    for panel in panels:
+        panel.legend(fontsize="small")
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def plot_confusion(confusion: Tensor, path: Path) -> Path:
+    """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path."""
+    classes = len(confusion)
+    figure, panel = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    panel.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if classes <= 30:
+        panel.set_xticks(range(classes))
+        panel.set_yticks(range(classes))
+        for row, column in confusion.nonzero().tolist():
+            color = "white" if share[row, column] > 0.5 else "black"
+            count = str(int(confusion[row, column]))
+            panel.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    panel.set(xlabel="predicted by goodness", ylabel="true label", title="test samples")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,81 @@
+"""What the terminal shows while a run goes on."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between lines where the output is no terminal."""
+
+
+class Display:
+    """A bar and a table of layers on a terminal, now and then a line elsewhere; open for the length of a `with` block.
+
+    Args:
+        epochs: Length of the run.
+        minibatches: Minibatches an epoch.
+    """
+
+    def __init__(self, epochs: int, minibatches: int) -> None:
+        self.console = Console(highlight=False)
+        self._epochs, self._minibatches = epochs, minibatches
+        self._bar = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[speed]:>9,.0f} samples/s"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("", total=epochs, speed=0.0)
+        self._metrics: dict[str, float] = {}
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._plain_at = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def update(self, step: int, metrics: dict[str, float] | None = None) -> None:
+        """Shows how far the run is.
+
+        Args:
+            step: Minibatches done.
+            metrics: The newest metrics by name, where there are new ones.
+        """
+        self._metrics.update(metrics or {})
+        self._bar.update(self._task, completed=step // self._minibatches, speed=self._metrics.get("samples_per_s", 0.0))
+        if not self.console.is_terminal and self._metrics and time.monotonic() > self._plain_at + PLAIN_EVERY_S:
+            self._plain_at = time.monotonic()
+            layers = "; ".join(f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows())
+            self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {layers}")
+
+    def _rows(self) -> list[list[str]]:
+        rows, layer = [], 1
+        while f"layer_{layer}/loss" in self._metrics:
+            names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction")
+            loss, positive, negative, pairwise, active = (self._metrics[f"layer_{layer}/{name}"] for name in names)
+            rows.append([str(layer), f"{loss:.3f}", f"{positive:.0f}", f"{negative:.0f}", f"{pairwise:.4f}", f"{active:.2f}"])
+            layer += 1
+        return rows
+
+    def _render(self) -> Group:
+        table = Table("layer", "loss", "goodness: positive", "negative", "pairwise error", "active", box=None, padding=(0, 2))
+        for row in self._rows():
+            table.add_row(*row)
+        return Group(self._bar, table)
