@@ -1,9 +1,9 @@
 """ffdist trains Forward-Forward networks as a stream over Ray actors.
 
-    from ffdist import load_config, train
+from ffdist import load_config, train
 
-    run = train(load_config("digits", ["training.epochs=20"]), runner="serial")
-    print(run.summary["test_goodness_error"], run.folder)
+run = train(load_config("digits", ["training.epochs=20"]), runner="serial")
+print(run.summary["test_goodness_error"], run.folder)
 """
 
 from importlib import import_module

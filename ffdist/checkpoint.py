@@ -17,9 +17,6 @@ from safetensors.torch import load_file, save
 
 from ffdist.pipeline.stage import State
 
-
-
-
 MANIFEST = "manifest.json"
 SCHEMA = 1
 

@@ -15,6 +15,12 @@ from ffdist.config import ConfigError, find_config, load_config
 INTERRUPTED = 130
 
 
+class Refused(click.ClickException):
+    """A wrong setting or input, told in one paragraph."""
+
+    exit_code = 2
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ffdist")
 def main() -> None:
@@ -22,31 +28,43 @@ def main() -> None:
 
 
 @click.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--runner", type=click.Choice(["ray", "serial"]), default="ray", show_default=True, help="Where stages run.")
+@click.argument("words", nargs=-1, metavar="CONFIG [SECTION.KEY=VALUE]...")
+@click.option(
+    "--runner", type=click.Choice(["ray", "serial"]), default="ray", show_default=True, help="Where stages run."
+)
 @click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of the run's own.")
 @click.option(
-    "--runs", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True, help="Runs folder."
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    show_default=True,
+    help="Runs folder.",
 )
 @click.option("--summary", type=click.Path(path_type=Path, dir_okay=False), help="File for the final figures, as JSON.")
 @click.pass_context
 def train(
     context: click.Context,
-    config: str,
-    overrides: tuple[str, ...],
+    words: tuple[str, ...],
     runner: Any,
     address: str | None,
     runs: Path,
     summary: Path | None,
 ) -> None:
-    """Train CONFIG, a YAML file or the name of a shipped one (digits, mnist, ...)."""
+    """Train CONFIG, a YAML file or the name of a shipped one (digits, mnist, ...).
+
+    SECTION.KEY=VALUE sets a value over the file's, such as training.epochs=10.
+    """
     default = context.obj.get("address", "local") if context.obj else "local"
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if summary and not summary.absolute().parent.is_dir():
             raise ConfigError(f"--summary needs a folder that exists (given: {summary})")
-        loaded = load_config(config, overrides)
+        names = [word for word in words if "=" not in word]
+        if len(names) != 1:
+            raise ConfigError(
+                f"one configuration makes a run (given: {' '.join(names) or 'none'}); see ffdist train -h"
+            )
+        loaded = load_config(names[0], [word for word in words if "=" in word])
         from ffdist.trainer import train as run_training
 
         run = run_training(
@@ -54,10 +72,10 @@ def train(
             runner=runner,
             address=address or os.environ.get("RAY_ADDRESS") or default,
             runs=runs,
-            name=find_config(config).stem,
+            name=find_config(names[0]).stem,
         )
     except ConfigError as error:
-        raise click.exceptions.UsageError(str(error)) from error
+        raise Refused(str(error)) from error
     except KeyboardInterrupt:
         click.echo("interrupted; the run is marked as killed", err=True)
         sys.exit(INTERRUPTED)
@@ -76,10 +94,14 @@ def ui(runs: Path, port: int) -> None:
     from ffdist.tracking.tracker import default_uri
 
     if not (runs / "mlflow.db").is_file():
-        raise click.exceptions.UsageError(f"{runs} holds no tracked run; train one first, or set --runs DIR")
+        raise Refused(f"{runs} holds no tracked run; train one first, or set --runs DIR")
     program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(runs), "--port", str(port)]
     os.execv(sys.executable, program)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _path_where_needed(self) -> "Data":
         if (self.path is None) == (self.name in DATA_FOLDERS):
-            need = "needs data.path, a folder with train* and test* in it" if self.path is None else "takes no data.path"
+            need = (
+                "needs data.path, a folder with train* and test* in it" if self.path is None else "takes no data.path"
+            )
             raise ValueError(f"data.name={self.name} {need}")
         return self
 
@@ -146,10 +148,28 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="after")
+    def _stages_have_layers(self) -> "Config":
+        stages, layers = self.pipeline.stages, len(self.model.layers)
+        if stages != "auto" and stages > layers:
+            raise ValueError(
+                f"every stage needs a layer (stages: {stages}, layers: {layers}); "
+                f"set pipeline.stages between 1 and {layers}, or to auto"
+            )
+        return self
+
     @property
     def predict_from(self) -> int:
         """First layer, counted from 1, that goodness and readout look at."""
         return self.model.predict_from or min(2, len(self.model.layers))
+
+    def flat(self) -> dict[str, Any]:
+        """Returns every value by its `section.key`."""
+        sections = self.model_dump(mode="json")
+        seed = sections.pop("seed")
+        return {"seed": seed} | {
+            f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
+        }
 
     def to_yaml(self) -> str:
         """Returns the resolved configuration, defaults included, as YAML."""
@@ -230,25 +250,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
+    rules: dict[str, list[str]] = {}  # by key, with its value: a key of several types breaks the rules of each
     for detail in error.errors(include_url=False):
-        place = [str(part) for part in detail["loc"]]
-        name = ".".join(place)
+        *section, last = [str(part) for part in detail["loc"] or ("",)]
+        name = ".".join([*section, last])
         if detail["type"] == "extra_forbidden":
-            known = _keys(place[:-1])
-            yield f"unknown key {name}{_nearest(place[-1], known)}; known here: {', '.join(known)}"
+            known = _keys(section)
+            yield f"unknown key {name}{_nearest(last, known)}; known here: {', '.join(known)}"
         elif detail["type"] == "missing":
             yield f"{name} is missing; every run needs it"
         elif detail["type"] == "value_error":
             yield detail["msg"].removeprefix("Value error, ")
         else:
-            yield f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given: {detail['input']!r})"
+            key = ".".join(name.split(".")[: 1 if name.startswith("seed") else 2])
+            rule = detail["msg"][0].lower() + detail["msg"][1:]
+            rules.setdefault(f"{key} ({detail['input']!r})", []).append(rule)
+    for key_and_value, broken in rules.items():
+        yield f"{key_and_value}: {', or '.join(broken)}"
 
 
-def _keys(place: list[str]) -> list[str]:
-    section: Any = Config
-    for part in place:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+def _keys(section: list[str]) -> list[str]:
+    inner: Any = Config
+    for part in section:
+        inner = inner.model_fields[part].annotation
+    return list(inner.model_fields)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,32 +1,28 @@
 """The training loop, from dataset to digest, on either runner."""
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from ffdist.checkpoint import commits, prune, weights_sha256, write_commit
+from ffdist.checkpoint import prune, weights_sha256, write_commit
 from ffdist.config import Config, ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import Order
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update, rate_gain
-from ffdist.pipeline.chunk import Evaluate, Snapshot, Train, schedule
 from ffdist.pipeline.partition import layer_costs, partition
 from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
+from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
+from ffdist.runtime.placement import check_object_store, cluster_resources, connect, decide, describe, machine_resources
 from ffdist.tracking.averages import Averages
 from ffdist.tracking.plots import History, plot_confusion, plot_layers
-from ffdist.tracking.progress import Display
+from ffdist.tracking.progress import Display, closing_words
 from ffdist.tracking.tracker import Tracker, default_uri, tracking_uri
-
-EVALUATION_ROWS = 2200
-"""Most rows of an evaluation block; fixed, because the shape of a product decides the order of its sums."""
 
 RunnerName = Literal["ray", "serial"]
 
@@ -42,7 +38,12 @@ class Run:
 
 
 def train(
-    config: Config, *, runner: RunnerName = "ray", address: str | None = "local", runs: Path = Path("runs"), name: str = "run"
+    config: Config,
+    *,
+    runner: RunnerName = "ray",
+    address: str | None = "local",
+    runs: Path = Path("runs"),
+    name: str = "run",
 ) -> Run:
     """Trains a network, evaluates it and keeps it.
 
@@ -65,31 +66,58 @@ def train(
             f"(batch_size: {order.batch_size}, training samples: {order.samples})"
         )
     architecture = build_architecture(config, dataset)
-    folder = _new_folder(runs, name)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    parameters = dict(_flat(config.model_dump(mode="json"))) | {"runner": runner}
+    _make_folder(runs)
     with ExitStack() as stack:
-        tracker = stack.enter_context(
-            Tracker(tracking_uri(config.tracking, runs), config.tracking, runs=runs, name=folder.name, parameters=parameters)
-        )
+        uri = tracking_uri(config.tracking, runs)
+        tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens while Ray starts
         display = stack.enter_context(Display(config.training.epochs, order.minibatches))
-        opened = _open_ray if runner == "ray" else _open_serial
-        pipeline, stages = stack.enter_context(
-            opened(config, architecture, order, dataset, address=address, tracker=tracker, display=display)
+        if runner == "ray":
+            stack.enter_context(connect(address))
+        placement = decide(
+            config.pipeline,
+            layers=len(architecture.units),
+            negative_actors=config.negatives.actors,
+            resources=cluster_resources() if runner == "ray" else machine_resources(),
         )
+        blueprint = Blueprint(
+            architecture,
+            order,
+            negatives=config.negatives.kind,
+            negative_parts=config.negatives.actors,
+            stage_layers=partition(layer_costs(architecture.widths), placement.stages),
+            measure_every=config.tracking.every_minibatches,
+            device=placement.device,
+        )
+        if runner == "ray":
+            in_flight = blueprint.bytes_in_flight(config.pipeline.chunk_size, config.pipeline.max_in_flight)
+            check_object_store(in_flight + sum(split.nbytes for split in dataset.images.values()))
+        folder = _new_folder(runs, name)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        tracker.begin(folder.name, config.flat() | {"runner": runner})
         tracker.log_artifact(folder / "config.yaml")
-        outcome = _Loop(config, dataset, order, folder, tracker, display).run(pipeline)
+        display.say(describe(runner, placement, blueprint))
+        images, labels = dataset.images, dataset.labels["train"]
+        if runner == "ray":
+            from ffdist.runtime.runner import ray_runner
+
+            with display.console.status("starting actors"):
+                opened = ray_runner(blueprint, placement, config.pipeline, images=images, labels=labels)
+                pipeline = stack.enter_context(opened)
+        else:
+            threads = config.pipeline.threads_per_stage
+            pipeline = stack.enter_context(serial_runner(blueprint, images, labels, threads=threads))
         summary = {
-            **outcome,
+            **_Loop(config, dataset, order, folder, tracker, display).run(pipeline),
             "epochs": config.training.epochs,
             "wall_s": time.perf_counter() - started,
             "runner": runner,
-            "stages": stages,
+            "stages": placement.stages,
             "mlflow_run_id": tracker.run_id,
             "mlflow_tracking_uri": tracker.uri,
         }
-        tracker.log_tags({"weights_sha256": summary["weights_sha256"], "stages": str(stages), "folder": str(folder)})
-    display.say(_closing_words(summary, folder, is_default_store=tracker.uri == default_uri(runs), runs=runs))
+        tracker.log_tags({"weights_sha256": summary["weights_sha256"], "folder": str(folder)})
+    look = "ffdist ui" if runs == Path("runs") else f"ffdist ui --runs {runs}"
+    display.say(closing_words(summary, folder, look=look if tracker.uri == default_uri(runs) else None))
     return Run(folder, summary)
 
 
@@ -141,7 +169,7 @@ class _Loop:
         digest = ""
         for ordered, result in pipeline.run(orders):
             if isinstance(ordered, Train) and isinstance(result, Trained):
-                steps, train_s = ordered.step + ordered.count, time.perf_counter() - train_start
+                steps, train_s = ordered.step + ordered.num_minibatches, time.perf_counter() - train_start
                 self._display.update(steps)
                 for samples, metrics in averages.add(ordered, result):
                     self._log(metrics, samples)
@@ -197,133 +225,22 @@ class _Loop:
         if error is not None and error < self._best[0]:
             self._best = (error, commit)
         prune(folder, keep=self._config.checkpoint.keep, spare=self._best[1])
-        assert commit in commits(folder)
-
-
-@contextmanager
-def _open_serial(
-    config: Config, architecture: Architecture, order: Order, dataset: Dataset, *, tracker: Tracker, display: Display, **_: Any
-) -> Iterator[tuple[Runner, int]]:
-    layers = len(architecture.units)
-    stages = layers if config.pipeline.stages == "auto" else config.pipeline.stages
-    cuts = partition(layer_costs(architecture.widths), stages)
-    device = "cuda" if config.pipeline.device != "cpu" and torch.cuda.is_available() else "cpu"
-    display.say(f"serial: {stages} stages in one process, {config.pipeline.threads_per_stage} threads, {device}")
-    tracker.wait_until_open()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.pipeline.threads_per_stage)
-    try:
-        blueprint = _blueprint(config, architecture, order, cuts, device)
-        yield serial_runner(blueprint.assemble(_make, dataset.images, dataset.labels["train"])), stages
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _make(part: type, *args: Any) -> Any:
-    return part(*args)
-
-
-@contextmanager
-def _open_ray(
-    config: Config,
-    architecture: Architecture,
-    order: Order,
-    dataset: Dataset,
-    *,
-    address: str | None,
-    tracker: Tracker,
-    display: Display,
-) -> Iterator[tuple[Runner, int]]:
-    from ffdist.runtime.placement import cluster_resources, connect, decide, object_store_bytes
-
-    with connect(address):
-        from ffdist.runtime.runner import ray_runner
-
-        resources = cluster_resources()
-        placement = decide(
-            config.pipeline, layers=len(architecture.units), negative_actors=config.negatives.actors, resources=resources
-        )
-        cuts = partition(layer_costs(architecture.widths), placement.stages)
-        _check_bytes(config, architecture, order, dataset, object_store_bytes())
-        on = f"{placement.stage_gpus:g} GPU" if placement.device == "cuda" else f"{placement.stage_cpus:g} CPU"
-        display.say(
-            f"ray: {placement.stages} stages on {placement.device}, {on} each, "
-            f"layers {', '.join(_span(cut) for cut in cuts)}; {config.negatives.actors} negative actors, 1 readout"
-        )
-        tracker.wait_until_open()
-        blueprint = _blueprint(config, architecture, order, cuts, placement.device)
-        with (
-            display.console.status("starting actors"),
-            ExitStack() as stack,
-        ):
-            pipeline = stack.enter_context(
-                ray_runner(
-                    blueprint,
-                    placement,
-                    images=dataset.images,
-                    labels=dataset.labels["train"],
-                    threads=config.pipeline.threads_per_stage,
-                    max_in_flight=config.pipeline.max_in_flight,
-                )
-            )
-            yield pipeline, placement.stages
-
-
-def _blueprint(config: Config, architecture: Architecture, order: Order, cuts: list[range], device: str) -> Blueprint:
-    return Blueprint(
-        architecture, order, config.negatives.kind, config.negatives.actors, cuts, config.tracking.every_minibatches, device
-    )
-
-
-def _check_bytes(config: Config, architecture: Architecture, order: Order, dataset: Dataset, store: int) -> None:
-    values = 3 * order.batch_size * min(config.pipeline.chunk_size, order.minibatches) * sum(architecture.units)
-    flying = config.pipeline.max_in_flight * max(values, EVALUATION_ROWS * sum(architecture.units))
-    needed = flying * architecture.compute_dtype.itemsize + sum(images.nbytes for images in dataset.images.values())
-    if needed > store / 2:
-        raise ConfigError(
-            f"images and chunks in flight may fill half of Ray's object store (needed: {needed:,} bytes, "
-            f"half of the store: {store // 2:,}); set pipeline.chunk_size or pipeline.max_in_flight lower"
-        )
-
-
-def _span(layers: range) -> str:
-    return str(layers.start + 1) if len(layers) == 1 else f"{layers.start + 1}-{layers.stop}"
 
 
 def _new_folder(runs: Path, name: str) -> Path:
+    """Makes the folder of a run; of runs that start in one second, each gets its own."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in range(1000):
-        folder = runs / (stem if not number else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"the runs folder {runs} cannot be written ({error.strerror}); set --runs DIR") from error
-        return folder
-    raise ConfigError(f"the runs folder {runs} holds too many runs of this second; wait a second")
+    return next(
+        folder for number in count(1) if _make_folder(folder := runs / (f"{stem}-{number}" if number > 1 else stem))
+    )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _closing_words(summary: dict[str, Any], folder: Path, *, is_default_store: bool, runs: Path) -> str:
-    by_layer = ", ".join(f"{error:.2%}" for error in summary["layer_errors"])
-    look = "ffdist ui" + ("" if runs == Path("runs") else f" --runs {runs}")
-    lines = [
-        f"test error      {summary['test_goodness_error']:.2%} by goodness, {summary['test_readout_error']:.2%} by readout",
-        f"  layer alone   {by_layer}",
-        f"trained in      {summary['train_s']:.1f} s, {summary['samples_per_s']:,.0f} samples/s; "
-        f"{summary['wall_s']:.1f} s with start and evaluation",
-        *([f"best commit     {summary['best_commit']}"] if summary["best_commit"] else []),
-        f"weights_sha256  {summary['weights_sha256']}",
-        f"run             {folder}",
-        f"tracked         {summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}",
-        *([f"look at it      {look}"] if is_default_store else []),
-    ]
-    return "\n".join(lines)
+def _make_folder(folder: Path) -> bool:
+    """Makes a folder and says whether it is new."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be written ({error.strerror}); set --runs DIR") from error
+    return True

@@ -36,7 +36,9 @@ def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ConfigError: Names the file and row that break a rule.
     """
     assert config.path is not None
-    return _read(config, {split: chain.from_iterable(_rows(f, config) for f in _files(config.path, split)) for split in SPLITS})
+    return _read(
+        config, {split: chain.from_iterable(_rows(f, config) for f in _files(config.path, split)) for split in SPLITS}
+    )
 
 
 def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -96,7 +98,9 @@ def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str,
             decoded.append(_pixels(image.convert(mode)))
             if not isinstance(sample.label, int) or not 0 <= sample.label < (classes or 256):
                 below = f"{classes}, the number of classes" if classes else "256"
-                raise ConfigError(f"{sample.place}: a label must be an integer from 0 to below {below} (label: {sample.label!r})")
+                raise ConfigError(
+                    f"{sample.place}: a label must be an integer from 0 to below {below} (label: {sample.label!r})"
+                )
             numbers.append(sample.label)
         if not decoded:
             raise ConfigError(f"{config.path}: the {split} split is empty; it must hold at least one sample")
@@ -127,7 +131,9 @@ def _files(folder: Path, split: str) -> list[Path]:
     files = [file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet")))]
     files = [file for file in files if file.suffix == ".parquet"]
     if not files:
-        raise ConfigError(f"data.path must hold {split}*.parquet or a folder {split}* of Parquet files (path: {folder})")
+        raise ConfigError(
+            f"data.path must hold {split}*.parquet or a folder {split}* of Parquet files (path: {folder})"
+        )
     return files
 
 

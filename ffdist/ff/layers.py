@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ffdist.ff.goodness import logistic_loss, normalize, sum_of_squares
-from ffdist.ff.update import Update
+from ffdist.ff.update import LAYER_UPDATE, Update
 
 METRICS = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction", "weight_rms")
 """What a layer reports of a minibatch, in this order."""
@@ -43,7 +43,7 @@ class Dense(nn.Module):
         inputs: int,
         units: int,
         *,
-        update: Update = Update(),  # noqa: B008 (frozen)
+        update: Update = LAYER_UPDATE,
         peer_strength: float = 0.03,
         compute_dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
@@ -61,7 +61,7 @@ class Dense(nn.Module):
         self.bias_gradient: Tensor
         self.mean_activity: Tensor
         self.refresh()
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
         """Renews the copy of the weights that the products use; due when weights were set or moved from outside."""
@@ -78,7 +78,9 @@ class Dense(nn.Module):
         goodness = sum_of_squares(activity)
         return Passed(normalize(activity, goodness).to(self.compute_dtype), goodness)
 
-    def train_minibatch(self, rows: Tensor, *, gain: float = 1.0, measure_weights: bool = False) -> tuple[Passed, Tensor]:
+    def train_minibatch(
+        self, rows: Tensor, *, gain: float = 1.0, measure_weights: bool = False
+    ) -> tuple[Passed, Tensor]:
         """Passes a minibatch on and makes one update, both passes at the same weights.
 
         The gradient of the log-likelihood with respect to the total input is `(1 - p) h` on positive and `-p h` on

@@ -1,6 +1,6 @@
 """The whole network: what it is made of, and how it predicts, with torch alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ffdist.ff.keyed import generator
 from ffdist.ff.labels import LABELS, neutral, one_hot
 from ffdist.ff.layers import Dense
 from ffdist.ff.readout import Readout
-from ffdist.ff.update import Update
+from ffdist.ff.update import LAYER_UPDATE, READOUT_UPDATE, Update
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Architecture:
     """First layer, counted from 1, that goodness and readout look at when they predict."""
     seed: int = 0
     """Key of the initial weights."""
-    update: Update = Update()
+    update: Update = LAYER_UPDATE
     peer_strength: float = 0.03
-    readout_update: Update = field(default=Update(0.1, 0.003))
+    readout_update: Update = READOUT_UPDATE
     precision: str = "float32"
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
 

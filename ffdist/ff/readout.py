@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ffdist.ff.update import Update
+from ffdist.ff.update import READOUT_UPDATE, Update
 
 
 class Readout(nn.Module):
@@ -16,7 +16,7 @@ class Readout(nn.Module):
         update: How its parameters follow the gradient.
     """
 
-    def __init__(self, features: int, classes: int, *, update: Update = Update(0.1, 0.003)) -> None:  # noqa: B008
+    def __init__(self, features: int, classes: int, *, update: Update = READOUT_UPDATE) -> None:
         super().__init__()
         self.update = update
         self.weight = nn.Parameter(torch.zeros(classes, features), requires_grad=False)
@@ -45,6 +45,8 @@ class Readout(nn.Module):
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
         direction = F.one_hot(labels, len(self.bias)) - logits.softmax(1)
-        self.update.ascend(self.weight, self.weight_gradient, direction.t() @ rows, gain=gain, batch=len(rows), decay=True)
+        self.update.ascend(
+            self.weight, self.weight_gradient, direction.t() @ rows, gain=gain, batch=len(rows), decay=True
+        )
         self.update.ascend(self.bias, self.bias_gradient, direction.sum(0), gain=gain, batch=len(rows), decay=False)
         return metrics

@@ -7,11 +7,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Update:
-    """How parameters follow their gradient; the defaults are those of a layer in the paper's released code."""
+    """How parameters follow their gradient."""
 
-    learning_rate: float = 0.01
+    learning_rate: float
     """Step along the smoothed gradient, before the schedule's gain."""
-    weight_decay: float = 0.001
+    weight_decay: float
     """Share of a weight taken off per unit of learning rate, apart from the gradient; biases have none."""
     smoothing: float = 0.9
     """Weight of the past in the running mean of gradients, in [0, 1)."""
@@ -37,6 +37,12 @@ class Update:
         if decay:
             parameter.mul_(1 - rate * self.weight_decay)
         parameter.add_(smoothed, alpha=rate)
+
+
+LAYER_UPDATE = Update(learning_rate=0.01, weight_decay=0.001)
+"""A layer's, in the paper's released code."""
+READOUT_UPDATE = Update(learning_rate=0.1, weight_decay=0.003)
+"""The readout's, in the paper's released code."""
 
 
 def rate_gain(epoch: int, epochs: int) -> float:

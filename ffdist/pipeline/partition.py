@@ -1,11 +1,11 @@
 """Which layers make a stage."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 def layer_costs(widths: tuple[int, ...]) -> list[float]:
     """Estimates each layer's work per sample, its number of weights, from the widths `[L + 1]`, the input's first."""
-    return [float(inputs * units) for inputs, units in zip(widths, widths[1:], strict=False)]
+    return [float(inputs * units) for inputs, units in pairwise(widths)]
 
 
 def partition(costs: list[float], stages: int) -> list[range]:
@@ -18,11 +18,7 @@ def partition(costs: list[float], stages: int) -> list[range]:
     Returns:
         The layers of each stage, counted from 0, none empty; of equally good cuts the one with the earliest ends.
     """
-    if not 1 <= stages <= len(costs):
-        raise ValueError(
-            f"every stage needs a layer (stages: {stages}, layers: {len(costs)}); "
-            f"set pipeline.stages between 1 and {len(costs)}, or to auto"
-        )
+    assert 1 <= stages <= len(costs), "the configuration holds this"
     total = [0.0, *accumulate(costs)]
     # best[end]: slowest stage and ends of the cut of the first `end` layers, for the number of stages so far
     best = {end: (total[end], [end]) for end in range(1, len(costs) + 1)}

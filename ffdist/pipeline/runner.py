@@ -1,18 +1,20 @@
 """The flow of a run through its parts, written once: a runner differs only in how it calls and collects.
 
-    negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references; what comes home: reports)
+negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references; what comes home: reports)
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, cycle, repeat
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ffdist.data.order import Order as DataOrder
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.chunk import Evaluate, Order, Snapshot, Train
+from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State
 
@@ -20,7 +22,8 @@ from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State
 class Call(Protocol):
     """Has a part run a method, and returns its result, or as many results as `returns` says, or references to them."""
 
-    def __call__(self, part: Any, method: str, *args: Any, returns: int = 1) -> Any: ...
+    def __call__(self, part: Any, method: str, *args: Any, returns: int = 1) -> Any:
+        """Calls `part.method(*args)`."""
 
 
 class Parts(NamedTuple):
@@ -48,6 +51,12 @@ class Blueprint(NamedTuple):
     """Minibatches between two measurements of the weights."""
     device: str
     """Where the layers live, as torch names it."""
+
+    def bytes_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
+        """Bounds what the stages' messages take while `max_in_flight` orders are under way."""
+        units, minibatch = sum(self.architecture.units), 3 * self.order.batch_size
+        rows = max(EVALUATION_ROWS, minibatch * min(chunk_size, self.order.minibatches))
+        return max_in_flight * rows * units * self.architecture.compute_dtype.itemsize
 
     def assemble(self, make: Callable[..., Any], images: Any, labels: Any) -> Parts:
         """Makes all parts: the stages in order, the readout, the negatives.
@@ -150,6 +159,20 @@ def call_directly(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
     return getattr(part, method)(*args)
 
 
-def serial_runner(parts: Parts) -> Runner:
-    """Makes the runner that is the truth: one process, one order at a time."""
-    return Runner(parts, call=call_directly, collect=list)
+@contextmanager
+def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, *, threads: int) -> Iterator[Runner]:
+    """Opens the runner that is the truth: one process, one order at a time.
+
+    Args:
+        blueprint: What to make.
+        images: uint8 images of each split `[N, D]`.
+        labels: Labels of the training set `[N]`.
+        threads: torch's threads while the `with` block lasts.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = blueprint.assemble(lambda part, *args: part(*args), images, labels)
+        yield Runner(parts, call=call_directly, collect=list)
+    finally:
+        torch.set_num_threads(before)

@@ -7,7 +7,7 @@ from ffdist.data.order import Order
 from ffdist.ff.labels import neutral, one_hot
 from ffdist.ff.negatives import KINDS
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.chunk import Evaluate, Train
+from ffdist.pipeline.schedule import Evaluate, Train
 
 
 class NegativeSource:
@@ -28,7 +28,7 @@ class NegativeSource:
         """Returns the labels that the chunk's negatives show `[K, B]`, int64."""
         if chunk.epoch != self._epoch:
             self._epoch, self._labels = chunk.epoch, self._negatives.labels(chunk.epoch)
-        return self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.count)]
+        return self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
 
 
 class Source:
@@ -47,7 +47,7 @@ class Source:
     def train(self, chunk: Train, negatives: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a chunk's signal, positive then negative rows `[K, 2B, D]`, and its neutral rows `[K, B, D]`."""
         classes = self._architecture.classes
-        samples = self._order.indices(chunk.epoch, chunk.first, chunk.count)
+        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         images = self._images["train"][samples]
         claims = one_hot(torch.cat((self._labels[samples], negatives), 1), classes)
         rows = self._architecture.rows(torch.cat((images, images), 1), claims)
@@ -56,7 +56,7 @@ class Source:
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
         """Returns a block's rows with every label `[n, C, D]`, and its neutral rows `[n, D]`."""
         classes = self._architecture.classes
-        images = self._images[block.split][block.first : block.first + block.count]
+        images = self._images[block.split][block.first : block.first + block.num_samples]
         claims = one_hot(torch.arange(classes).expand(len(images), -1), classes)
         rows = self._architecture.rows(images.unsqueeze(1), claims)
         return rows, self._architecture.rows(images, neutral((len(images),), classes))

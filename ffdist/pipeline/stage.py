@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ffdist.data.order import Order
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.chunk import Evaluate, Train
+from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Source
 
 State = dict[str, dict[str, Tensor]]
@@ -92,7 +92,7 @@ class Stage:
         signal, neutral = self._source.train(chunk, *message) if self._source else message
         batch, metrics = neutral.shape[1], []
         outputs: list[list[Tensor]] = [[] for _ in self._layers]
-        for minibatch in range(chunk.count):
+        for minibatch in range(chunk.num_minibatches):
             rows = torch.cat((signal[minibatch], neutral[minibatch])).to(self._device)
             measure = (chunk.step + minibatch + 1) % self._measure_every == 0
             for output, layer in zip(outputs, self._layers.values(), strict=True):
@@ -104,7 +104,7 @@ class Stage:
             torch.stack([rows[2 * batch :] for rows in output]).cpu() if travels else None
             for output, travels in zip(outputs, self._neutral_travels, strict=True)
         ]
-        stacked = torch.stack(metrics).reshape(chunk.count, len(self._layers), -1).cpu()
+        stacked = torch.stack(metrics).reshape(chunk.num_minibatches, len(self._layers), -1).cpu()
         return [self._clock.report(stacked, start), passed, *neutrals]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
@@ -148,7 +148,7 @@ class ReadoutStage:
     def train(self, chunk: Train, *neutral: Tensor) -> Report:
         """Trains on a chunk from the neutral activities `[K, B, H]` of each read layer, lowest first."""
         start = time.perf_counter()
-        samples = self._order.indices(chunk.epoch, chunk.first, chunk.count)
+        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         metrics = [
             self._readout.train_minibatch([part[minibatch] for part in neutral], labels, gain=chunk.gain)
             for minibatch, labels in enumerate(self._labels[samples])

@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
+from ffdist.config import Pipeline
 from ffdist.pipeline.runner import Blueprint, Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
 from ffdist.runtime.placement import Placement, reserve
@@ -21,21 +22,19 @@ class ActorFailure(RuntimeError):
 def ray_runner(
     blueprint: Blueprint,
     placement: Placement,
+    pipeline: Pipeline,
     *,
     images: dict[str, Tensor],
     labels: Tensor,
-    threads: int,
-    max_in_flight: int,
 ) -> Iterator[Runner]:
     """Places the parts of a run as actors, and takes them down at the end of a `with` block.
 
     Args:
         blueprint: What to make.
         placement: Resources of each actor.
+        pipeline: Window, chunks and threads.
         images: uint8 images of each split `[N, D]`; they go into the object store once.
         labels: Labels of the training set `[N]`.
-        threads: torch's threads in a stage.
-        max_in_flight: Orders admitted and not yet done.
 
     Raises:
         ConfigError: The cluster lacks the resources.
@@ -47,11 +46,11 @@ def ray_runner(
     others = [{"CPU": placement.other_cpus}] * (1 + blueprint.negative_parts)
     send_tensors_as_arrays()
     with reserve([stage] * placement.stages + others) as group:
-        make = ActorMaker(group, threads)
+        make = ActorMaker(group, pipeline.threads_per_stage)
         try:
             parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
             _collect([actor.__ray_ready__.remote() for actor in make.made])
-            yield Runner(parts, call=_call_remotely, collect=_collect, max_in_flight=max_in_flight)
+            yield Runner(parts, call=_call_remotely, collect=_collect, max_in_flight=pipeline.max_in_flight)
         finally:
             for actor in make.made:
                 ray.kill(actor)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ffdist.ff.layers import METRICS
-from ffdist.pipeline.chunk import Train
 from ffdist.pipeline.runner import Trained
+from ffdist.pipeline.schedule import Train
 
 
 class Averages:
@@ -34,9 +34,11 @@ class Averages:
         """
         layers = torch.cat([report.metrics for report in trained.stages], 1)
         times = [(report.compute_s, report.wait_s) for report in trained.stages]
-        self._times = [(a + c, b + d) for (a, b), (c, d) in zip(self._times or [(0, 0)] * len(times), times, strict=True)]
-        self._minibatches += chunk.count
-        for minibatch in range(chunk.count):
+        self._times = [
+            (a + c, b + d) for (a, b), (c, d) in zip(self._times or [(0, 0)] * len(times), times, strict=True)
+        ]
+        self._minibatches += chunk.num_minibatches
+        for minibatch in range(chunk.num_minibatches):
             self._layers.append(layers[minibatch])
             self._readout.append(trained.readout.metrics[minibatch])
             done = chunk.step + minibatch + 1

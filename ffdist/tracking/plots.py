@@ -14,14 +14,20 @@ History = dict[str, list[tuple[int, float]]]
 
 def plot_layers(history: History, path: Path) -> Path:
     """Draws loss and goodness of every layer over the samples seen, and returns the picture's path."""
-    layers = sorted({name.split("/")[0] for name in history if name.startswith("layer_")}, key=lambda name: int(name[6:]))
+    layers = sorted(
+        {name.split("/")[0] for name in history if name.startswith("layer_")}, key=lambda name: int(name[6:])
+    )
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for index, layer in enumerate(layers):
-        color = plt.cm.viridis(index / max(1, len(layers)))  # type: ignore[attr-defined]
+        color = plt.cm.viridis(index / max(1, len(layers)))
         label = layer.replace("_", " ")
         panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=label)
-        panels[1].plot(*zip(*history[f"{layer}/goodness_positive"], strict=True), color=color, label=f"{label}, positive")
-        panels[1].plot(*zip(*history[f"{layer}/goodness_negative"], strict=True), color=color, linestyle="--", label="negative")
+        panels[1].plot(
+            *zip(*history[f"{layer}/goodness_positive"], strict=True), color=color, label=f"{label}, positive"
+        )
+        panels[1].plot(
+            *zip(*history[f"{layer}/goodness_negative"], strict=True), color=color, linestyle="--", label="negative"
+        )
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss per layer")
     panels[1].set(xlabel="samples seen", ylabel="sum of squared activities", title="goodness per layer")
     for panel in panels:

@@ -1,7 +1,9 @@
 """What the terminal shows while a run goes on."""
 
 import time
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -70,12 +72,39 @@ class Display:
         while f"layer_{layer}/loss" in self._metrics:
             names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction")
             loss, positive, negative, pairwise, active = (self._metrics[f"layer_{layer}/{name}"] for name in names)
-            rows.append([str(layer), f"{loss:.3f}", f"{positive:.0f}", f"{negative:.0f}", f"{pairwise:.4f}", f"{active:.2f}"])
+            rows.append(
+                [str(layer), f"{loss:.3f}", f"{positive:.0f}", f"{negative:.0f}", f"{pairwise:.4f}", f"{active:.2f}"]
+            )
             layer += 1
         return rows
 
     def _render(self) -> Group:
-        table = Table("layer", "loss", "goodness: positive", "negative", "pairwise error", "active", box=None, padding=(0, 2))
+        table = Table(
+            "layer", "loss", "goodness: positive", "negative", "pairwise error", "active", box=None, padding=(0, 2)
+        )
         for row in self._rows():
             table.add_row(*row)
         return Group(self._bar, table)
+
+
+def closing_words(summary: dict[str, Any], folder: Path, *, look: str | None) -> str:
+    """Returns what a run ends with.
+
+    Args:
+        summary: The final figures.
+        folder: The run's.
+        look: Command that shows what was tracked, where there is one.
+    """
+    goodness, readout = summary["test_goodness_error"], summary["test_readout_error"]
+    lines = {
+        "test error": f"{goodness:.2%} by goodness, {readout:.2%} by readout",
+        "each layer": ", ".join(f"{error:.2%}" for error in summary["layer_errors"]) + " by goodness alone",
+        "trained in": f"{summary['train_s']:.1f} s, {summary['samples_per_s']:,.0f} samples/s; "
+        f"{summary['wall_s']:.1f} s with start and evaluation",
+        "best commit": summary["best_commit"],
+        "weights_sha256": summary["weights_sha256"],
+        "run": folder,
+        "tracked": f"{summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}",
+        "look at it": look,
+    }
+    return "\n".join(f"{name:<16}{text}" for name, text in lines.items() if text)

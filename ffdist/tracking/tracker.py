@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import sqlite3
 import threading
 import time
 import urllib.error
@@ -17,7 +18,10 @@ from filelock import FileLock
 from ffdist.config import ConfigError, Tracking
 
 SEND_EVERY_S = 2.0
+RETRY_EVERY_S = 0.5
+OPEN_TIMEOUT_S = 60.0
 FLUSH_TIMEOUT_S = 30.0
+WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
 BATCH = 1000
 """Most metrics that MLflow takes in one request."""
 
@@ -35,23 +39,23 @@ def tracking_uri(config: Tracking, runs: Path) -> str:
 class Tracker:
     """One MLflow run, open for the length of a `with` block.
 
-    It opens beside what follows; `wait_until_open` says whether that went well. Leaving the block sends what is left
-    and marks the run finished, failed, or, after an interrupt, killed.
+    The store opens beside what follows, and `begin` makes the run in it. Leaving the block sends what is left and marks
+    the run finished, failed, or, after an interrupt, killed.
 
     Args:
         uri: As `tracking_uri` returns it.
         config: Name of the experiment.
         runs: Runs folder; artifacts of the default database lie in it.
-        name: Name of the run.
-        parameters: Logged once.
 
     Raises:
         ConfigError: A server at `uri` does not answer.
     """
 
-    def __init__(self, uri: str, config: Tracking, *, runs: Path, name: str, parameters: dict[str, Any]) -> None:
+    def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
         self.uri, self.run_id = uri, ""
-        self._config, self._runs, self._name, self._parameters = config, runs, name, parameters
+        self._config, self._runs = config, runs
+        self._client: Any = None
+        self._experiment_id = ""
         self._queue: queue.Queue[Any] = queue.Queue()
         self._opened, self._failure = threading.Event(), ""
         self._closing, self._deadline = threading.Event(), float("inf")
@@ -68,25 +72,32 @@ class Tracker:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt)
         status = "FINISHED" if kind is None else "KILLED" if killed else "FAILED"
         self._deadline = time.monotonic() + (5 if killed else FLUSH_TIMEOUT_S)
-        self._queue.put(lambda client, run: client.set_terminated(run, status))
+        if self.run_id:
+            self._queue.put(lambda client, run: client.set_terminated(run, status))
         self._queue.put(None)
         self._closing.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
         if self._failure and kind is None:
             logging.getLogger(__name__).warning("not everything was tracked at %s: %s", self.uri, self._failure)
 
-    def wait_until_open(self) -> None:
-        """Waits until the run exists.
+    def begin(self, name: str, parameters: dict[str, Any]) -> None:
+        """Makes the run, once the store is open.
+
+        Args:
+            name: Name of the run.
+            parameters: Logged once.
 
         Raises:
-            ConfigError: It cannot be made.
+            ConfigError: The store cannot be opened.
         """
-        self._opened.wait()
-        if not self.run_id:
-            raise ConfigError(
-                f"no MLflow run can be made at {self.uri} ({self._failure}); correct tracking.uri or "
-                f"MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
-            )
+        if not self._opened.wait(OPEN_TIMEOUT_S):
+            self._failure = f"no answer in {OPEN_TIMEOUT_S:g} s"
+        if not self._client:
+            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {WAY_OUT}")
+        from mlflow.entities import Param
+
+        self.run_id = self._client.create_run(self._experiment_id, run_name=name).info.run_id
+        self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Has metrics sent, with the number of samples seen as `step`; returns at once."""
@@ -105,7 +116,7 @@ class Tracker:
     def _work(self) -> None:
         try:
             client = self._open()
-        except Exception as error:  # whatever MLflow, its store or the network raises, it is told in wait_until_open
+        except Exception as error:  # whatever MLflow, its store or the network raises, `begin` tells it
             self._failure = " ".join(str(error).split())[:300]
             return
         finally:
@@ -119,8 +130,8 @@ class Tracker:
             while not self._queue.empty() and len(items) < BATCH:
                 items.append(self._queue.get())
             done = items[-1] is None
-            metrics = [Metric(*item) for item in items if isinstance(item, tuple)]
-            self._send(lambda metrics=metrics: client.log_batch(self.run_id, metrics))  # type: ignore[misc]
+            if metrics := [Metric(*item) for item in items if isinstance(item, tuple)]:
+                self._send(lambda metrics=metrics: client.log_batch(self.run_id, metrics))  # type: ignore[misc]
             for item in items:
                 if callable(item):
                     self._send(lambda item=item: item(client, self.run_id))  # type: ignore[misc]
@@ -134,37 +145,37 @@ class Tracker:
                 self._failure = " ".join(str(error).split())[:300]
                 if time.monotonic() > self._deadline:
                     return
-                self._closing.wait(SEND_EVERY_S) and time.sleep(0.5)
+                time.sleep(RETRY_EVERY_S)
 
     def _open(self) -> Any:
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(logging.ERROR)
         local = self.uri == default_uri(self._runs)
-        self._runs.mkdir(parents=True, exist_ok=True)
         # Two runs that start at once must not both create the database, or the experiment.
         with FileLock(self._runs / ".mlflow.lock"):
             client = MlflowClient(self.uri)
             experiment = client.get_experiment_by_name(self._config.experiment)
             artifacts = (self._runs.resolve() / "artifacts").as_uri() if local else None
-            identity = experiment.experiment_id if experiment else client.create_experiment(self._config.experiment, artifacts)
-        run = client.create_run(identity, run_name=self._name)
-        client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in self._parameters.items()])
-        self.run_id = run.info.run_id
+            self._experiment_id = (
+                experiment.experiment_id if experiment else client.create_experiment(self._config.experiment, artifacts)
+            )
+        self._client = client
         return client
 
 
 def _check_server(uri: str) -> None:
-    if not uri.startswith(("http://", "https://")):
-        return
+    """Asks once, before MLflow does, which would go on asking for minutes."""
     try:
+        if uri.startswith("sqlite:///"):
+            sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=5).execute(
+                "pragma schema_version"
+            ).connection.close()
+        if not uri.startswith(("http://", "https://")):
+            return
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
     except urllib.error.HTTPError:
         return  # it answers, which is all that is asked here
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tracking server at {uri} does not answer ({error}); start it, or correct tracking.uri or "
-            f"MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
-        ) from error
+    except (OSError, ValueError, sqlite3.Error) as error:
+        raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error

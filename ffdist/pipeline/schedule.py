@@ -1,22 +1,25 @@
 """What the driver orders, and in which order: a pure function of the run's shape.
 
-    epoch 0             epoch 1                       end
-    T0 T1 T2 .. Tn | T0 T1 T2 .. Tn E0 E1 .. Em S | ... E0 .. Ep S
-    trained in chunks; cut at    validation, then a   test set, then
-    epoch ends                   state at its cut     the last state
+epoch 0             epoch 1                       end
+T0 T1 T2 .. Tn | T0 T1 T2 .. Tn E0 E1 .. Em S | ... E0 .. Ep S
+trained in chunks; cut at    validation, then a   test set, then
+epoch ends                   state at its cut     the last state
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+EVALUATION_ROWS = 2200
+"""Most rows of an evaluation block; fixed, because the shape of a product decides the order of its sums."""
+
 
 class Train(NamedTuple):
-    """A chunk: `count` consecutive minibatches of one epoch, one update each."""
+    """A chunk: `num_minibatches` consecutive minibatches of one epoch, one update each."""
 
     epoch: int
     first: int
     """First minibatch, counted within the epoch."""
-    count: int
+    num_minibatches: int
     step: int
     """First minibatch, counted from the start of training."""
     gain: float
@@ -24,11 +27,11 @@ class Train(NamedTuple):
 
 
 class Evaluate(NamedTuple):
-    """A block of an evaluation on fixed weights: samples `first` to `first + count` of a split."""
+    """A block of an evaluation on fixed weights: samples `first` to `first + num_samples` of a split."""
 
     split: str
     first: int
-    count: int
+    num_samples: int
     last: bool
     """Whether the split ends with this block."""
 

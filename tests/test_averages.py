@@ -1,0 +1,56 @@
+import math
+
+import torch
+
+from ffdist.ff.layers import METRICS
+from ffdist.pipeline.runner import Trained
+from ffdist.pipeline.schedule import Train
+from ffdist.pipeline.stage import Report
+from ffdist.tracking.averages import Averages
+
+STEPS, BATCH_SIZE = 24, 10
+LAYERS = torch.randn(STEPS, 2, len(METRICS), generator=torch.Generator().manual_seed(0))
+READOUT = torch.rand(STEPS, 2, generator=torch.Generator().manual_seed(1))
+
+
+def points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
+    averages, found = Averages(every, BATCH_SIZE), []
+    for first in range(0, STEPS, chunk_size):
+        part = slice(first, first + chunk_size)
+        stages = [Report(LAYERS[part, layer : layer + 1], 3.0, 1.0) for layer in (0, 1)]
+        chunk = Train(0, first, len(READOUT[part]), first, 1.0)
+        found += averages.add(chunk, Trained(stages, Report(READOUT[part], 1.0, 1.0)))
+    return [*found, *averages.rest(STEPS)]
+
+
+def learning(found):
+    return [
+        (step, {name: value for name, value in metrics.items() if "_s" not in name and "busy" not in name})
+        for step, metrics in found
+    ]
+
+
+def test_points_do_not_depend_on_the_chunks():
+    truth = learning(points(1, 10))
+    assert [step for step, _ in truth] == [100, 200, 240]
+    for chunk_size in (3, 7, 10, 24):
+        assert learning(points(chunk_size, 10)) == truth
+
+
+def test_a_point_is_the_mean_of_its_minibatches():
+    step, metrics = points(4, 8)[1]
+    assert step == 160
+    assert metrics["layer_2/loss"] == LAYERS[8:16, 1, 0].double().mean().item()
+    assert metrics["readout/error"] == READOUT[8:16, 1].double().mean().item()
+
+
+def test_times_are_counted_once_and_shares_add_up():
+    for chunk_size in (3, 24):
+        speeds = [metrics for _, metrics in points(chunk_size, 8) if "stage_1/compute_s" in metrics]
+        assert sum(metrics["stage_1/compute_s"] for metrics in speeds) == 3.0 * STEPS / chunk_size
+        assert all(metrics["stage_2/busy_fraction"] == 0.75 for metrics in speeds)
+
+
+def test_unmeasured_weights_are_left_out(monkeypatch):
+    monkeypatch.setitem(globals(), "LAYERS", LAYERS.clone().index_fill_(2, torch.tensor([5]), math.nan))
+    assert "layer_1/weight_rms" not in points(4, 8)[0][1]

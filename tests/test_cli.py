@@ -1,0 +1,181 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ffdist.config import load_config
+
+SHORT = ["training.epochs=2", "model.layers=[30,20]"]
+
+
+def ffdist(*arguments, cwd, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ffdist.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, **more)
+
+
+def summary(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder in which one short serial run and one over Ray, with validation, have ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    validated = ["training.validation_samples=200", "training.evaluate_every=1", "pipeline.chunk_size=7"]
+    for runner in ("serial", "ray"):
+        options = ["--runner", runner, "--summary", f"{runner}.json"]
+        run = ffdist("train", *options, "digits", *validated, *SHORT, cwd=folder)
+        assert run.returncode == 0, run.stderr
+        (folder / f"{runner}.log").write_text(run.stdout)
+    return folder
+
+
+def test_both_runners_end_alike(finished):
+    serial, ray = summary(finished / "serial.json"), summary(finished / "ray.json")
+    for figure in ("weights_sha256", "test_goodness_error", "test_readout_error", "layer_errors", "epochs"):
+        assert serial[figure] == ray[figure]
+    assert (serial["runner"], ray["runner"]) == ("serial", "ray")
+    assert serial["stages"] == ray["stages"] == 2
+    assert 0 < ray["train_s"] < ray["wall_s"]
+
+
+def test_the_run_tells_where_everything_is(finished):
+    facts, log = summary(finished / "ray.json"), (finished / "ray.log").read_text()
+    for text in (
+        facts["weights_sha256"],
+        facts["mlflow_run_id"],
+        facts["mlflow_tracking_uri"],
+        "ffdist ui",
+        "best commit",
+    ):
+        assert text in log
+    folder = next(line for line in log.splitlines() if line.startswith("run  ")).split()[1]
+    assert load_config(str(finished / folder / "config.yaml")).training.epochs == 2
+    assert len(list((finished / folder / "commits").glob("*/manifest.json"))) in (1, 2)
+
+
+def test_mlflow_has_every_series_of_both_runners(finished):
+    names = {"loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction", "weight_rms"}
+    learned = {}
+    for runner in ("serial", "ray"):
+        facts = summary(finished / f"{runner}.json")
+        client = MlflowClient(facts["mlflow_tracking_uri"])
+        run = client.get_run(facts["mlflow_run_id"])
+        assert run.info.status == "FINISHED"
+        assert run.data.params["model.layers"] == "[30, 20]"
+        assert run.data.tags["weights_sha256"] == facts["weights_sha256"]
+        series = {f"layer_{layer}/{name}" for layer in (1, 2) for name in names} | {"readout/loss", "readout/error"}
+        errors = {
+            f"{split}/{way}_error" for split in ("validation", "test") for way in ("goodness", "readout", "layer_1")
+        }
+        times = {f"stage_{stage}/{name}" for stage in (1, 2) for name in ("compute_s", "wait_s", "busy_fraction")}
+        assert series | errors | times | {"samples_per_s"} <= set(run.data.metrics)
+        learned[runner] = {
+            name: [(point.step, point.value) for point in client.get_metric_history(facts["mlflow_run_id"], name)]
+            for name in series | errors
+        }
+        files = {file.path for file in client.list_artifacts(facts["mlflow_run_id"])}
+        assert files == {"config.yaml", "layers.png", "confusion.png"}
+    assert learned["serial"] == learned["ray"]
+    assert len(learned["ray"]["validation/goodness_error"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "digit"], "did you mean digits"),
+        (["train"], "one configuration makes a run (given: none)"),
+        (["train", "digits", "mnist"], "(given: digits mnist)"),
+        (["train", "digits", "training.epoch=3"], "did you mean epochs"),
+        (["train", "digits", "training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
+        (["train", "digits", "pipeline.stages=4"], "stages: 4, layers: 3"),
+        (["train", "digits", "pipeline.device=cuda"], "needs at least one GPU"),
+        (["train", "digits", "pipeline.chunk_size=28", "pipeline.max_in_flight=1000000"], "half of Ray's object store"),
+        (
+            ["train", "digits", "tracking.uri=http://127.0.0.1:9"],
+            "tracking at http://127.0.0.1:9 is not possible",
+        ),
+        (
+            ["train", "digits", "tracking.uri=sqlite:////proc/all.db"],
+            "tracking at sqlite:////proc/all.db is not possible",
+        ),
+        (["train", "digits", "--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
+        (["train", "digits", "--summary", "nowhere/file.json"], "needs a folder that exists"),
+        (["train", "digits", "--runs", "/proc/runs"], "the folder /proc/runs cannot be written"),
+        (["train", "digits", "data.name=parquet", "data.path=nowhere"], "must hold train*.parquet"),
+        (["ui"], "holds no tracked run"),
+    ],
+)
+def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, arguments, words):
+    run = ffdist(*arguments, cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("runs/digits-*"))
+
+
+def processes_of(mark: str) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("to_whole_group", [True, False], ids=["ctrl-c", "kill-term"])
+def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_group):
+    mark = f"FFDIST_TEST_MARK={tmp_path}"
+    command = [sys.executable, "-u", "-m", "ffdist.cli", "train", "digits", "training.epochs=100000", "--runs", "runs"]
+    environment = os.environ | dict([mark.split("=", 1)])
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while "layer 1 loss" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        start = time.monotonic()
+        if to_whole_group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+        ended = time.monotonic() - start
+    text = (tmp_path / "log").read_text()
+    assert ended < 10, text
+    assert "Traceback" not in text
+    while processes_of(mark) and time.monotonic() < start + 10:
+        time.sleep(0.2)
+    assert not processes_of(mark)
+    (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
+    assert run.info.status == "KILLED"
+    assert run.data.metrics["layer_1/loss"] > 0
+
+
+def test_two_local_runs_at_once_do_not_disturb_each_other(tmp_path):
+    command = [sys.executable, "-m", "ffdist.cli", "train", "digits", *SHORT, "--summary"]
+    runs = [subprocess.Popen([*command, f"{name}.json"], cwd=tmp_path, stdout=subprocess.DEVNULL) for name in "ab"]
+    assert [run.wait(250) for run in runs] == [0, 0]
+    one, other = summary(tmp_path / "a.json"), summary(tmp_path / "b.json")
+    assert one["weights_sha256"] == other["weights_sha256"]
+    assert one["mlflow_run_id"] != other["mlflow_run_id"]
+    assert len(MlflowClient(one["mlflow_tracking_uri"]).search_runs(["1"])) == 2
+
+
+def test_help_is_there():
+    for arguments in (["--help"], ["train", "--help"], ["ui", "--help"], ["--version"]):
+        assert ffdist(*arguments, cwd=".").returncode == 0

@@ -1,0 +1,86 @@
+import pytest
+import yaml
+
+from ffdist.config import Config, ConfigError, config_folder, load_config, parse_config
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "mnist_4x2000", "fashion_mnist", "cifar10"])
+def test_shipped_configurations_are_found_by_their_bare_name(name):
+    assert load_config(name) == load_config(str(config_folder() / f"{name}.yaml"))
+
+
+def test_the_names_that_users_type_are_known():
+    config = parse_config(
+        yaml.safe_load(
+            """
+            seed: 0
+            data: {name: mnist, label: overwrite}
+            model: {layers: [1000, 1000, 1000]}
+            negatives: {kind: wrong_label, actors: 1}
+            training: {epochs: 60, batch_size: 100, precision: bfloat16, validation_samples: 0, evaluate_every: 5}
+            pipeline: {stages: auto, chunk_size: 20, max_in_flight: 4, threads_per_stage: 1}
+            checkpoint: {}
+            tracking: {}
+            """
+        ),
+        "a test",
+    )
+    assert config.predict_from == 2
+
+
+def test_overrides_win_and_the_last_one_most():
+    config = load_config("digits", ["training.epochs=3", "pipeline.stages=2", "training.epochs=4", "seed=7"])
+    assert (config.training.epochs, config.pipeline.stages, config.seed) == (4, 2, 7)
+    assert load_config("digits", ["training.learning_rate=1e-3"]).training.learning_rate == 0.001
+
+
+def test_resolved_configuration_reads_back_equal():
+    config = load_config("mnist", ["data.root=/somewhere"])
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_a_single_layer_predicts_by_itself():
+    assert load_config("digits", ["model.layers=[30]"]).predict_from == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainig.epochs=3"], "unknown key trainig; did you mean training"),
+        (["training.epoch=3"], "unknown key training.epoch; did you mean epochs"),
+        (["training.epochs=0"], r"training.epochs \(0\): .*greater than or equal to 1"),
+        (["training.epochs=many"], r"training.epochs \('many'\): .*integer"),
+        (["training.learning_rate=.inf"], r"training.learning_rate \(inf\): .*finite"),
+        (["pipeline.stages=some"], r"pipeline.stages \('some'\): .*integer.*or .*'auto'"),
+        (["model.layers=[]"], r"model.layers \(\[\]\): .*at least 1"),
+        (["model.predict_from=4"], r"one of the 3 layers \(predict_from: 4\)"),
+        (["data.name=cats"], r"data.name \('cats'\): .*'digits', 'mnist'"),
+        (["data.path=/x"], "data.name=digits takes no data.path"),
+        (["data.name=parquet"], "data.name=parquet needs data.path"),
+        (["pipeline.stages=4"], r"stages: 4, layers: 3\); set pipeline\.stages between 1 and 3, or to auto"),
+        (["training.epochs"], "an override is section.key=value"),
+        (["data.name.key=1"], "name is a value, not a section"),
+        (["training.epochs=[1"], "the value of training.epochs must be YAML"),
+    ],
+)
+def test_wrong_settings_state_rule_value_and_way_out(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config("digits", overrides)
+
+
+def test_unknown_configuration_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"given: digit; shipped: cifar10, digits.*did you mean digits"):
+        load_config("digit")
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "data: [", "{{", "!!python/object/apply:os.getcwd []", "\x00"])
+def test_files_that_hold_no_configuration_are_refused(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(str(tmp_path / "bad.yaml"))
+
+
+def test_a_missing_section_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("data: {name: digits}")
+    with pytest.raises(ConfigError, match="model is missing"):
+        load_config(str(tmp_path / "bad.yaml"))

@@ -1,0 +1,24 @@
+import torch
+
+from ffdist.data.order import Order
+from ffdist.evaluation import evaluate
+from ffdist.ff.network import Architecture, Network
+from ffdist.pipeline.runner import Blueprint, serial_runner
+from ffdist.pipeline.schedule import evaluation
+
+
+def test_evaluation_through_stages_equals_the_whole_network():
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (37, 20), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, 4, (37,), generator=draw)
+    architecture = Architecture(20, 4, (30, 25, 15), seed=1)
+    blueprint = Blueprint(architecture, Order(0, 37, 5), "wrong_label", 1, [range(2), range(2, 3)], 1, "cpu")
+    with serial_runner(blueprint, {"train": images, "test": images}, labels, threads=1) as runner:
+        blocks = [result for _, result in runner.run(evaluation("test", 37, 8))]
+    found = evaluate(blocks, labels, classes=4, predict_from=2)
+
+    expected = Network(architecture).predict(images)
+    assert found.goodness_error == (expected.label != labels).double().mean().item()
+    assert found.readout_error == (expected.probabilities.argmax(1) != labels).double().mean().item()
+    assert found.layer_errors == [(layer.argmax(1) != labels).double().mean().item() for layer in expected.goodness]
+    assert found.confusion.sum() == 37

@@ -1,0 +1,122 @@
+"""The rules of the house: who may import whom, what stays light, and that everything public exists."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ffdist
+
+PACKAGE = Path(ffdist.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Arrows point down: a room may import from its own row and the rows below it.
+ROWS = [
+    {"cli", "run"},
+    {"trainer"},
+    {"runtime", "tracking"},
+    {"pipeline", "checkpoint", "evaluation"},
+    {"ff", "data", "config"},
+]
+HOMES = {
+    "ray": {"runtime"},
+    "mlflow": {"tracking"},
+    "matplotlib": {"tracking"},
+    "pyarrow": {"data"},
+    "torchvision": {"data"},
+    "sklearn": {"data"},
+    "pydantic": {"config"},
+    "yaml": {"config"},
+    "safetensors": {"checkpoint"},
+    "click": {"cli"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it, as a dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {node.module} if node.module != "ffdist" else {f"ffdist.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_down_and_libraries_stay_home(path):
+    rows = {name: number for number, row in enumerate(ROWS) for name in row}
+    for module in imports(path):
+        top, *rest = module.split(".")
+        if top == "ffdist" and room(path) != "__init__":
+            assert rows[room(path)] <= rows[rest[0]], f"{path} must not import {module}"
+            assert room(path) != "ff" or rest[0] == "ff", f"ff knows nothing but itself: {module}"
+        elif top in HOMES:
+            assert room(path) in HOMES[top], f"{top} is at home in {HOMES[top]}"
+    assert not (room(path) == "pipeline" and "ffdist.config" in imports(path)), "pipeline takes plain values"
+
+
+def test_no_module_is_named_like_one_of_the_standard_library():
+    """`sys.path[0]` is the package's own folder where run.py runs as a script, and Ray's workers inherit it."""
+    taken = sys.stdlib_module_names | {"evaluate", "datasets", "ray", "mlflow", "torch"}
+    names = {path.stem for path in PACKAGE.iterdir()} - {"__init__"}
+    assert not names & taken
+    assert not {path.stem for path in MODULES} & sys.stdlib_module_names
+    assert not names & {"utils", "common", "helpers"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    program = f"{statement}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_importing_the_package_stays_light():
+    assert not loaded_by("import ffdist, ffdist.cli") & {
+        "ray",
+        "mlflow",
+        "torch",
+        "torchvision",
+        "matplotlib",
+        "pyarrow",
+    }
+
+
+def test_algorithm_and_pipeline_need_torch_alone():
+    modules = [path for path in MODULES if room(path) in {"ff", "pipeline"} and path.stem != "__init__"]
+    names = ", ".join(".".join(("ffdist", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in modules)
+    needed = loaded_by(f"import ffdist.ff, ffdist.pipeline, {names}")
+    assert not needed & (set(HOMES) | {"PIL", "rich", "filelock"})
+
+
+@pytest.mark.parametrize("name", ffdist.__all__)
+def test_public_names_exist_and_are_documented(name):
+    assert getattr(ffdist, name).__doc__
+
+
+def test_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'training'"):
+        ffdist.training  # noqa: B018
+
+
+def test_files_stay_readable():
+    long = {str(path): count for path in MODULES if (count := len(path.read_text().splitlines())) > 320}
+    assert not long
+
+
+def test_every_setting_is_used_and_documented():
+    from ffdist.config import Config
+
+    source = "".join(path.read_text() for path in MODULES if path.stem != "config")
+    source += (PACKAGE / "config.py").read_text().split("class Config(")[1]
+    for name, field in Config.model_fields.items():
+        for setting in getattr(field.annotation, "model_fields", {}):
+            assert f".{setting}" in source, f"nothing reads {name}.{setting}"

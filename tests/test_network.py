@@ -1,0 +1,63 @@
+import torch
+
+from ffdist.ff.classify import confusion_matrix, error
+from ffdist.ff.network import Architecture, Network
+
+
+def a_network(**changes) -> Network:
+    return Network(Architecture(**({"pixels": 20, "classes": 4, "units": (30, 25, 15), "seed": 1} | changes)))
+
+
+def some_images(count=6) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_state_dict_holds_everything_that_was_learned():
+    """Layers in a plain list leave an empty state_dict; running means kept outside of it are lost."""
+    names = set(a_network().state_dict())
+    tensors = ("weight", "bias", "weight_gradient", "bias_gradient")
+    assert names == {f"layers.{layer}.{name}" for layer in range(3) for name in (*tensors, "mean_activity")} | {
+        f"readout.{name}" for name in tensors
+    }
+
+
+def test_first_hidden_layer_has_no_say_in_predictions():
+    """Counted in, it makes them worse: it sees the label itself."""
+    network, images = a_network(), some_images()
+    prediction = network.predict(images)
+    assert torch.equal(prediction.label, prediction.goodness[1:].sum(0).argmax(1))
+    assert network.readout.weight.shape == (4, 25 + 15)
+
+
+def test_later_layers_do_not_see_how_long_a_layers_activity_is():
+    network, images = a_network(), some_images()
+    before = network.predict(images).goodness
+    network.layers[0].weight.mul_(3)
+    network.layers[0].refresh()
+    after = network.predict(images).goodness
+    torch.testing.assert_close(after[0], 9 * before[0])
+    torch.testing.assert_close(after[1:], before[1:])
+
+
+def test_an_image_is_predicted_whatever_its_neighbours():
+    network, images = a_network(), some_images()
+    torch.testing.assert_close(network.predict(images).goodness[:, 2:3], network.predict(images[2:3]).goodness)
+
+
+def test_readout_sums_to_one_and_input_is_left_alone():
+    network, images = a_network(label="append", precision="bfloat16"), some_images()
+    before = images.clone()
+    torch.testing.assert_close(network.predict(images).probabilities.sum(1), torch.ones(6))
+    assert torch.equal(images, before)
+
+
+def test_initial_weights_do_not_depend_on_other_layers():
+    one, other = Architecture(20, 4, (30, 25)), Architecture(20, 4, (30, 25, 9))
+    assert torch.equal(one.layer(1).weight, other.layer(1).weight)
+    assert abs(one.layer(0).weight.std().item() * 20**0.5 - 1) < 0.1
+
+
+def test_confusion_counts_true_by_predicted():
+    labels, predicted = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1])
+    assert confusion_matrix(predicted, labels, 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    assert error(predicted, labels) == 0.5

@@ -1,0 +1,69 @@
+import pytest
+
+from ffdist.config import ConfigError, Pipeline
+from ffdist.runtime.placement import connect, decide, reserve
+
+
+def decided(layers=4, resources=None, negative_actors=1, **settings):
+    return decide(
+        Pipeline(**settings), layers=layers, negative_actors=negative_actors, resources=resources or {"CPU": 8}
+    )
+
+
+def test_auto_is_one_stage_a_layer_on_processors():
+    placement = decided()
+    assert (placement.stages, placement.device, placement.stage_gpus, placement.stage_cpus) == (4, "cpu", 0, 1)
+
+
+def test_auto_is_one_stage_a_gpu_where_there_are_fewer_gpus_than_layers():
+    placement = decided(resources={"CPU": 16, "GPU": 2})
+    assert (placement.stages, placement.device, placement.stage_gpus) == (2, "cuda", 1)
+    assert decided(resources={"CPU": 16, "GPU": 8}).stages == 4
+
+
+@pytest.mark.parametrize(
+    ("stages", "gpus", "share"), [(4, 4, 1), (4, 2, 1 / 2), (4, 3, 1 / 2), (5, 2, 1 / 3), (3, 8, 1)]
+)
+def test_more_stages_than_gpus_share_them_evenly(stages, gpus, share):
+    placement = decided(layers=6, stages=stages, resources={"CPU": 16, "GPU": gpus})
+    assert placement.stage_gpus == share
+
+
+def test_few_processors_are_shared_like_gpus():
+    placement = decided(resources={"CPU": 2})
+    assert placement.stage_cpus == placement.other_cpus == 1 / 3
+    assert decided(resources={"CPU": 64}, threads_per_stage=8).stage_cpus == 8
+
+
+def test_processors_are_used_where_that_was_asked_for():
+    assert decided(resources={"CPU": 8, "GPU": 4}, device="cpu").device == "cpu"
+
+
+def test_gpus_asked_for_and_not_there():
+    with pytest.raises(ConfigError, match=r"pipeline\.device=cuda needs at least one GPU \(the cluster has 8 CPUs"):
+        decided(device="cuda")
+
+
+def test_too_few_gpus_says_what_the_cluster_has(ray_start_4_cpus, monkeypatch):
+    monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
+    needed = r"needed: 2 x \(1 CPU, 1 GPU\) \+ 1 x \(1 CPU, 0 GPU\); the cluster has: 4 CPU, 0 GPU; free: 4 CPU"
+    with pytest.raises(ConfigError, match=needed), reserve([{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 1}]):
+        pass
+
+
+def test_a_cluster_in_use_says_what_is_free(ray_start_4_cpus, monkeypatch):
+    monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
+    with (
+        reserve([{"CPU": 3}]),
+        pytest.raises(ConfigError, match="has: 4 CPU, 0 GPU; free: 1 CPU"),
+        reserve([{"CPU": 2}]),
+    ):
+        pass
+    with reserve([{"CPU": 2}]):  # both are given back
+        pass
+
+
+def test_other_platforms_are_sent_to_the_serial_runner(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ConfigError, match=r"needs Linux \(platform: darwin\); use --runner serial"), connect("local"):
+        pass

@@ -1,0 +1,115 @@
+"""Every command of the README, run: shortened by overrides, servers started, asked and stopped."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
+TRAINING = [line for line in COMMANDS if line.startswith(("ffdist train", "python ffdist/run.py"))]
+CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
+
+
+def arguments(line: str) -> list[str]:
+    program, *rest = shlex.split(line)
+    python = {"ffdist": [sys.executable, "-m", "ffdist.cli"], "python": [sys.executable]}[program]
+    return [*python, *rest]
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The repository as `ray submit` or a newcomer sees it, in a folder that may be written to."""
+    for folder in ("ffdist", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_training_commands(line, checkout, request):
+    if "mnist" in line:
+        request.getfixturevalue("mnist_root")
+    short = ["training.epochs=1", "model.layers=[40,30,20]", "--summary", "figures.json"]
+    run = subprocess.run([*arguments(line), *short], cwd=checkout, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    assert 0 < json.loads((checkout / "figures.json").read_text())["test_readout_error"] < 1
+
+
+def test_the_first_command_reaches_its_figure(tmp_path):
+    """`ffdist train digits` as it stands: at most 3 % test error by either way."""
+    assert README.count("pip install . && ffdist train digits\n") == 1
+    command = [*arguments("ffdist train digits"), "--summary", "figures.json"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["test_goodness_error"] <= 0.03
+    assert figures["test_readout_error"] <= 0.03
+    assert "ffdist ui" in run.stdout
+
+
+def test_ui_shows_a_finished_run(tmp_path):
+    assert "ffdist ui" in COMMANDS
+    short = ["--runner", "serial", "training.epochs=1"]
+    subprocess.run([*arguments("ffdist train digits"), *short], cwd=tmp_path, check=True, capture_output=True)
+    server = subprocess.Popen([*arguments("ffdist ui"), "--port", "5918"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        url, body = "http://127.0.0.1:5918/api/2.0/mlflow/runs/search", json.dumps({"experiment_ids": ["1"]}).encode()
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                ask = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+                answer = json.load(urllib.request.urlopen(ask, timeout=10))
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(1)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert answer["runs"][0]["info"]["run_name"].startswith("digits-")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.yaml")), ids=lambda path: path.name)
+def test_cluster_files_pass_rays_own_validation(path):
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(path.read_text()))
+    validate_config(config)
+    for source in config["file_mounts"].values():
+        assert (ROOT / source).exists()
+    assert not any(target in ("~/ffdist", "~/ffdist/") for target in config["file_mounts"])
+    assert not any("-e " in command for command in config["setup_commands"])
+
+
+@pytest.mark.parametrize("line", CLUSTER)
+def test_cluster_commands_name_files_that_exist(line):
+    assert all((ROOT / word).is_file() for word in shlex.split(line) if word.endswith((".yaml", ".py")))
+
+
+def test_no_command_is_left_untried():
+    assert set(COMMANDS) == {*TRAINING, *CLUSTER, "ffdist ui"}
+    assert len(TRAINING) >= 4
+
+
+def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(ray_start_4_cpus, tmp_path):
+    import ray
+
+    shutil.copy(ROOT / "ffdist" / "run.py", tmp_path)
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "run.py", "training.epochs=1", "digits", "model.layers=[20,20,20]"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert "0.5 CPU each" in run.stdout  # of this cluster's four for five actors, not of another's
+    assert ray.is_initialized()
+    assert ray.available_resources()["CPU"] == 4

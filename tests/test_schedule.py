@@ -1,0 +1,41 @@
+from ffdist.pipeline.schedule import Evaluate, Snapshot, Train, schedule
+
+
+def picture(orders):
+    signs = {Train: "T", Evaluate: "E", Snapshot: "S"}
+    return " ".join(
+        signs[type(order)] + (str(order.num_minibatches) if isinstance(order, Train) else "") for order in orders
+    )
+
+
+def a_schedule(**changes):
+    shape = {
+        "epochs": 3,
+        "minibatches": 5,
+        "chunk_size": 2,
+        "validation_samples": 3,
+        "test_samples": 4,
+        "evaluate_every": 2,
+    }
+    return list(schedule(**(shape | changes), gain=lambda epoch: 1 / (epoch + 1), evaluation_block=2))
+
+
+def test_schedule_is_cut_at_epoch_ends_and_evaluates_whole_splits():
+    assert picture(a_schedule()) == "T2 T2 T1 T2 T2 T1 E E S T2 T2 T1 E E E E S"
+
+
+def test_nothing_is_evaluated_before_the_end_without_validation_samples():
+    assert picture(a_schedule(validation_samples=0)) == "T2 T2 T1 T2 T2 T1 T2 T2 T1 E E S"
+
+
+def test_the_test_set_is_seen_once_at_the_end():
+    tests = [order for order in a_schedule() if isinstance(order, Evaluate) and order.split == "test"]
+    assert [(order.first, order.num_samples, order.last) for order in tests] == [(0, 2, False), (2, 2, True)]
+
+
+def test_chunks_cover_every_minibatch_once_at_every_size():
+    for chunk_size in (1, 2, 5, 9):
+        chunks = [order for order in a_schedule(chunk_size=chunk_size) if isinstance(order, Train)]
+        steps = [order.step + minibatch for order in chunks for minibatch in range(order.num_minibatches)]
+        assert steps == list(range(15))
+        assert {(order.epoch, order.gain) for order in chunks} == {(0, 1), (1, 1 / 2), (2, 1 / 3)}

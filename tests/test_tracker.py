@@ -1,0 +1,102 @@
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from mlflow import MlflowClient
+
+from ffdist.config import ConfigError, Tracking
+from ffdist.tracking import tracker as module
+from ffdist.tracking.tracker import Tracker, default_uri, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A fresh database takes seconds to make; runs of this module share one."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def a_tracker(runs, uri=None) -> Tracker:
+    return Tracker(uri or default_uri(runs), Tracking(), runs=runs)
+
+
+def test_configuration_wins_over_environment_wins_over_runs_folder(tmp_path, monkeypatch):
+    assert tracking_uri(Tracking(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert tracking_uri(Tracking(), tmp_path) == "http://there"
+    assert tracking_uri(Tracking(uri="http://here"), tmp_path) == "http://here"
+
+
+def test_everything_logged_arrives_once_and_in_order(template, tmp_path):
+    (tmp_path / "note.txt").write_text("a note")
+    with a_tracker(template) as tracker:
+        tracker.begin("a run", {"seed": 3})
+        for step in range(2500):  # more than one request holds
+            tracker.log_metrics({"loss": step / 2}, step)
+        tracker.log_artifact(tmp_path / "note.txt")
+        tracker.log_tags({"kind": "test"})
+    client = MlflowClient(tracker.uri)
+    history = client.get_metric_history(tracker.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == [(step, step / 2) for step in range(2500)]
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.params, run.data.tags["kind"]) == ("FINISHED", {"seed": "3"}, "test")
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["note.txt"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
+def test_a_run_that_ends_early_is_marked_so(template, error, status):
+    with pytest.raises(error), a_tracker(template) as tracker:  # noqa: PT012
+        tracker.begin("a run", {})
+        tracker.log_metrics({"loss": 1.0}, 1)
+        raise error
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == (status, {"loss": 1.0})
+
+
+def test_a_server_that_is_not_there_is_refused_at_once(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"tracking at http://127\.0\.0\.1:9 is not possible"):
+        a_tracker(tmp_path, "http://127.0.0.1:9")
+    assert time.monotonic() < start + 10
+
+
+def test_a_run_that_is_refused_before_it_begins_leaves_no_trace(template):
+    before = len(MlflowClient(default_uri(template)).search_runs(["1"]))
+    with pytest.raises(ConfigError), a_tracker(template):
+        raise ConfigError("refused")
+    assert len(MlflowClient(default_uri(template)).search_runs(["1"])) == before
+
+
+def test_a_server_that_goes_away_slows_nothing_and_is_told_at_the_end(template, monkeypatch, caplog):
+    monkeypatch.setattr(module, "FLUSH_TIMEOUT_S", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = "http://127.0.0.1:5917"
+    options = ["--backend-store-uri", default_uri(template), "--port", "5917", "--workers", "1"]
+    server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *options], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"{uri}/health")
+        with a_tracker(template, uri) as tracker:
+            tracker.begin("a run", {})
+            server.terminate()
+            server.wait(20)
+            start = time.monotonic()
+            for step in range(1000):
+                tracker.log_metrics({"loss": 1.0}, step)
+            assert time.monotonic() < start + 1
+            leaving = time.monotonic()
+        assert time.monotonic() < leaving + 10
+    finally:
+        server.kill()
+    assert "not everything was tracked at http://127.0.0.1:5917" in caplog.text
+
+
+def wait_for(url: str, timeout_s: float = 90) -> str:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return answer.read().decode()
+        except OSError:
+            assert time.monotonic() < deadline, f"{url} did not answer"
+            time.sleep(0.5)
