@@ -72,6 +72,7 @@ def train(
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens while Ray starts
         display = stack.enter_context(Display(config.training.epochs, order.minibatches))
         if runner == "ray":
+            display.doing("starting Ray")
             stack.enter_context(connect(address))
         placement = decide(
             config.pipeline,
@@ -100,9 +101,9 @@ def train(
         if runner == "ray":
             from ffdist.runtime.runner import ray_runner
 
-            with display.console.status("starting actors"):
-                opened = ray_runner(blueprint, placement, config.pipeline, images=images, labels=labels)
-                pipeline = stack.enter_context(opened)
+            display.doing("starting actors")
+            opened = ray_runner(blueprint, placement, config.pipeline, images=images, labels=labels)
+            pipeline = stack.enter_context(opened)
         else:
             threads = config.pipeline.threads_per_stage
             pipeline = stack.enter_context(serial_runner(blueprint, images, labels, threads=threads))
@@ -174,6 +175,7 @@ class _Loop:
                 for samples, metrics in averages.add(ordered, result):
                     self._log(metrics, samples)
             elif isinstance(ordered, Evaluate) and isinstance(result, Evaluated):
+                self._display.doing(f"evaluating, {ordered.split}")
                 blocks.append(result)
                 if ordered.last:
                     evaluations[ordered.split] = self._evaluate(ordered.split, blocks, steps)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_EVERY_S = 10.0
@@ -26,15 +26,14 @@ class Display:
         self.console = Console(highlight=False)
         self._epochs, self._minibatches = epochs, minibatches
         self._bar = Progress(
-            TextColumn("epoch"),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[speed]:>9,.0f} samples/s"),
             TimeRemainingColumn(compact=True),
             console=self.console,
         )
-        self._task = self._bar.add_task("", total=epochs, speed=0.0)
+        self._task = self._bar.add_task("starting", total=epochs * minibatches, speed=0.0)
         self._metrics: dict[str, float] = {}
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True)
         self._plain_at = time.monotonic()
@@ -53,15 +52,20 @@ class Display:
         """Prints a line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def doing(self, what: str) -> None:
+        """Shows what is going on, in front of the bar."""
+        self._bar.update(self._task, description=what)
+
     def update(self, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Shows how far the run is.
+        """Shows how far the training is.
 
         Args:
             step: Minibatches done.
             metrics: The newest metrics by name, where there are new ones.
         """
         self._metrics.update(metrics or {})
-        self._bar.update(self._task, completed=step // self._minibatches, speed=self._metrics.get("samples_per_s", 0.0))
+        self._bar.update(self._task, completed=step, speed=self._metrics.get("samples_per_s", 0.0))
+        self.doing(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
         if not self.console.is_terminal and self._metrics and time.monotonic() > self._plain_at + PLAIN_EVERY_S:
             self._plain_at = time.monotonic()
             layers = "; ".join(f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows())
