@@ -57,8 +57,8 @@ def train(
     default = context.obj.get("address", "local") if context.obj else "local"
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if summary and not summary.absolute().parent.is_dir():
-            raise ConfigError(f"--summary needs a folder that exists (given: {summary})")
+        if summary:
+            summary.open("a").close()  # found out now rather than after the training
         names = [word for word in words if "=" not in word]
         if len(names) != 1:
             raise ConfigError(
@@ -74,13 +74,17 @@ def train(
             runs=runs,
             name=find_config(names[0]).stem,
         )
+        if summary:
+            summary.write_text(json.dumps(run.summary, indent=2) + "\n")
     except ConfigError as error:
         raise Refused(str(error)) from error
+    except OSError as error:
+        if summary is None or error.filename != str(summary):
+            raise
+        raise Refused(f"--summary must be a file that can be written ({summary}: {error.strerror})") from error
     except KeyboardInterrupt:
-        click.echo("interrupted; the run is marked as killed", err=True)
+        click.echo("interrupted; a run that had begun is marked as killed", err=True)
         sys.exit(INTERRUPTED)
-    if summary:
-        summary.write_text(json.dumps(run.summary, indent=2) + "\n")
 
 
 main.add_command(train)

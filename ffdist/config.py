@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-NAMED_DATA = ("digits", "mnist", "fashion_mnist", "cifar10")
+def _no_boolean(value: Any) -> Any:
+    """Keeps YAML's yes and no from counting as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number is needed here, not {value}")
+    return value
+
+
+Number = BeforeValidator(_no_boolean)
+Count = Annotated[int, Number, Field(ge=1)]
+Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
 DATA_FOLDERS = ("parquet", "image_folder")
 
 
@@ -32,9 +41,9 @@ class Data(Section):
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "parquet", "image_folder"]
     """The dataset; `parquet` and `image_folder` read `path`."""
-    path: Path | None = None
+    path: Folder | None = None
     """Folder with `train*` and `test*` in it: Parquet files or folders of them, or one image folder per split."""
-    root: Path | None = None
+    root: Folder | None = None
     """Where torchvision's datasets are, or are downloaded to; without it FFDIST_DATA, else ~/.cache/ffdist."""
     label: Literal["overwrite", "append"] = "overwrite"
     """How the input shows the label: in place of the first C values, or as C more."""
@@ -43,9 +52,9 @@ class Data(Section):
     label_column: str | None = None
     """Parquet's column of labels; found where there is only one candidate."""
     image_size: tuple[Count, Count] | None = None
-    """Height and width that images are resized to; without it all must have the same."""
-    classes: Annotated[int, Field(ge=2, le=256)] | None = None
-    """Number of classes of a Parquet dataset; without it one more than the largest training label."""
+    """Height and width that images of one's own are resized to; without it all must have the same."""
+    classes: Annotated[int, Number, Field(ge=2, le=256)] | None = None
+    """Number of classes of one's own data; without it one more than the largest training label."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> "Data":
@@ -54,6 +63,9 @@ class Data(Section):
                 "needs data.path, a folder with train* and test* in it" if self.path is None else "takes no data.path"
             )
             raise ValueError(f"data.name={self.name} {need}")
+        for key in ("image_column", "label_column", "image_size", "classes"):
+            if getattr(self, key) is not None and self.path is None:
+                raise ValueError(f"data.{key} is for images of one's own (data.name: {self.name}); leave it out")
         return self
 
 
@@ -87,18 +99,23 @@ class Training(Section):
     """How layers and readout learn; defaults are those of the paper's released code."""
 
     epochs: Count = 60
+    """Passes over the training set."""
     batch_size: Count = 100
     """Samples a minibatch, and an update."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the layers' matrix products; goodness, parameters and updates are float32."""
-    validation_samples: Annotated[int, Field(ge=0)] = 0
+    validation_samples: Annotated[int, Number, Field(ge=0)] = 0
     """Samples held out of the training set by the seed; 0 evaluates nothing before the end."""
     evaluate_every: Count = 5
     """Epochs from one validation to the next."""
     learning_rate: NotNegative = 0.01
+    """Step of the layers along their smoothed gradient, falling in the second half of the run."""
     weight_decay: NotNegative = 0.001
+    """Share of a layer's weight taken off per unit of learning rate."""
     readout_learning_rate: NotNegative = 0.1
+    """The same of the readout."""
     readout_weight_decay: NotNegative = 0.003
+    """The same of the readout."""
     smoothing: Fraction = 0.9
     """Weight of the past in the running mean of gradients."""
     peer_normalization: NotNegative = 0.03
@@ -106,7 +123,7 @@ class Training(Section):
 
 
 class Pipeline(Section):
-    """How the work is spread; nothing here changes a result, except threads_per_stage in the last bits."""
+    """How the work is spread; nothing here changes a result, except threads_per_stage and device in the last bits."""
 
     stages: Count | Literal["auto"] = "auto"
     """Number of stages; `auto`: one a layer, or one a GPU where there are fewer GPUs."""
@@ -115,6 +132,7 @@ class Pipeline(Section):
     max_in_flight: Count = 4
     """Chunks admitted and not yet done."""
     threads_per_stage: Count = 1
+    """torch's threads in a stage; part of the order of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto`: on GPUs where the cluster has some."""
 
@@ -132,6 +150,7 @@ class Tracking(Section):
     uri: str | None = None
     """Tracking server or database; without it MLFLOW_TRACKING_URI, else a database in the runs folder."""
     experiment: str = "ffdist"
+    """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
 
@@ -139,7 +158,8 @@ class Tracking(Section):
 class Config(Section):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
+    """Decides every random draw of the run."""
     data: Data
     model: Model
     negatives: Negatives = Negatives()
@@ -212,7 +232,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     path = find_config(name)
     try:
         tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as data: and model: (it holds: {tree!r})")
@@ -228,7 +248,7 @@ def parse_config(tree: dict[str, Any], origin: str) -> Config:
         ConfigError: As `load_config`.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate({section: keys for section, keys in tree.items() if keys is not None})
     except ValidationError as error:
         raise ConfigError(f"{origin}: {'; '.join(_explain(error))}") from error
 
@@ -239,13 +259,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"an override is section.key=value, without blanks around = (given: {override})")
     *sections, last = key.split(".")
     for section in sections:
-        inner = tree.setdefault(section, {})
+        inner = tree[section] = tree.get(section) or {}  # a section left empty in the file is None
         if not isinstance(inner, dict):
             raise ConfigError(f"{section} is a value, not a section (given: {override})")
         tree = inner
     try:
         tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"the value of {key} must be YAML (given: {text})") from error
 
 

@@ -11,18 +11,19 @@ from typing import Any, Literal
 from ffdist.checkpoint import prune, weights_sha256, write_commit
 from ffdist.config import Config, ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
-from ffdist.data.order import Order
+from ffdist.data.order import SampleOrder
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update, rate_gain
 from ffdist.pipeline.partition import layer_costs, partition
 from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
-from ffdist.runtime.placement import check_object_store, cluster_resources, connect, decide, describe, machine_resources
+from ffdist.runtime.cluster import check_object_store, cluster_resources, connect, machine_resources
+from ffdist.runtime.placement import decide, describe, reserve
 from ffdist.tracking.averages import Averages
 from ffdist.tracking.plots import History, plot_confusion, plot_layers
 from ffdist.tracking.progress import Display, closing_words
-from ffdist.tracking.tracker import Tracker, default_uri, tracking_uri
+from ffdist.tracking.tracker import Tracker, how_to_look, tracking_uri
 
 RunnerName = Literal["ray", "serial"]
 
@@ -59,7 +60,7 @@ def train(
     """
     started = time.perf_counter()
     dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
-    order = Order(config.seed, len(dataset.labels["train"]), config.training.batch_size)
+    order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
     if not order.minibatches:
         raise ConfigError(
             f"training.batch_size must be at most the number of training samples "
@@ -91,18 +92,21 @@ def train(
         )
         if runner == "ray":
             in_flight = blueprint.bytes_in_flight(config.pipeline.chunk_size, config.pipeline.max_in_flight)
-            check_object_store(in_flight + sum(split.nbytes for split in dataset.images.values()))
+            check_object_store(images=sum(split.nbytes for split in dataset.images.values()), in_flight=in_flight)
+            group = stack.enter_context(reserve(placement.bundles))
         folder = _new_folder(runs, name)
         (folder / "config.yaml").write_text(config.to_yaml())
         tracker.begin(folder.name, config.flat() | {"runner": runner})
         tracker.log_artifact(folder / "config.yaml")
-        display.say(describe(runner, placement, blueprint))
+        decided = describe(runner, placement, blueprint)
+        tracker.log_tags({"decided": decided, "folder": str(folder.resolve())})
+        display.say(decided)
         images, labels = dataset.images, dataset.labels["train"]
         if runner == "ray":
             from ffdist.runtime.runner import ray_runner
 
             display.doing("starting actors")
-            opened = ray_runner(blueprint, placement, config.pipeline, images=images, labels=labels)
+            opened = ray_runner(blueprint, group, config.pipeline, images=images, labels=labels)
             pipeline = stack.enter_context(opened)
         else:
             threads = config.pipeline.threads_per_stage
@@ -116,9 +120,8 @@ def train(
             "mlflow_run_id": tracker.run_id,
             "mlflow_tracking_uri": tracker.uri,
         }
-        tracker.log_tags({"weights_sha256": summary["weights_sha256"], "folder": str(folder)})
-    look = "ffdist ui" if runs == Path("runs") else f"ffdist ui --runs {runs}"
-    display.say(closing_words(summary, folder, look=look if tracker.uri == default_uri(runs) else None))
+        tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
+    display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
     return Run(folder, summary)
 
 
@@ -143,7 +146,7 @@ class _Loop:
     """Feeds the schedule to a runner and takes its results in, in order."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, order: Order, folder: Path, tracker: Tracker, display: Display
+        self, config: Config, dataset: Dataset, order: SampleOrder, folder: Path, tracker: Tracker, display: Display
     ) -> None:
         self._config, self._dataset, self._order, self._folder = config, dataset, order, folder
         self._tracker, self._display = tracker, display

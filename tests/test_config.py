@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -54,6 +56,10 @@ def test_a_single_layer_predicts_by_itself():
         (["pipeline.stages=some"], r"pipeline.stages \('some'\): .*integer.*or .*'auto'"),
         (["model.layers=[]"], r"model.layers \(\[\]\): .*at least 1"),
         (["model.predict_from=4"], r"one of the 3 layers \(predict_from: 4\)"),
+        (["training.epochs=yes"], "a number is needed here, not True"),
+        (["seed=2024-13-45"], "the value of seed must be YAML"),
+        (["data.image_size=[8, 8]"], r"data\.image_size is for images of one's own \(data\.name: digits\)"),
+        (["data.classes=5"], r"data\.classes is for images of one's own"),
         (["data.name=cats"], r"data.name \('cats'\): .*'digits', 'mnist'"),
         (["data.path=/x"], "data.name=digits takes no data.path"),
         (["data.name=parquet"], "data.name=parquet needs data.path"),
@@ -73,11 +79,29 @@ def test_unknown_configuration_names_the_shipped_ones():
         load_config("digit")
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "data: [", "{{", "!!python/object/apply:os.getcwd []", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "data: [", "{{", "seed: 2024-13-45", "!!python/object/apply:os.getcwd []", "\x00"]
+)
 def test_files_that_hold_no_configuration_are_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_config(str(tmp_path / "bad.yaml"))
+
+
+def test_a_section_left_empty_has_its_defaults(tmp_path):
+    (tmp_path / "short.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\ntraining:\npipeline:\n")
+    assert load_config(str(tmp_path / "short.yaml"), ["training.epochs=3"]).training.epochs == 3
+    assert load_config(str(tmp_path / "short.yaml")).training.epochs == 60
+
+
+def test_a_home_folder_is_meant_as_it_is_written():
+    assert load_config("mnist", ["data.root=~/images"]).data.root == Path.home() / "images"
+
+
+def test_every_setting_is_documented():
+    for section in Config.model_fields.values():
+        for name, field in getattr(section.annotation, "model_fields", {}).items():
+            assert field.description or name in ("name",), name
 
 
 def test_a_missing_section_is_named(tmp_path):

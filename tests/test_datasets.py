@@ -67,7 +67,7 @@ def test_images_are_resized_where_that_was_asked_for(colours):
     [
         ([b"no image"], [0], r"train-9\.parquet, row 0: the image cannot be decoded"),
         ([png(0)[:40]], [0], r"train-9\.parquet, row 0: the image cannot be decoded"),
-        ([None], [0], r"row 0: the image cannot be decoded"),
+        ([None], [0], r"row 0: an image is its encoded bytes, and here are none"),
         ([png((1, 1, 1)), png((1, 1, 1), size=(9, 9))], [0, 1], r"row 1: every image .*9 x 9.*data\.image_size"),
         ([png((1, 1, 1))], [-1], r"row 0: a label must be an integer from 0 .*label: -1"),
         ([png((1, 1, 1)), png((1, 1, 1))], [0, None], r"row 1: a label must be .*label: None"),
@@ -93,6 +93,20 @@ def test_a_damaged_file_is_named(colours, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ConfigError, match=r"train-1\.parquet cannot be read as Parquet"):
         load(colours)
+
+
+def test_images_of_16_bits_are_refused_rather_than_saturated(tmp_path):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [png(16000, mode="I;16")] * 2, [0, 1])
+    with pytest.raises(ConfigError, match=r"row 0: images have 8 bits a channel \(mode: I;16\); scale"):
+        load(tmp_path)
+
+
+def test_a_single_class_teaches_nothing(tmp_path):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [png(9, mode="L")] * 2, [0, 0])
+    with pytest.raises(ConfigError, match="at least two classes"):
+        load(tmp_path)
 
 
 def test_missing_and_empty_splits_are_named(colours, tmp_path_factory):

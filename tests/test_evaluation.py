@@ -1,6 +1,6 @@
 import torch
 
-from ffdist.data.order import Order
+from ffdist.data.order import SampleOrder
 from ffdist.evaluation import evaluate
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.runner import Blueprint, serial_runner
@@ -12,7 +12,7 @@ def test_evaluation_through_stages_equals_the_whole_network():
     images = torch.randint(0, 256, (37, 20), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, 4, (37,), generator=draw)
     architecture = Architecture(20, 4, (30, 25, 15), seed=1)
-    blueprint = Blueprint(architecture, Order(0, 37, 5), "wrong_label", 1, [range(2), range(2, 3)], 1, "cpu")
+    blueprint = Blueprint(architecture, SampleOrder(0, 37, 5), "wrong_label", 1, [range(2), range(2, 3)], 1, "cpu")
     with serial_runner(blueprint, {"train": images, "test": images}, labels, threads=1) as runner:
         blocks = [result for _, result in runner.run(evaluation("test", 37, 8))]
     found = evaluate(blocks, labels, classes=4, predict_from=2)

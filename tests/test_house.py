@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what stays light, and that everything public exists."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,11 +113,12 @@ def test_files_stay_readable():
     assert not long
 
 
-def test_every_setting_is_used_and_documented():
+def test_every_setting_is_used():
     from ffdist.config import Config
 
-    source = "".join(path.read_text() for path in MODULES if path.stem != "config")
-    source += (PACKAGE / "config.py").read_text().split("class Config(")[1]
-    for name, field in Config.model_fields.items():
+    source = "".join(path.read_text() for path in MODULES)
+    readers = {"data": r"(config|data|self)", "model": r"(model|self)", "tracking": r"(tracking|_config|config)"}
+    for section, field in Config.model_fields.items():
         for setting in getattr(field.annotation, "model_fields", {}):
-            assert f".{setting}" in source, f"nothing reads {name}.{setting}"
+            reader = readers.get(section, section)
+            assert re.search(rf"\b{reader}\.{setting}\b", source), f"nothing reads {section}.{setting}"

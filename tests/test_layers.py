@@ -90,15 +90,17 @@ def test_neutral_rows_teach_nothing():
 
 def test_metrics_are_what_their_names_say():
     layer, rows = a_layer(), some_rows()
-    goodness = layer(rows).goodness
+    goodness, activity = layer(rows).goodness, layer.activity(rows)[: 2 * B]
     expected_rms = layer.weight.square().mean().sqrt().item()
     _, values = layer.train_minibatch(rows, measure_weights=True)
     metrics = dict(zip(METRICS, values.tolist(), strict=True))
+    margin = torch.cat((goodness[:B] - H, H - goodness[B : 2 * B]))
+    assert metrics["loss"] == pytest.approx(F.softplus(-margin).mean().item())
+    assert metrics["active_fraction"] == pytest.approx((activity > 0).double().mean().item())
     assert metrics["goodness_positive"] == pytest.approx(goodness[:B].mean().item())
     assert metrics["goodness_negative"] == pytest.approx(goodness[B : 2 * B].mean().item())
     assert metrics["pairwise_error"] == pytest.approx((goodness[B : 2 * B] >= goodness[:B]).double().mean().item())
     assert metrics["weight_rms"] == pytest.approx(expected_rms)
-    assert 0 < metrics["active_fraction"] < 1
 
 
 def test_bfloat16_stays_near_float64():
@@ -111,11 +113,15 @@ def test_bfloat16_stays_near_float64():
 
 
 def test_peer_normalization_revives_a_dead_unit():
-    layer, rows = a_layer(), some_rows()
-    layer.bias[0] = -50.0
-    for _ in range(100):
-        layer.train_minibatch(rows)
-    assert layer.bias[0] > -50.0
+    alive = {}
+    for peer_strength in (0.0, 0.03):
+        layer, rows = a_layer(peer_strength=peer_strength), some_rows()
+        layer.bias[0] = -8.0
+        assert not layer.activity(rows)[:, 0].any()
+        for _ in range(10_000):
+            layer.train_minibatch(rows)
+        alive[peer_strength] = bool(layer.activity(rows)[:, 0].any())
+    assert alive == {0.0: False, 0.03: True}
 
 
 def test_loaded_weights_are_used_in_products():

@@ -1,7 +1,7 @@
 import pytest
 
 from ffdist.config import ConfigError, Pipeline
-from ffdist.runtime.placement import connect, decide, reserve
+from ffdist.runtime.placement import decide, reserve
 
 
 def decided(layers=4, resources=None, negative_actors=1, **settings):
@@ -44,10 +44,21 @@ def test_gpus_asked_for_and_not_there():
         decided(device="cuda")
 
 
-def test_too_few_gpus_says_what_the_cluster_has(ray_start_4_cpus, monkeypatch):
+def test_bundles_are_in_the_order_in_which_actors_are_made():
+    bundles = decided(stages=2, layers=2, negative_actors=2, resources={"CPU": 8, "GPU": 1}).bundles
+    assert bundles == [{"CPU": 1, "GPU": 0.5}] * 2 + [{"CPU": 1}] * 3
+
+
+def test_an_actor_that_no_node_can_hold_is_refused_at_once(ray_start_4_cpus):
+    needed = r"needed: 1 CPU, 1 GPU; nodes have: 4 CPU, 0 GPU\); set pipeline\.threads_per_stage lower"
+    with pytest.raises(ConfigError, match=needed), reserve([{"CPU": 1, "GPU": 1}]):
+        pass
+
+
+def test_too_few_resources_say_what_the_cluster_has(ray_start_4_cpus, monkeypatch):
     monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
-    needed = r"needed: 2 x \(1 CPU, 1 GPU\) \+ 1 x \(1 CPU, 0 GPU\); the cluster has: 4 CPU, 0 GPU; free: 4 CPU"
-    with pytest.raises(ConfigError, match=needed), reserve([{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 1}]):
+    needed = r"needed: 2 x \(3 CPU, 0 GPU\) \+ 1 x \(1 CPU, 0 GPU\); the cluster has: 4 CPU, 0 GPU; free: 4 CPU"
+    with pytest.raises(ConfigError, match=needed), reserve([{"CPU": 3}] * 2 + [{"CPU": 1}]):
         pass
 
 
@@ -60,10 +71,4 @@ def test_a_cluster_in_use_says_what_is_free(ray_start_4_cpus, monkeypatch):
     ):
         pass
     with reserve([{"CPU": 2}]):  # both are given back
-        pass
-
-
-def test_other_platforms_are_sent_to_the_serial_runner(monkeypatch):
-    monkeypatch.setattr("sys.platform", "darwin")
-    with pytest.raises(ConfigError, match=r"needs Linux \(platform: darwin\); use --runner serial"), connect("local"):
         pass

@@ -57,13 +57,18 @@ def test_the_first_command_reaches_its_figure(tmp_path):
     assert "ffdist ui" in run.stdout
 
 
-def test_ui_shows_a_finished_run(tmp_path):
+def test_ui_shows_a_finished_run(tmp_path, free_port):
     assert "ffdist ui" in COMMANDS
     short = ["--runner", "serial", "training.epochs=1"]
     subprocess.run([*arguments("ffdist train digits"), *short], cwd=tmp_path, check=True, capture_output=True)
-    server = subprocess.Popen([*arguments("ffdist ui"), "--port", "5918"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [*arguments("ffdist ui"), "--port", str(free_port)], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     try:
-        url, body = "http://127.0.0.1:5918/api/2.0/mlflow/runs/search", json.dumps({"experiment_ids": ["1"]}).encode()
+        url, body = (
+            f"http://127.0.0.1:{free_port}/api/2.0/mlflow/runs/search",
+            json.dumps({"experiment_ids": ["1"]}).encode(),
+        )
         deadline = time.monotonic() + 120
         while True:
             try:

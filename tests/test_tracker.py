@@ -61,6 +61,26 @@ def test_a_server_that_is_not_there_is_refused_at_once(tmp_path):
     assert time.monotonic() < start + 10
 
 
+def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "RETRY_EVERY_S", 0.01)
+    with a_tracker(template) as tracker:
+        tracker.begin("a run", {})
+        tracker.log_artifact(tmp_path / "missing.txt")
+        tracker.log_metrics({"loss": 1.0}, 1)
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+    assert "missing.txt" in caplog.text
+
+
+def test_a_deleted_experiment_is_told(tmp_path):
+    with a_tracker(tmp_path) as tracker:
+        tracker.begin("a run", {})
+    client = MlflowClient(default_uri(tmp_path))
+    client.delete_experiment(client.get_experiment_by_name("ffdist").experiment_id)
+    with pytest.raises(ConfigError, match=r"not possible.*active"), a_tracker(tmp_path) as tracker:
+        tracker.begin("a run", {})
+
+
 def test_a_run_that_is_refused_before_it_begins_leaves_no_trace(template):
     before = len(MlflowClient(default_uri(template)).search_runs(["1"]))
     with pytest.raises(ConfigError), a_tracker(template):
@@ -68,11 +88,11 @@ def test_a_run_that_is_refused_before_it_begins_leaves_no_trace(template):
     assert len(MlflowClient(default_uri(template)).search_runs(["1"])) == before
 
 
-def test_a_server_that_goes_away_slows_nothing_and_is_told_at_the_end(template, monkeypatch, caplog):
+def test_a_server_that_goes_away_slows_nothing_and_is_told_at_the_end(template, free_port, monkeypatch, caplog):
     monkeypatch.setattr(module, "FLUSH_TIMEOUT_S", 2.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    uri = "http://127.0.0.1:5917"
-    options = ["--backend-store-uri", default_uri(template), "--port", "5917", "--workers", "1"]
+    uri = f"http://127.0.0.1:{free_port}"
+    options = ["--backend-store-uri", default_uri(template), "--port", str(free_port), "--workers", "1"]
     server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *options], stderr=subprocess.DEVNULL)
     try:
         wait_for(f"{uri}/health")
@@ -88,7 +108,7 @@ def test_a_server_that_goes_away_slows_nothing_and_is_told_at_the_end(template, 
         assert time.monotonic() < leaving + 10
     finally:
         server.kill()
-    assert "not everything was tracked at http://127.0.0.1:5917" in caplog.text
+    assert f"not everything was tracked at {uri}" in caplog.text
 
 
 def wait_for(url: str, timeout_s: float = 90) -> str:

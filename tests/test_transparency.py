@@ -8,7 +8,7 @@ import torch
 from ffdist.checkpoint import weights_sha256
 from ffdist.config import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
-from ffdist.data.order import Order
+from ffdist.data.order import SampleOrder
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.partition import layer_costs, partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner
@@ -30,8 +30,8 @@ def digits() -> Dataset:
     return load_dataset(Data(name="digits", label="append"), seed=0, validation_samples=200)
 
 
-def an_order(digits) -> Order:
-    return Order(0, len(digits.labels["train"]), BATCH_SIZE)
+def an_order(digits) -> SampleOrder:
+    return SampleOrder(0, len(digits.labels["train"]), BATCH_SIZE)
 
 
 def a_blueprint(digits, stages, precision, label="append", actors=1) -> Blueprint:
@@ -92,22 +92,25 @@ def test_stages_and_chunks_change_no_bit(digits, precision, label):
 
 
 @pytest.mark.parametrize(
-    ("stages", "chunk_size", "window", "negative_actors"), [(1, 32, 1, 1), (2, 7, 4, 2), (3, 1, 4, 1)]
+    ("stages", "chunk_size", "window", "actors", "precision", "label"),
+    [
+        (1, 32, 1, 1, "bfloat16", "append"),
+        (2, 7, 4, 2, "float32", "overwrite"),  # float32 messages are read without a copy, and must not be written to
+        (3, 1, 60, 1, "bfloat16", "append"),  # more in flight than an epoch has, its evaluation and snapshot included
+    ],
 )
-def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, negative_actors):
-    from ffdist.runtime.placement import Placement
+def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, actors, precision, label):
+    from ffdist.runtime.placement import Placement, reserve
     from ffdist.runtime.runner import ray_runner
 
-    blueprint = a_blueprint(digits, stages, "bfloat16", actors=negative_actors)
-    with ray_runner(
-        blueprint,
-        Placement(stages, "cpu", 0, 0.5, 0.5),
-        Pipeline(chunk_size=chunk_size, max_in_flight=window),
-        images=digits.images,
-        labels=digits.labels["train"],
-    ) as runner:
+    blueprint = a_blueprint(digits, stages, precision, label=label, actors=actors)
+    pipeline, data = Pipeline(chunk_size=chunk_size, max_in_flight=window), (digits.images, digits.labels["train"])
+    with (
+        reserve(Placement(stages, "cpu", 0, 0.5, 0.5, actors).bundles) as group,
+        ray_runner(blueprint, group, pipeline, images=data[0], labels=data[1]) as runner,
+    ):
         spread = results(runner, digits, chunk_size)
-    assert_equal(serial(digits), spread)
+    assert_equal(serial(digits, precision=precision, label=label), spread)
 
 
 def test_training_changes_the_weights_and_the_seed_decides_them(digits):

@@ -58,6 +58,10 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
             f"(validation_samples: {validation_samples}, training samples: {samples})"
         )
     classes = config.classes or int(labels["train"].max()) + 1
+    if classes < 2:
+        raise ConfigError(
+            f"training needs samples of at least two classes (data: {config.path or config.name}, classes: 1)"
+        )
     channels, height, width = images["train"].shape[1:]
     shape = (channels, height, width)
     if config.label == "overwrite" and classes > channels * height * width:

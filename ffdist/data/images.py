@@ -84,18 +84,26 @@ def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str,
         numbers: list[int] = []
         for sample in track(samples, f"reading {split} images", transient=True):
             image = _decode(sample)
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                raise ConfigError(
+                    f"{sample.place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255"
+                )
             mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
             if image.mode not in ("1", "L") and mode == "L":
-                raise ConfigError(f"{sample.place}: the first image is grey and this one is not (mode: {image.mode})")
+                raise ConfigError(
+                    f"{sample.place}: the first image is grey and this one is not (mode: {image.mode}); "
+                    f"write all of them in grey, or all in colour"
+                )
             size = size or (image.height, image.width)
             if (image.height, image.width) != size and not config.image_size:
                 raise ConfigError(
                     f"{sample.place}: every image must be as large as the first (first: {size[0]} x {size[1]}, this: "
                     f"{image.height} x {image.width}); set data.image_size to [height, width] to resize them"
                 )
+            image = image.convert(mode)
             if image.size != size[::-1]:
                 image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-            decoded.append(_pixels(image.convert(mode)))
+            decoded.append(_pixels(image))
             if not isinstance(sample.label, int) or not 0 <= sample.label < (classes or 256):
                 below = f"{classes}, the number of classes" if classes else "256"
                 raise ConfigError(
@@ -105,7 +113,7 @@ def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str,
         if not decoded:
             raise ConfigError(f"{config.path}: the {split} split is empty; it must hold at least one sample")
         images[split], labels[split] = torch.stack(decoded), torch.tensor(numbers)
-        classes = classes or max(2, max(numbers) + 1)
+        classes = classes or max(numbers) + 1
     return images, labels
 
 
@@ -150,7 +158,9 @@ def _rows(file: Path, config: Data) -> Iterator[_Sample]:
             for batch in parquet.iter_batches(batch_size=1024, columns=[image, label]):
                 for encoded, number in zip(batch[image].to_pylist(), batch[label].to_pylist(), strict=True):
                     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
-                    yield _Sample(content if content is not None else b"", number, f"{file}, row {row}")
+                    if content is None:
+                        raise ConfigError(f"{file}, row {row}: an image is its encoded bytes, and here are none")
+                    yield _Sample(content, number, f"{file}, row {row}")
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error

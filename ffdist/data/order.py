@@ -10,7 +10,7 @@ from ffdist.ff.keyed import generator
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """The order of a training set.
 
     An epoch is a permutation cut into whole minibatches; the rest that fills none is dropped, another rest each epoch.

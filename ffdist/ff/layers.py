@@ -60,6 +60,8 @@ class Dense(nn.Module):
         self.weight_gradient: Tensor
         self.bias_gradient: Tensor
         self.mean_activity: Tensor
+        self._compute_weight: Tensor
+        self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
         self.refresh()
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
 
@@ -75,6 +77,9 @@ class Dense(nn.Module):
     def forward(self, rows: Tensor) -> Passed:
         """Passes rows `[..., D]` of the compute type on, at the present weights."""
         activity = self.activity(rows.reshape(-1, rows.shape[-1])).reshape(*rows.shape[:-1], -1)
+        return self._pass_on(activity)
+
+    def _pass_on(self, activity: Tensor) -> Passed:
         goodness = sum_of_squares(activity)
         return Passed(normalize(activity, goodness).to(self.compute_dtype), goodness)
 
@@ -96,9 +101,8 @@ class Dense(nn.Module):
         """
         batch = len(rows) // 3
         activity = self.activity(rows)
-        goodness = sum_of_squares(activity)
-        passed = Passed(normalize(activity, goodness).to(self.compute_dtype), goodness)
-
+        passed = self._pass_on(activity)
+        goodness = passed.goodness
         positive, negative = goodness[:batch], goodness[batch : 2 * batch]
         loss, pull = logistic_loss(positive, negative, self.threshold)
         trained = activity[: 2 * batch]

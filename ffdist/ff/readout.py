@@ -28,7 +28,10 @@ class Readout(nn.Module):
 
     def forward(self, activities: list[Tensor]) -> Tensor:
         """Returns logits `[..., C]` from each read layer's normalized activities `[..., H]`, lowest layer first."""
-        return F.linear(torch.cat([part.to(self.weight.dtype) for part in activities], -1), self.weight, self.bias)
+        return F.linear(self._rows(activities), self.weight, self.bias)
+
+    def _rows(self, activities: list[Tensor]) -> Tensor:
+        return torch.cat([part.to(self.weight.dtype) for part in activities], -1)
 
     def train_minibatch(self, activities: list[Tensor], labels: Tensor, *, gain: float = 1.0) -> Tensor:
         """Makes one update on the cross-entropy.
@@ -41,7 +44,7 @@ class Readout(nn.Module):
         Returns:
             Loss in nats and error in [0, 1], both before the update `[2]`, float32.
         """
-        rows = torch.cat([part.to(self.weight.dtype) for part in activities], -1)
+        rows = self._rows(activities)
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
         direction = F.one_hot(labels, len(self.bias)) - logits.softmax(1)

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffdist.data.order import Order as DataOrder
+from ffdist.data.order import SampleOrder
 from ffdist.ff.network import Architecture
+from ffdist.pipeline.partition import layer_costs
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State
+
+FLOAT32_BYTES = 4
 
 
 class Call(Protocol):
@@ -42,7 +45,7 @@ class Blueprint(NamedTuple):
     """What decides the parts, apart from the data."""
 
     architecture: Architecture
-    order: DataOrder
+    order: SampleOrder
     negatives: str
     """Kind of negatives."""
     negative_parts: int
@@ -53,10 +56,12 @@ class Blueprint(NamedTuple):
     """Where the layers live, as torch names it."""
 
     def bytes_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
-        """Bounds what the stages' messages take while `max_in_flight` orders are under way."""
-        units, minibatch = sum(self.architecture.units), 3 * self.order.batch_size
+        """Bounds what messages and states take while `max_in_flight` orders are under way; two may be snapshots."""
+        architecture, minibatch = self.architecture, 3 * self.order.batch_size
         rows = max(EVALUATION_ROWS, minibatch * min(chunk_size, self.order.minibatches))
-        return max_in_flight * rows * units * self.architecture.compute_dtype.itemsize
+        messages = max_in_flight * rows * sum(architecture.units) * architecture.compute_dtype.itemsize
+        parameters = sum(layer_costs(architecture.widths))
+        return messages + min(2, max_in_flight) * 2 * FLOAT32_BYTES * int(parameters)
 
     def assemble(self, make: Callable[..., Any], images: Any, labels: Any) -> Parts:
         """Makes all parts: the stages in order, the readout, the negatives.

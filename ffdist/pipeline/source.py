@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ffdist.data.order import Order
+from ffdist.data.order import SampleOrder
 from ffdist.ff.labels import neutral, one_hot
 from ffdist.ff.negatives import KINDS
 from ffdist.ff.network import Architecture
@@ -17,10 +17,10 @@ class NegativeSource:
         kind: A key of `KINDS`.
         labels: True labels of the training set `[N]`, int64.
         classes: Number of classes.
-        order: Order of the training set.
+        order: SampleOrder of the training set.
     """
 
-    def __init__(self, kind: str, labels: Tensor, classes: int, order: Order) -> None:
+    def __init__(self, kind: str, labels: Tensor, classes: int, order: SampleOrder) -> None:
         self._negatives, self._order = KINDS[kind](labels, classes, order.seed), order
         self._epoch, self._labels = -1, labels
 
@@ -38,10 +38,12 @@ class Source:
         architecture: Says how a row shows its label.
         images: uint8 images of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
-        order: Order of the training set.
+        order: SampleOrder of the training set.
     """
 
-    def __init__(self, architecture: Architecture, images: dict[str, Tensor], labels: Tensor, order: Order) -> None:
+    def __init__(
+        self, architecture: Architecture, images: dict[str, Tensor], labels: Tensor, order: SampleOrder
+    ) -> None:
         self._architecture, self._images, self._labels, self._order = architecture, images, labels, order
 
     def train(self, chunk: Train, negatives: Tensor) -> tuple[Tensor, Tensor]:

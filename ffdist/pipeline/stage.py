@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffdist.data.order import Order
+from ffdist.data.order import SampleOrder
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Source
@@ -33,10 +33,14 @@ class _Clock:
         self._free_since: float | None = None
 
     def report(self, metrics: Tensor, start: float) -> Report:
-        end = time.perf_counter()
         wait_s = start - self._free_since if self._free_since is not None else 0.0
-        self._free_since = end
-        return Report(metrics, end - start, wait_s)
+        compute_s = self.free() - start
+        return Report(metrics, compute_s, wait_s)
+
+    def free(self) -> float:
+        """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
+        self._free_since = time.perf_counter()
+        return self._free_since
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +53,7 @@ class Stage:
     Args:
         architecture: The whole network.
         layers: The layers held here, counted from 0.
-        order: Order of the training set.
+        order: SampleOrder of the training set.
         measure_every: Minibatches between two measurements of the weights.
         device: Where the layers live, as torch names it. What travels is always in main memory.
         images: Images of each split, which the first stage turns into rows; elsewhere None.
@@ -60,7 +64,7 @@ class Stage:
         self,
         architecture: Architecture,
         layers: range,
-        order: Order,
+        order: SampleOrder,
         measure_every: int,
         device: str,
         images: dict[str, Tensor] | None = None,
@@ -126,11 +130,14 @@ class Stage:
             goodness.append(layer_goodness[:, :-1])
             neutrals.append(rows[:, -1].cpu().contiguous() if travels else None)
         passed = None if self._is_last else rows[:, :-1].cpu().contiguous()
+        self._clock.free()
         return [torch.stack(goodness).cpu(), passed, *neutrals]
 
     def state(self) -> State:
         """Returns a copy of everything that the layers learned."""
-        return {f"layer_{index + 1}": _state(layer) for index, layer in self._layers.items()}
+        state = {f"layer_{index + 1}": _state(layer) for index, layer in self._layers.items()}
+        self._clock.free()
+        return state
 
 
 class ReadoutStage:
@@ -139,10 +146,10 @@ class ReadoutStage:
     Args:
         architecture: The whole network.
         labels: True labels of the training set `[N]`, int64.
-        order: Order of the training set.
+        order: SampleOrder of the training set.
     """
 
-    def __init__(self, architecture: Architecture, labels: Tensor, order: Order) -> None:
+    def __init__(self, architecture: Architecture, labels: Tensor, order: SampleOrder) -> None:
         self._readout, self._labels, self._order, self._clock = architecture.readout(), labels, order, _Clock()
 
     def train(self, chunk: Train, *neutral: Tensor) -> Report:
@@ -158,6 +165,7 @@ class ReadoutStage:
     def evaluate(self, *neutral: Tensor) -> Tensor:
         """Returns the predicted labels `[n]` from the neutral activities `[n, H]` of each read layer."""
         predicted: Tensor = self._readout(list(neutral)).argmax(-1)
+        self._clock.free()
         return predicted
 
     def state(self) -> State:

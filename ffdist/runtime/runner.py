@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
 from ffdist.config import Pipeline
 from ffdist.pipeline.runner import Blueprint, Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
-from ffdist.runtime.placement import Placement, reserve
 
 
 class ActorFailure(RuntimeError):
@@ -21,39 +22,34 @@ class ActorFailure(RuntimeError):
 @contextmanager
 def ray_runner(
     blueprint: Blueprint,
-    placement: Placement,
+    group: PlacementGroup,
     pipeline: Pipeline,
     *,
     images: dict[str, Tensor],
     labels: Tensor,
 ) -> Iterator[Runner]:
-    """Places the parts of a run as actors, and takes them down at the end of a `with` block.
+    """Starts the parts of a run as actors, and takes them down at the end of a `with` block.
 
     Args:
         blueprint: What to make.
-        placement: Resources of each actor.
+        group: Resources of each actor, as `Placement.bundles` lists them.
         pipeline: Window, chunks and threads.
         images: uint8 images of each split `[N, D]`; they go into the object store once.
         labels: Labels of the training set `[N]`.
 
     Raises:
-        ConfigError: The cluster lacks the resources.
         ActorFailure: An actor cannot start.
     """
-    stage: dict[str, float] = {"CPU": placement.stage_cpus}
-    if placement.stage_gpus:
-        stage["GPU"] = placement.stage_gpus
-    others = [{"CPU": placement.other_cpus}] * (1 + blueprint.negative_parts)
     send_tensors_as_arrays()
-    with reserve([stage] * placement.stages + others) as group:
-        make = ActorMaker(group, pipeline.threads_per_stage)
-        try:
-            parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
-            _collect([actor.__ray_ready__.remote() for actor in make.made])
-            yield Runner(parts, call=_call_remotely, collect=_collect, max_in_flight=pipeline.max_in_flight)
-        finally:
-            for actor in make.made:
-                ray.kill(actor)
+    make = ActorMaker(group, pipeline.threads_per_stage)
+    try:
+        parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
+        _collect([actor.__ray_ready__.remote() for actor in make.made])
+        yield Runner(parts, call=_call_remotely, collect=_collect, max_in_flight=pipeline.max_in_flight)
+    finally:
+        for actor in make.made:
+            ray.kill(actor)
+        ray.util.deregister_serializer(torch.Tensor)
 
 
 def _call_remotely(part: Any, method: str, *args: Any, returns: int = 1) -> Any:

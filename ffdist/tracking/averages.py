@@ -10,6 +10,8 @@ from ffdist.ff.layers import METRICS
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Train
 
+WEIGHT_RMS = METRICS.index("weight_rms")
+
 
 class Averages:
     """Averages learning metrics over a fixed number of minibatches, and sums times beside them.
@@ -51,14 +53,16 @@ class Averages:
             yield step * self._batch_size, self._learning() | self._speed()
 
     def _learning(self) -> dict[str, float]:
-        layers = torch.stack(self._layers).double().nanmean(0)
+        stacked = torch.stack(self._layers).double()
+        layers = stacked.mean(0)
+        layers[:, WEIGHT_RMS] = stacked[:, :, WEIGHT_RMS].nanmean(0)  # measured once a point
         readout = torch.stack(self._readout).double().mean(0)
         self._layers, self._readout = [], []
         metrics = {
             f"layer_{layer}/{name}": value
             for layer, values in enumerate(layers.tolist(), 1)
             for name, value in zip(METRICS, values, strict=True)
-            if value == value  # weights are measured once a point; a last, partial one has none
+            if name != "weight_rms" or value == value  # a last, partial point has none
         }
         return metrics | dict(zip(("readout/loss", "readout/error"), readout.tolist(), strict=True))
 

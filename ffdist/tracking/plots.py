@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
 
 History = dict[str, list[tuple[int, float]]]
@@ -17,9 +15,10 @@ def plot_layers(history: History, path: Path) -> Path:
     layers = sorted(
         {name.split("/")[0] for name in history if name.startswith("layer_")}, key=lambda name: int(name[6:])
     )
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
     for index, layer in enumerate(layers):
-        color = plt.cm.viridis(index / max(1, len(layers)))
+        color = colormaps["viridis"](index / max(1, len(layers)))
         label = layer.replace("_", " ")
         panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=label)
         panels[1].plot(
@@ -34,16 +33,16 @@ def plot_layers(history: History, path: Path) -> Path:
         panel.legend(fontsize="small")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
 def plot_confusion(confusion: Tensor, path: Path) -> Path:
     """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path."""
     classes = len(confusion)
-    figure, panel = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    panel = figure.subplots()
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    panel.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    panel.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     if classes <= 30:
         panel.set_xticks(range(classes))
         panel.set_yticks(range(classes))
@@ -53,5 +52,4 @@ def plot_confusion(confusion: Tensor, path: Path) -> Path:
             panel.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
     panel.set(xlabel="predicted by goodness", ylabel="true label", title="test samples")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

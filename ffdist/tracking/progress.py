@@ -91,13 +91,13 @@ class Display:
         return Group(self._bar, table)
 
 
-def closing_words(summary: dict[str, Any], folder: Path, *, look: str | None) -> str:
+def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
     """Returns what a run ends with.
 
     Args:
         summary: The final figures.
         folder: The run's.
-        look: Command that shows what was tracked, where there is one.
+        look: Command or address that shows what was tracked.
     """
     goodness, readout = summary["test_goodness_error"], summary["test_readout_error"]
     lines = {

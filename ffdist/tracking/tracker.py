@@ -9,6 +9,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +24,8 @@ RETRY_EVERY_S = 0.5
 OPEN_TIMEOUT_S = 60.0
 FLUSH_TIMEOUT_S = 30.0
 WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
+TRIES = 3
+"""Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 BATCH = 1000
 """Most metrics that MLflow takes in one request."""
 
@@ -34,6 +38,13 @@ def default_uri(runs: Path) -> str:
 def tracking_uri(config: Tracking, runs: Path) -> str:
     """Returns where a run is tracked: the configuration's word, else the environment's, else the runs folder."""
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs)
+
+
+def how_to_look(uri: str, runs: Path) -> str:
+    """Returns the command or address that shows what was tracked."""
+    if uri == default_uri(runs):
+        return "ffdist ui" if runs == Path("runs") else f"ffdist ui --runs {runs}"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 class Tracker:
@@ -77,6 +88,8 @@ class Tracker:
         self._queue.put(None)
         self._closing.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
+        if self._thread.is_alive():
+            self._failure = "its time to flush is over"
         if self._failure and kind is None:
             logging.getLogger(__name__).warning("not everything was tracked at %s: %s", self.uri, self._failure)
 
@@ -95,9 +108,13 @@ class Tracker:
         if not self._client:
             raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {WAY_OUT}")
         from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
 
-        self.run_id = self._client.create_run(self._experiment_id, run_name=name).info.run_id
-        self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        try:
+            self.run_id = self._client.create_run(self._experiment_id, run_name=name).info.run_id
+            self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        except MlflowException as error:
+            raise ConfigError(f"tracking at {self.uri} is not possible ({error}); {WAY_OUT}") from error
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Has metrics sent, with the number of samples seen as `step`; returns at once."""
@@ -109,9 +126,9 @@ class Tracker:
         """Has tags set; returns at once."""
         self._queue.put(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Has a file kept with the run; returns at once, so the file must stay as it is."""
-        self._queue.put(lambda client, run: client.log_artifact(run, str(path), folder))
+        self._queue.put(lambda client, run: client.log_artifact(run, str(path)))
 
     def _work(self) -> None:
         try:
@@ -134,16 +151,17 @@ class Tracker:
                 self._send(lambda metrics=metrics: client.log_batch(self.run_id, metrics))  # type: ignore[misc]
             for item in items:
                 if callable(item):
-                    self._send(lambda item=item: item(client, self.run_id))  # type: ignore[misc]
+                    self._send(lambda item=item: item(client, self.run_id), tries=TRIES)  # type: ignore[misc]
 
-    def _send(self, call: Callable[[], Any]) -> None:
-        while True:
+    def _send(self, call: Callable[[], Any], *, tries: int | None = None) -> None:
+        """Tries until it works, the run has ended and its time to flush is over, or `tries` are used up."""
+        for attempt in count(1):
             try:
                 call()
                 return
-            except Exception as error:  # the server may come back: kept and tried again until the run's end
-                self._failure = " ".join(str(error).split())[:300]
-                if time.monotonic() > self._deadline:
+            except Exception as error:  # whatever it is, the server may come back
+                if attempt == tries or time.monotonic() > self._deadline:
+                    self._failure = " ".join(str(error).split())[:300]
                     return
                 time.sleep(RETRY_EVERY_S)
 
@@ -177,5 +195,5 @@ def _check_server(uri: str) -> None:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
     except urllib.error.HTTPError:
         return  # it answers, which is all that is asked here
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
         raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error
