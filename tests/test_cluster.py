@@ -4,10 +4,11 @@ from ffdist.config import ConfigError
 from ffdist.runtime.cluster import check_object_store, cluster_resources, connect
 
 
-def test_gpus_that_torch_cannot_use_do_not_count():
+def test_gpus_that_torch_cannot_use_do_not_count(monkeypatch):
     """Ray counts GPUs by their driver, or as many as it is told; `auto` must not send stages there on its word."""
     import ray
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR"):
         assert ray.cluster_resources()["GPU"] == 2
         assert cluster_resources()["GPU"] == 0

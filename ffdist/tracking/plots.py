@@ -19,19 +19,14 @@ def plot_layers(history: History, path: Path) -> Path:
     panels = figure.subplots(1, 2)
     for index, layer in enumerate(layers):
         color = colormaps["viridis"](index / max(1, len(layers)))
-        label = layer.replace("_", " ")
-        panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=label)
-        panels[1].plot(
-            *zip(*history[f"{layer}/goodness_positive"], strict=True), color=color, label=f"{label}, positive"
-        )
-        panels[1].plot(
-            *zip(*history[f"{layer}/goodness_negative"], strict=True), color=color, linestyle="--", label="negative"
-        )
-    panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss per layer")
-    panels[1].set(xlabel="samples seen", ylabel="sum of squared activities", title="goodness per layer")
+        panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=layer.replace("_", " "))
+        for name, style in (("positive", "-"), ("negative", "--")):
+            panels[1].plot(*zip(*history[f"{layer}/goodness_{name}"], strict=True), color=color, linestyle=style)
+    panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
+    panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness: positive solid, negative dashed")
     for panel in panels:
-        panel.legend(fontsize="small")
         panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=120)
     return path
 

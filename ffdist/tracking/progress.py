@@ -88,7 +88,7 @@ class Display:
         )
         for row in self._rows():
             table.add_row(*row)
-        return Group(self._bar, table)
+        return Group(self._bar, table) if table.rows else Group(self._bar)
 
 
 def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:

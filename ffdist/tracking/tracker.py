@@ -24,6 +24,8 @@ RETRY_EVERY_S = 0.5
 OPEN_TIMEOUT_S = 60.0
 FLUSH_TIMEOUT_S = 30.0
 WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
+TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's UI open on runs and curves, not on its pages for language models."""
 TRIES = 3
 """Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 BATCH = 1000
@@ -177,7 +179,9 @@ class Tracker:
             experiment = client.get_experiment_by_name(self._config.experiment)
             artifacts = (self._runs.resolve() / "artifacts").as_uri() if local else None
             self._experiment_id = (
-                experiment.experiment_id if experiment else client.create_experiment(self._config.experiment, artifacts)
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(self._config.experiment, artifacts, TRAINING_VIEW)
             )
         self._client = client
         return client
