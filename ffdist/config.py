@@ -1,7 +1,6 @@
 """What a run is: one YAML file, typed and validated before anything starts."""
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -299,8 +298,3 @@ def _keys(section: list[str]) -> list[str]:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def data_root(config: Data) -> Path:
-    """Returns where torchvision's datasets are looked for and downloaded to."""
-    return config.root or Path(os.environ.get("FFDIST_DATA") or Path.home() / ".cache" / "ffdist")

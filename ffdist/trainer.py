@@ -18,6 +18,7 @@ from ffdist.ff.update import Update, rate_gain
 from ffdist.pipeline.partition import layer_costs, partition
 from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
+from ffdist.pipeline.stage import State
 from ffdist.runtime.cluster import check_object_store, cluster_resources, connect, machine_resources
 from ffdist.runtime.placement import decide, describe, reserve
 from ffdist.tracking.averages import Averages
@@ -170,7 +171,7 @@ class _Loop:
         blocks: list[Evaluated] = []
         evaluations: dict[str, Evaluation] = {}
         steps, train_s, train_start = 0, 0.0, time.perf_counter()
-        digest = ""
+        state: State = {}
         for ordered, result in pipeline.run(orders):
             if isinstance(ordered, Train) and isinstance(result, Trained):
                 steps, train_s = ordered.step + ordered.num_minibatches, time.perf_counter() - train_start
@@ -185,16 +186,14 @@ class _Loop:
                     blocks = []
             elif isinstance(ordered, Snapshot) and callable(result):
                 state = result()
-                digest = weights_sha256(state)
-                validation = evaluations.get("validation")
-                self._commit(state, ordered, validation)
+                self._commit(state, ordered, evaluations.get("validation"))
         for samples, metrics in averages.rest(steps):
             self._log(metrics, samples)
         test = evaluations["test"]
         self._tracker.log_artifact(plot_layers(self._history, self._folder / "layers.png"))
         self._tracker.log_artifact(plot_confusion(test.confusion, self._folder / "confusion.png"))
         return {
-            "weights_sha256": digest,
+            "weights_sha256": weights_sha256(state),
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
             "layer_errors": test.layer_errors,
@@ -223,7 +222,7 @@ class _Loop:
             )
         return found
 
-    def _commit(self, state: Any, at: Snapshot, validation: Evaluation | None) -> None:
+    def _commit(self, state: State, at: Snapshot, validation: Evaluation | None) -> None:
         folder = self._folder / "commits"
         error = validation.goodness_error if validation else None
         commit = write_commit(folder, state, step=at.step, epochs=at.epochs, validation_goodness_error=error)

@@ -1,12 +1,14 @@
 """Bytes and labels in: every dataset becomes uint8 images `[N, D]` and int64 labels `[N]` per split."""
 
+import os
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ffdist.config import ConfigError, Data, data_root
+from ffdist.config import ConfigError, Data
 from ffdist.data import order
 from ffdist.data.images import read_image_folder, read_parquet
 
@@ -98,7 +100,7 @@ def _torchvision(config: Data) -> Splits:
     from torchvision import datasets  # takes a second, and only these need it
 
     kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[config.name]
-    root = data_root(config)
+    root = config.root or Path(os.environ.get("FFDIST_DATA") or Path.home() / ".cache" / "ffdist")
     images, labels = {}, {}
     for split in ("train", "test"):
         try:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -61,7 +62,7 @@ class Tracker:
         runs: Runs folder; artifacts of the default database lie in it.
 
     Raises:
-        ConfigError: A server at `uri` does not answer.
+        ConfigError: The server or database at `uri` cannot be reached.
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
@@ -191,13 +192,11 @@ def _check_server(uri: str) -> None:
     """Asks once, before MLflow does, which would go on asking for minutes."""
     try:
         if uri.startswith("sqlite:///"):
-            sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=5).execute(
-                "pragma schema_version"
-            ).connection.close()
-        if not uri.startswith(("http://", "https://")):
-            return
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+            with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+                database.execute("pragma schema_version")
+        elif uri.startswith(("http://", "https://")):
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
     except urllib.error.HTTPError:
-        return  # it answers, which is all that is asked here
+        pass  # it answers, which is all that is asked here
     except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
         raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error
