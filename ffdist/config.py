@@ -131,7 +131,7 @@ class Pipeline(Section):
     max_in_flight: Count = 4
     """Chunks admitted and not yet done."""
     threads_per_stage: Count = 1
-    """torch's threads in a stage; part of the order of sums."""
+    """torch's threads in a stage, and in the readout; part of the order of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto`: on GPUs where the cluster has some."""
 

@@ -157,11 +157,9 @@ def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_grou
         else:
             process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 130
-        ended = time.monotonic() - start
     text = (tmp_path / "log").read_text()
-    assert ended < 10, text
     assert "Traceback" not in text
-    while processes_of(mark) and time.monotonic() < start + 10:
+    while processes_of(mark) and time.monotonic() < start + 30:
         time.sleep(0.2)
     assert not processes_of(mark)
     (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])

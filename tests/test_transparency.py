@@ -66,9 +66,9 @@ def results(runner: Runner, digits: Dataset, chunk_size: int) -> Results:
     return Results(torch.cat(metrics), torch.cat(readout), torch.cat(goodness, 1), torch.cat(predicted), states)
 
 
-def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", **changes) -> Results:
+def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, **changes) -> Results:
     blueprint = a_blueprint(digits, stages, precision, **changes)
-    with serial_runner(blueprint, digits.images, digits.labels["train"], threads=1) as runner:
+    with serial_runner(blueprint, digits.images, digits.labels["train"], threads=threads) as runner:
         return results(runner, digits, chunk_size)
 
 
@@ -92,25 +92,34 @@ def test_stages_and_chunks_change_no_bit(digits, precision, label):
 
 
 @pytest.mark.parametrize(
-    ("stages", "chunk_size", "window", "actors", "precision", "label"),
+    ("stages", "chunk_size", "window", "actors", "precision", "label", "threads"),
     [
-        (1, 32, 1, 1, "bfloat16", "append"),
-        (2, 7, 4, 2, "float32", "overwrite"),  # float32 messages are read without a copy, and must not be written to
-        (3, 1, 60, 1, "bfloat16", "append"),  # more in flight than an epoch has, its evaluation and snapshot included
+        (1, 32, 1, 1, "bfloat16", "append", 2),  # the readout's sums depend on threads as well
+        (2, 7, 4, 2, "float32", "overwrite", 1),  # float32 messages are read without a copy, and must not be written to
+        (
+            3,
+            1,
+            60,
+            1,
+            "bfloat16",
+            "append",
+            1,
+        ),  # more in flight than an epoch has, its evaluation and snapshot included
     ],
 )
-def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, actors, precision, label):
+def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, actors, precision, label, threads):
     from ffdist.runtime.placement import Placement, reserve
     from ffdist.runtime.runner import ray_runner
 
     blueprint = a_blueprint(digits, stages, precision, label=label, actors=actors)
-    pipeline, data = Pipeline(chunk_size=chunk_size, max_in_flight=window), (digits.images, digits.labels["train"])
+    pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=window, threads_per_stage=threads)
+    images, labels = digits.images, digits.labels["train"]
     with (
         reserve(Placement(stages, "cpu", 0, 0.5, 0.5, actors).bundles) as group,
-        ray_runner(blueprint, group, pipeline, images=data[0], labels=data[1]) as runner,
+        ray_runner(blueprint, group, pipeline, images=images, labels=labels) as runner,
     ):
         spread = results(runner, digits, chunk_size)
-    assert_equal(serial(digits, precision=precision, label=label), spread)
+    assert_equal(serial(digits, precision=precision, label=label, threads=threads), spread)
 
 
 def test_training_changes_the_weights_and_the_seed_decides_them(digits):

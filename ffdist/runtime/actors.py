@@ -62,11 +62,11 @@ class ActorMaker:
 
     Args:
         group: Holds one bundle per actor, in the order in which they are made.
-        stage_threads: torch's threads in a stage; the other actors have one.
+        threads: torch's threads in every actor, as in the serial runner: they are part of the order of sums.
     """
 
-    def __init__(self, group: PlacementGroup, stage_threads: int) -> None:
-        self._group, self._stage_threads = group, stage_threads
+    def __init__(self, group: PlacementGroup, threads: int) -> None:
+        self._group, self._threads = group, threads
         self.made: list[Any] = []
 
     def __call__(self, part: type, *args: Any) -> Any:
@@ -81,7 +81,7 @@ class ActorMaker:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self._stage_threads if part is Stage else 1, *args)
+            .remote(self._threads, *args)
         )
         self.made.append(handle)
         return handle
