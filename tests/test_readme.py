@@ -116,5 +116,5 @@ def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(ray_start
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     assert "0.5 CPU each" in run.stdout  # of this cluster's four for five actors, not of another's
-    assert ray.is_initialized()
-    assert ray.available_resources()["CPU"] == 4
+    while ray.available_resources().get("CPU", 0) < 4:  # everything is given back, as Ray tells a moment later
+        time.sleep(0.1)
