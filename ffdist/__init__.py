@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ffdist.config import Config, ConfigError, load_config
+    from ffdist.config import Config, ConfigError
+    from ffdist.config_file import load_config
     from ffdist.ff.network import Architecture, Network
     from ffdist.trainer import Run, train
 
@@ -20,7 +21,7 @@ _HOMES = {
     "ConfigError": "ffdist.config",
     "Network": "ffdist.ff.network",
     "Run": "ffdist.trainer",
-    "load_config": "ffdist.config",
+    "load_config": "ffdist.config_file",
     "train": "ffdist.trainer",
 }
 

@@ -4,21 +4,59 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from ffdist.config import ConfigError, find_config, load_config
+from ffdist.config import Config, ConfigError
+from ffdist.config_file import find_config, load_config
 
 INTERRUPTED = 130
+
+words_argument = click.argument("words", nargs=-1, metavar="CONFIG [SECTION.KEY=VALUE]...")
+runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    show_default=True,
+    help="Runs folder.",
+)
 
 
 class Refused(click.ClickException):
     """A wrong setting or input, told in one paragraph."""
 
     exit_code = 2
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turns what went wrong into words and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except ConfigError as error:
+        raise Refused(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("interrupted; a run that had begun is marked as killed", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _load(words: tuple[str, ...]) -> tuple[Config, str]:
+    """Returns the configuration that the words name and change, and its name."""
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        given = " ".join(names) or "none"
+        raise ConfigError(f"one configuration makes a run (given: {given}); see {' '.join(sys.argv[1:2])} -h")
+    return load_config(names[0], [word for word in words if "=" in word]), find_config(names[0]).stem
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,18 +66,12 @@ def main() -> None:
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="CONFIG [SECTION.KEY=VALUE]...")
+@words_argument
 @click.option(
     "--runner", type=click.Choice(["ray", "serial"]), default="ray", show_default=True, help="Where stages run."
 )
 @click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of the run's own.")
-@click.option(
-    "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs"),
-    show_default=True,
-    help="Runs folder.",
-)
+@runs_option
 @click.option("--summary", type=click.Path(path_type=Path, dir_okay=False), help="File for the final figures, as JSON.")
 @click.pass_context
 def train(
@@ -55,56 +87,109 @@ def train(
     SECTION.KEY=VALUE sets a value over the file's, such as training.epochs=10.
     """
     default = context.obj.get("address", "local") if context.obj else "local"
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with told():
         if summary:
-            summary.open("a").close()  # found out now rather than after the training
-        names = [word for word in words if "=" not in word]
-        if len(names) != 1:
-            raise ConfigError(
-                f"one configuration makes a run (given: {' '.join(names) or 'none'}); see ffdist train -h"
-            )
-        loaded = load_config(names[0], [word for word in words if "=" in word])
+            _check_writable(summary)
+        config, name = _load(words)
         from ffdist.trainer import train as run_training
 
         run = run_training(
-            loaded,
+            config,
             runner=runner,
             address=address or os.environ.get("RAY_ADDRESS") or default,
             runs=runs,
-            name=find_config(names[0]).stem,
+            name=name,
         )
         if summary:
             summary.write_text(json.dumps(run.summary, indent=2) + "\n")
-    except ConfigError as error:
-        raise Refused(str(error)) from error
+
+
+def _check_writable(summary: Path) -> None:
+    """Finds out now rather than after the training."""
+    there = summary.exists()
+    try:
+        summary.open("a").close()
+        if not there:
+            summary.unlink()
     except OSError as error:
-        if summary is None or error.filename != str(summary):
-            raise
-        raise Refused(f"--summary must be a file that can be written ({summary}: {error.strerror})") from error
-    except KeyboardInterrupt:
-        click.echo("interrupted; a run that had begun is marked as killed", err=True)
-        sys.exit(INTERRUPTED)
+        raise ConfigError(f"--summary must be a file that can be written ({summary}: {error.strerror})") from error
 
 
 main.add_command(train)
 
 
+@main.group()
+def negatives() -> None:
+    """Make negative data without training, and look at it."""
+
+
+@negatives.command()
+@words_argument
+def make(words: tuple[str, ...]) -> None:
+    """Fill negatives.store with the negatives of all epochs of CONFIG."""
+    with told():
+        config, _ = _load(words)
+        from ffdist.offline import fill_store
+
+        click.echo(f"{fill_store(config).uri} holds the negatives of {config.training.epochs} epochs")
+
+
+@negatives.command()
+@click.argument("store")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("negatives.png"),
+    show_default=True,
+    help="Where to draw samples beside their negatives.",
+)
+def show(store: str, picture: Path) -> None:
+    """Check all of STORE, print what is in it and draw some of it."""
+    with told():
+        from ffdist.offline import show_store
+
+        show_store(store, picture)
+
+
 @main.command()
-@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
+@click.argument("run")
+@runs_option
+def readout(run: str, runs: Path) -> None:
+    """Fit a readout to the layers of RUN, a finished run's folder or MLflow run id, until it is converged."""
+    with told():
+        from ffdist.offline import fit_readout
+
+        fit_readout(run, runs=runs)
+
+
+@main.command()
+@runs_option
+@click.option("--experiment", default="ffdist", show_default=True, help="MLflow experiment.")
+def results(runs: Path, experiment: str) -> None:
+    """Print a table of all finished runs, in Markdown; MLFLOW_TRACKING_URI may name another store."""
+    with told():
+        from ffdist.tracking.results import results_table
+
+        click.echo(results_table(os.environ.get("MLFLOW_TRACKING_URI") or _database(runs), experiment))
+
+
+@main.command()
+@runs_option
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(runs: Path, port: int) -> None:
     """Open the MLflow UI on the runs folder's database, on this machine only."""
-    from ffdist.tracking.tracker import default_uri
-
-    if not (runs / "mlflow.db").is_file():
-        raise Refused(f"{runs} holds no tracked run; train one first, or set --runs DIR")
-    program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(runs), "--port", str(port)]
+    with told():
+        uri = _database(runs)
+    program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
     os.execv(sys.executable, program)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _database(runs: Path) -> str:
+    from ffdist.tracking.tracker import default_uri
+
+    if not (runs / "mlflow.db").is_file():
+        raise ConfigError(f"{runs} holds no tracked run; train one first, or set --runs DIR")
+    return default_uri(runs)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""What a run is: one YAML file, typed and validated before anything starts."""
+"""What a run is: typed sections, validated before anything starts."""
 
-import difflib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 
 def _no_boolean(value: Any) -> Any:
@@ -44,8 +51,13 @@ class Data(Section):
     """Folder with `train*` and `test*` in it: Parquet files or folders of them, or one image folder per split."""
     root: Folder | None = None
     """Where torchvision's datasets are, or are downloaded to; without it FFDIST_DATA, else ~/.cache/ffdist."""
-    label: Literal["overwrite", "append"] = "overwrite"
-    """How the input shows the label: in place of the first C values, or as C more."""
+    label: Literal["overwrite", "append", "everywhere", "none"] = "overwrite"
+    """How the input shows the label: in place of the first C values, as C more, as C more in each local field of the
+    first layer, or not at all (unsupervised: only the readout learns labels)."""
+    label_scale: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Value that stands for the label, as pixels count from 0 to 1."""
+    jitter: Annotated[int, Number, Field(ge=0)] = 0
+    """Most pixels that each training image is shifted, down or up and right or left, afresh every epoch."""
     image_column: str | None = None
     """Parquet's column of images; found where there is only one candidate."""
     label_column: str | None = None
@@ -68,11 +80,31 @@ class Data(Section):
         return self
 
 
+class LocalLayer(Section):
+    """A layer whose units read fields of the map below, without weight sharing."""
+
+    kind: Literal["local"]
+    grid: Count
+    """Places in each direction; the fields lie centred on the map, and are clipped at its border."""
+    stride: Count = 1
+    """Values of the map from one field to the next."""
+    field: Count
+    """Side of a field, in values of the map."""
+    units: Count
+    """Units of each place."""
+
+
+LayerEntry = Annotated[
+    Union[Annotated[Count, Tag("dense")], Annotated[LocalLayer, Tag("local")]],  # noqa: UP007, pydantic's way
+    Discriminator(lambda entry: "local" if isinstance(entry, dict | LocalLayer) else "dense"),
+]
+
+
 class Model(Section):
     """The network."""
 
-    layers: Annotated[list[Count], Field(min_length=1)]
-    """Units of each hidden layer, lowest first."""
+    layers: Annotated[list[LayerEntry], Field(min_length=1)]
+    """Each hidden layer, lowest first: the units of a dense one, or `{kind: local, grid, stride, field, units}`."""
     predict_from: Count | None = None
     """First layer, counted from 1, that goodness and readout look at; 2, or 1 where there is only one."""
 
@@ -88,10 +120,24 @@ class Model(Section):
 class Negatives(Section):
     """The negative data."""
 
-    kind: Literal["wrong_label"] = "wrong_label"
-    """`wrong_label`: a wrong class for every sample, drawn afresh each epoch."""
+    kind: str = "wrong_label"
+    """`wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `noise`, or one's own `package.module:function`."""
+    options: dict[str, Any] = {}
+    """What the kind takes, by name: `blurs` and `threshold` of `hybrid`, `distribution` of `noise`, one's own."""
     actors: Count = 1
     """Actors that make them."""
+    ahead: Count = 4
+    """Chunks whose negatives are asked for before the chunk is."""
+    prediction_delay: Count = 200
+    """Minibatches after which a label that the readout drew becomes a sample's `hard_label`."""
+    store: str | None = None
+    """Folder, or URI of one, that negatives are read from and, where it lacks them, added to."""
+
+    @model_validator(mode="after")
+    def _hard_labels_are_not_stored(self) -> "Negatives":
+        if self.kind == "hard_label" and self.store is not None:
+            raise ValueError("negatives.kind=hard_label depends on the training and cannot be stored; leave store out")
+        return self
 
 
 class Training(Section):
@@ -152,6 +198,8 @@ class Tracking(Section):
     """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
+    paper_error: Fraction | None = None
+    """Test error that the paper gives for the experiment, in [0, 1); stands in the table of results."""
 
 
 class Config(Section):
@@ -177,6 +225,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _chunks_fit_the_delay(self) -> "Config":
+        chunk, delay = self.pipeline.chunk_size, self.negatives.prediction_delay
+        if self.negatives.kind == "hard_label" and chunk > delay:
+            raise ValueError(
+                f"negatives.kind=hard_label needs chunks no longer than the delay of its labels "
+                f"(pipeline.chunk_size: {chunk}, negatives.prediction_delay: {delay})"
+            )
+        return self
+
     @property
     def predict_from(self) -> int:
         """First layer, counted from 1, that goodness and readout look at."""
@@ -193,108 +251,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Returns the resolved configuration, defaults included, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def config_folder() -> Path:
-    """Returns the folder of the shipped configurations: inside an installed package, beside an editable one."""
-    package = Path(__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
-def find_config(name: str) -> Path:
-    """Finds a configuration by its path, or a shipped one by its bare name.
-
-    Raises:
-        ConfigError: There is neither.
-    """
-    shipped = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
-    if Path(name).is_file():
-        return Path(name)
-    if name in shipped:
-        return shipped[name]
-    raise ConfigError(
-        f"a configuration is a YAML file or the name of a shipped one (given: {name}; shipped: {', '.join(shipped)})"
-        f"{_nearest(name, shipped)}"
-    )
-
-
-def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
-    """Reads and validates a configuration.
-
-    Args:
-        name: Path, or bare name of a shipped one.
-        overrides: `section.key=value` each, the value in YAML; later ones win.
-
-    Raises:
-        ConfigError: Says in one paragraph what is wrong and what would be right.
-    """
-    path = find_config(name)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as data: and model: (it holds: {tree!r})")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict[str, Any], origin: str) -> Config:
-    """Validates a configuration given as nested dicts; `origin` is named in errors.
-
-    Raises:
-        ConfigError: As `load_config`.
-    """
-    try:
-        return Config.model_validate({section: keys for section, keys in tree.items() if keys is not None})
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {'; '.join(_explain(error))}") from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"an override is section.key=value, without blanks around = (given: {override})")
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = tree[section] = tree.get(section) or {}  # a section left empty in the file is None
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{section} is a value, not a section (given: {override})")
-        tree = inner
-    try:
-        tree[last] = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"the value of {key} must be YAML (given: {text})") from error
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    rules: dict[str, list[str]] = {}  # by key, with its value: a key of several types breaks the rules of each
-    for detail in error.errors(include_url=False):
-        *section, last = [str(part) for part in detail["loc"] or ("",)]
-        name = ".".join([*section, last])
-        if detail["type"] == "extra_forbidden":
-            known = _keys(section)
-            yield f"unknown key {name}{_nearest(last, known)}; known here: {', '.join(known)}"
-        elif detail["type"] == "missing":
-            yield f"{name} is missing; every run needs it"
-        elif detail["type"] == "value_error":
-            yield detail["msg"].removeprefix("Value error, ")
-        else:
-            key = ".".join(name.split(".")[: 1 if name.startswith("seed") else 2])
-            rule = detail["msg"][0].lower() + detail["msg"][1:]
-            rules.setdefault(f"{key} ({detail['input']!r})", []).append(rule)
-    for key_and_value, broken in rules.items():
-        yield f"{key_and_value}: {', or '.join(broken)}"
-
-
-def _keys(section: list[str]) -> list[str]:
-    inner: Any = Config
-    for part in section:
-        inner = inner.model_fields[part].annotation
-    return list(inner.model_fields)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""

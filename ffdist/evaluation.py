@@ -12,14 +12,29 @@ from ffdist.pipeline.runner import Evaluated
 class Evaluation(NamedTuple):
     """How well a network does on a split; errors in [0, 1]."""
 
-    goodness_error: float
-    """Every label tried; the one with the most goodness over the predicting layers wins."""
+    goodness_error: float | None
+    """Every label tried; the one with the most goodness over the predicting layers wins. None without labels."""
     readout_error: float
-    """One pass with the neutral label."""
-    layer_errors: list[float]
-    """By the goodness of each layer alone."""
+    """One pass with the neutral label, or without any."""
+    layer_errors: list[float] | None
+    """By the goodness of each layer alone. None without labels."""
     confusion: Tensor
-    """Samples by true label (row) and label predicted by goodness (column) `[C, C]`."""
+    """Samples by true label (row) and label predicted by goodness, without labels by the readout (column) `[C, C]`."""
+
+    @property
+    def chief_error(self) -> float:
+        """The error by goodness, or without labels by the readout: what chooses the best commit."""
+        return self.readout_error if self.goodness_error is None else self.goodness_error
+
+    def in_words(self) -> str:
+        """Returns both errors as one reads them."""
+        return errors_in_words(self.goodness_error, self.readout_error)
+
+
+def errors_in_words(goodness_error: float | None, readout_error: float) -> str:
+    """Returns both errors as one reads them, or the one that there is."""
+    by_goodness = "" if goodness_error is None else f"{goodness_error:.2%} by goodness, "
+    return f"{by_goodness}{readout_error:.2%} by readout"
 
 
 def evaluate(blocks: list[Evaluated], labels: Tensor, *, classes: int, predict_from: int) -> Evaluation:
@@ -32,10 +47,14 @@ def evaluate(blocks: list[Evaluated], labels: Tensor, *, classes: int, predict_f
         predict_from: First layer, counted from 1, that goodness looks at.
     """
     goodness = torch.cat([torch.cat(block.goodness) for block in blocks], 1)
+    by_readout = torch.cat([block.predicted for block in blocks])
+    readout_error = error(by_readout, labels)
+    if not goodness.shape[-1]:
+        return Evaluation(None, readout_error, None, confusion_matrix(by_readout, labels, classes))
     by_goodness = goodness_prediction(goodness[predict_from - 1 :])
     return Evaluation(
         goodness_error=error(by_goodness, labels),
-        readout_error=error(torch.cat([block.predicted for block in blocks]), labels),
+        readout_error=readout_error,
         layer_errors=[error(goodness_prediction(layer.unsqueeze(0)), labels) for layer in goodness],
         confusion=confusion_matrix(by_goodness, labels, classes),
     )

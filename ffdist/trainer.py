@@ -1,5 +1,6 @@
 """The training loop, from dataset to digest, on either runner."""
 
+import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,15 +11,16 @@ from typing import Any, Literal
 
 from ffdist.checkpoint import prune, weights_sha256, write_commit
 from ffdist.config import Config, ConfigError
-from ffdist.data.datasets import Dataset, load_dataset
+from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
+from ffdist.data.store import StoreError
 from ffdist.evaluation import Evaluation, evaluate
-from ffdist.ff.network import Architecture
-from ffdist.ff.update import Update, rate_gain
-from ffdist.pipeline.partition import layer_costs, partition
+from ffdist.ff.update import rate_gain
+from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
 from ffdist.pipeline.stage import State
+from ffdist.prepare import prepare
 from ffdist.runtime.cluster import check_object_store, cluster_resources, connect, machine_resources
 from ffdist.runtime.placement import decide, describe, reserve
 from ffdist.tracking.averages import Averages
@@ -27,6 +29,8 @@ from ffdist.tracking.progress import Display, closing_words
 from ffdist.tracking.tracker import Tracker, how_to_look, tracking_uri
 
 RunnerName = Literal["ray", "serial"]
+SUMMARY = "summary.json"
+"""Final figures in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Run:
     """A finished run."""
 
     folder: Path
-    """Holds `config.yaml`, `commits/` and pictures."""
+    """Holds `config.yaml`, `summary.json`, `commits/` and pictures."""
     summary: dict[str, Any]
     """The final figures, as `--summary` writes them; errors in [0, 1]."""
 
@@ -60,14 +64,7 @@ def train(
         ConfigError: Something asked for cannot be; nothing was trained.
     """
     started = time.perf_counter()
-    dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
-    order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
-    if not order.minibatches:
-        raise ConfigError(
-            f"training.batch_size must be at most the number of training samples "
-            f"(batch_size: {order.batch_size}, training samples: {order.samples})"
-        )
-    architecture = build_architecture(config, dataset)
+    dataset, order, architecture, plan = prepare(config)
     _make_folder(runs)
     with ExitStack() as stack:
         uri = tracking_uri(config.tracking, runs)
@@ -78,23 +75,23 @@ def train(
             stack.enter_context(connect(address))
         placement = decide(
             config.pipeline,
-            layers=len(architecture.units),
+            layers=len(architecture.layers),
             negative_actors=config.negatives.actors,
             resources=cluster_resources() if runner == "ray" else machine_resources(),
         )
         blueprint = Blueprint(
             architecture,
             order,
-            negatives=config.negatives.kind,
-            negative_parts=config.negatives.actors,
-            stage_layers=partition(layer_costs(architecture.widths), placement.stages),
+            negatives=plan,
+            jitter=config.data.jitter,
+            stage_layers=partition(architecture.weights, placement.stages),
             measure_every=config.tracking.every_minibatches,
             device=placement.device,
         )
         if runner == "ray":
             in_flight = blueprint.bytes_in_flight(config.pipeline.chunk_size, config.pipeline.max_in_flight)
             check_object_store(images=sum(split.nbytes for split in dataset.images.values()), in_flight=in_flight)
-            group = stack.enter_context(reserve(placement.bundles))
+            group = stack.enter_context(reserve(placement.bundles(plan.num_parts)))
         folder = _new_folder(runs, name)
         (folder / "config.yaml").write_text(config.to_yaml())
         tracker.begin(folder.name, config.flat() | {"runner": runner})
@@ -112,8 +109,12 @@ def train(
         else:
             threads = config.pipeline.threads_per_stage
             pipeline = stack.enter_context(serial_runner(blueprint, images, labels, threads=threads))
+        try:
+            figures = _Loop(config, dataset, order, folder, tracker, display).run(pipeline)
+        except StoreError as error:
+            raise ConfigError(str(error)) from error
         summary = {
-            **_Loop(config, dataset, order, folder, tracker, display).run(pipeline),
+            **figures,
             "epochs": config.training.epochs,
             "wall_s": time.perf_counter() - started,
             "runner": runner,
@@ -122,25 +123,12 @@ def train(
             "mlflow_tracking_uri": tracker.uri,
         }
         tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
+        tracker.log_metrics(
+            {"train_s": summary["train_s"]}, config.training.epochs * order.minibatches * order.batch_size
+        )
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
     return Run(folder, summary)
-
-
-def build_architecture(config: Config, dataset: Dataset) -> Architecture:
-    """Returns the network that a configuration describes, for the images and classes of a dataset."""
-    training = config.training
-    return Architecture(
-        pixels=dataset.pixels,
-        classes=dataset.classes,
-        units=tuple(config.model.layers),
-        label=config.data.label,
-        predict_from=config.predict_from,
-        seed=config.seed,
-        update=Update(training.learning_rate, training.weight_decay, training.smoothing),
-        peer_strength=training.peer_normalization,
-        readout_update=Update(training.readout_learning_rate, training.readout_weight_decay, training.smoothing),
-        precision=training.precision,
-    )
 
 
 class _Loop:
@@ -211,21 +199,20 @@ class _Loop:
     def _evaluate(self, split: str, blocks: list[Evaluated], steps: int) -> Evaluation:
         labels, classes = self._dataset.labels[split], self._dataset.classes
         found = evaluate(blocks, labels, classes=classes, predict_from=self._config.predict_from)
-        metrics = {f"{split}/goodness_error": found.goodness_error, f"{split}/readout_error": found.readout_error}
-        metrics |= {f"{split}/layer_{layer}_error": value for layer, value in enumerate(found.layer_errors, 1)}
+        metrics = {f"{split}/readout_error": found.readout_error}
+        if found.goodness_error is not None:
+            metrics[f"{split}/goodness_error"] = found.goodness_error
+        metrics |= {f"{split}/layer_{layer}_error": value for layer, value in enumerate(found.layer_errors or [], 1)}
         self._log(metrics, steps * self._order.batch_size)
         if split == "validation":
             epoch = steps // self._order.minibatches
-            self._display.say(
-                f"epoch {epoch}: validation error {found.goodness_error:.2%} by goodness, "
-                f"{found.readout_error:.2%} by readout"
-            )
+            self._display.say(f"epoch {epoch}: validation error {found.in_words()}")
         return found
 
     def _commit(self, state: State, at: Snapshot, validation: Evaluation | None) -> None:
         folder = self._folder / "commits"
-        error = validation.goodness_error if validation else None
-        commit = write_commit(folder, state, step=at.step, epochs=at.epochs, validation_goodness_error=error)
+        error = validation.chief_error if validation else None
+        commit = write_commit(folder, state, step=at.step, epochs=at.epochs, validation_error=error)
         if error is not None and error < self._best[0]:
             self._best = (error, commit)
         prune(folder, keep=self._config.checkpoint.keep, spare=self._best[1])

@@ -17,7 +17,7 @@ def points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
     averages, found = Averages(every, BATCH_SIZE), []
     for first in range(0, STEPS, chunk_size):
         part = slice(first, first + chunk_size)
-        stages = [Report(LAYERS[part, layer : layer + 1], 3.0, 1.0) for layer in (0, 1)]
+        stages = [Report(LAYERS[part, layer : layer + 1], 3.0, 1.0, 0.5) for layer in (0, 1)]
         chunk = Train(0, first, len(READOUT[part]), first, 1.0)
         found += averages.add(chunk, Trained(stages, Report(READOUT[part], 1.0, 1.0)))
     return [*found, *averages.rest(STEPS)]
@@ -25,7 +25,14 @@ def points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
 
 def learning(found):
     return [
-        (step, {name: value for name, value in metrics.items() if "_s" not in name and "busy" not in name})
+        (
+            step,
+            {
+                name: value
+                for name, value in metrics.items()
+                if not any(word in name for word in ("_s", "busy", "wait"))
+            },
+        )
         for step, metrics in found
     ]
 
@@ -49,6 +56,7 @@ def test_times_are_counted_once_and_shares_add_up():
         speeds = [metrics for _, metrics in points(chunk_size, 8) if "stage_1/compute_s" in metrics]
         assert sum(metrics["stage_1/compute_s"] for metrics in speeds) == 3.0 * STEPS / chunk_size
         assert all(metrics["stage_2/busy_fraction"] == 0.75 for metrics in speeds)
+        assert all(metrics["negatives/wait_fraction"] == 0.125 for metrics in speeds)
 
 
 def test_unmeasured_weights_are_left_out(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ffdist.config import load_config
+from ffdist.config_file import load_config
 
 SHORT = ["training.epochs=2", "model.layers=[30,20]"]
 
@@ -115,6 +116,10 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "--runs", "/proc/runs"], "the folder /proc/runs cannot be written"),
         (["train", "digits", "data.name=parquet", "data.path=nowhere"], "must hold train*.parquet"),
         (["ui"], "holds no tracked run"),
+        (["train", "digits", "negatives.kind=hybird"], "negatives.kind=hybird: is none of wrong_label, fixed"),
+        (["negatives", "make", "digits"], "give negatives.store=FOLDER"),
+        (["negatives", "show", "nowhere"], "nowhere holds no negatives"),
+        (["readout", "nowhere"], "a run is the folder of a finished one, or an MLflow run id"),
     ],
 )
 def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, arguments, words):
@@ -124,6 +129,82 @@ def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, arguments, 
     assert "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("runs/digits-*"))
+
+
+@pytest.fixture(scope="module")
+def unsupervised(tmp_path_factory) -> Path:
+    """A folder in which a store was made, and a run without labels trained from it and one that drew its own."""
+    folder = tmp_path_factory.mktemp("unsupervised")
+    short = ["digits", "data.label=none", "negatives.kind=hybrid", "training.epochs=2", "model.layers=[40,30]"]
+    made = ffdist("negatives", "make", *short, "negatives.store=made", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    for name, stored in (("drawn", []), ("stored", ["negatives.store=made"])):
+        options = ["--runner", "serial", "--summary", f"{name}.json"]
+        run = ffdist("train", *options, *short, *stored, cwd=folder)
+        assert run.returncode == 0, run.stderr
+        (folder / f"{name}.log").write_text(run.stdout)
+    return folder
+
+
+def test_a_made_store_trains_to_the_same_weights(unsupervised):
+    drawn, stored = summary(unsupervised / "drawn.json"), summary(unsupervised / "stored.json")
+    assert drawn["weights_sha256"] == stored["weights_sha256"]
+
+
+def test_without_labels_there_is_no_error_by_goodness(unsupervised):
+    facts = summary(unsupervised / "drawn.json")
+    assert facts["test_goodness_error"] is facts["layer_errors"] is None
+    assert 0 < facts["test_readout_error"] < 0.9
+    assert "by goodness" not in (unsupervised / "drawn.log").read_text()
+
+
+def test_a_store_is_shown_with_a_picture(unsupervised):
+    shown = ffdist("negatives", "show", "made", "--picture", "samples.png", cwd=unsupervised)
+    assert shown.returncode == 0, shown.stderr
+    assert "kind hybrid" in shown.stdout
+    assert "1,437" in shown.stdout
+    assert (unsupervised / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_store_is_named_before_it_is_used(unsupervised, tmp_path):
+    store = tmp_path / "damaged"
+    shutil.copytree(unsupervised / "made", store)
+    shard = store / "epoch_0001/shard_000000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    short = ["digits", "data.label=none", "negatives.kind=hybrid", "training.epochs=2", "model.layers=[40,30]"]
+    for command in (["negatives", "show", str(store)], ["train", *short, f"negatives.store={store}"]):
+        run = ffdist(*command, cwd=tmp_path)
+        assert run.returncode == 2, run.stderr
+        assert "Traceback" not in run.stderr
+        assert "epoch_0001/shard_000000.arrow is cut" in run.stderr
+
+
+def test_a_readout_is_fitted_to_layers_as_they_are(unsupervised):
+    facts = summary(unsupervised / "drawn.json")
+    run = next(line for line in (unsupervised / "drawn.log").read_text().splitlines() if line.startswith("run  "))
+    before = {path: path.read_bytes() for path in unsupervised.rglob("*.safetensors")}
+    outputs = {ffdist("readout", name, cwd=unsupervised).stdout for name in (run.split()[1], facts["mlflow_run_id"])}
+    assert len(outputs) == 1
+    assert {path: path.read_bytes() for path in unsupervised.rglob("*.safetensors")} == before
+    fitted = MlflowClient(facts["mlflow_tracking_uri"]).get_run(facts["mlflow_run_id"]).data.metrics
+    assert f"test error {fitted['test/fitted_readout_error']:.2%}" in outputs.pop()
+    assert fitted["test/fitted_readout_error"] < facts["test_readout_error"]
+
+
+def test_results_are_a_table_of_finished_runs(finished):
+    table = ffdist("results", cwd=finished).stdout.splitlines()
+    head, rule, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    figures = summary(finished / "serial.json")
+    found = dict(zip(head, row, strict=True))
+    assert set(rule) == {"---"}
+    assert (found["run"], found["network"], found["negatives"], found["epochs"]) == (
+        "digits",
+        "30-20",
+        "wrong_label",
+        "2",
+    )
+    assert found["by goodness"] == f"{figures['test_goodness_error']:.2%}"
+    assert found["by readout"] == f"{figures['test_readout_error']:.2%}"
 
 
 def processes_of(mark: str) -> list[str]:
@@ -137,6 +218,11 @@ def processes_of(mark: str) -> list[str]:
     return found
 
 
+def heed_interrupts() -> None:
+    """A shell without job control starts what runs in its background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("to_whole_group", [True, False], ids=["ctrl-c", "kill-term"])
 def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_group):
     mark = f"FFDIST_TEST_MARK={tmp_path}"
@@ -144,8 +230,15 @@ def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_grou
     environment = os.environ | dict([mark.split("=", 1)])
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
+    try:
         deadline = time.monotonic() + 120
         while "layer 1 loss" not in (tmp_path / "log").read_text():
             assert process.poll() is None, (tmp_path / "log").read_text()
@@ -157,6 +250,8 @@ def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_grou
         else:
             process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 130
+    finally:
+        process.kill()
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     while processes_of(mark) and time.monotonic() < start + 30:
@@ -178,5 +273,6 @@ def test_two_local_runs_at_once_do_not_disturb_each_other(tmp_path):
 
 
 def test_help_is_there():
-    for arguments in (["--help"], ["train", "--help"], ["ui", "--help"], ["--version"]):
+    commands = (["train"], ["negatives", "make"], ["negatives", "show"], ["readout"], ["results"], ["ui"])
+    for arguments in (["--version"], ["--help"], *([*command, "--help"] for command in commands)):
         assert ffdist(*arguments, cwd=".").returncode == 0

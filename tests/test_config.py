@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ffdist.config import Config, ConfigError, config_folder, load_config, parse_config
+from ffdist.config import Config, ConfigError
+from ffdist.config_file import config_folder, load_config, parse_config
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "mnist_4x2000", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in config_folder().glob("*.yaml")))
 def test_shipped_configurations_are_found_by_their_bare_name(name):
     assert load_config(name) == load_config(str(config_folder() / f"{name}.yaml"))
 
@@ -41,6 +42,13 @@ def test_resolved_configuration_reads_back_equal():
     assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
+def test_local_layers_stand_beside_dense_ones():
+    layers = load_config(
+        "digits", ["model.layers=[{kind: local, grid: 3, stride: 2, field: 4, units: 9}, 30]"]
+    ).model.layers
+    assert (layers[0].grid, layers[0].stride, layers[1]) == (3, 2, 30)
+
+
 def test_a_single_layer_predicts_by_itself():
     assert load_config("digits", ["model.layers=[30]"]).predict_from == 1
 
@@ -64,6 +72,12 @@ def test_a_single_layer_predicts_by_itself():
         (["data.path=/x"], "data.name=digits takes no data.path"),
         (["data.name=parquet"], "data.name=parquet needs data.path"),
         (["pipeline.stages=4"], r"stages: 4, layers: 3\); set pipeline\.stages between 1 and 3, or to auto"),
+        (["model.layers=[{kind: local, grid: 2, feild: 3, units: 4}]"], "unknown key .*feild; did you mean field"),
+        (["model.layers=[{kind: local, grid: 2, field: 0, units: 4}]"], "model.layers .*greater than or equal to 1"),
+        (["model.layers=[{grid: 2, field: 3, units: 4}]"], r"model\.layers\.0.*kind is missing"),
+        (["negatives.kind=hard_label", "pipeline.chunk_size=60"], "chunk_size: 60, negatives.prediction_delay: 56"),
+        (["negatives.kind=hard_label", "negatives.store=/tmp/x"], "depends on the training and cannot be stored"),
+        (["data.label_scale=0"], r"data.label_scale \(0\): .*greater than 0"),
         (["training.epochs"], "an override is section.key=value"),
         (["data.name.key=1"], "name is a value, not a section"),
         (["training.epochs=[1"], "the value of training.epochs must be YAML"),

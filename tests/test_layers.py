@@ -43,7 +43,7 @@ def reference(layer: Dense, rows):
 def test_closed_form_gradient_equals_autograd_in_float64(peer_strength):
     layer, rows = a_layer(peer_strength=peer_strength, update=Update(0.01, 0.0, smoothing=0.0)), some_rows()
     weight, bias = reference(layer, rows)
-    layer.train_minibatch(rows)
+    layer.train_minibatch(rows, batch=B)
     torch.testing.assert_close(layer.weight_gradient, weight / B)
     torch.testing.assert_close(layer.bias_gradient, bias / B)
 
@@ -51,7 +51,7 @@ def test_closed_form_gradient_equals_autograd_in_float64(peer_strength):
 def test_closed_form_gradient_equals_finite_differences():
     layer, rows, step = a_layer(peer_strength=0.0, update=Update(0.01, 0.0, smoothing=0.0)), some_rows(), 1e-6
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    layer.train_minibatch(rows)
+    layer.train_minibatch(rows, batch=B)
     for index in [(0, 0), (3, 7), (H - 1, D - 1)]:
         shift = torch.zeros_like(weight)
         shift[index] = step
@@ -66,7 +66,7 @@ def test_update_follows_the_release():
     for gain in (1.0, 0.5):
         before = layer.weight.clone(), layer.bias.clone()
         smoothed = [0.9 * old + 0.1 * new / B for old, new in zip(smoothed, reference(layer, rows), strict=True)]
-        layer.train_minibatch(rows, gain=gain)
+        layer.train_minibatch(rows, batch=B, gain=gain)
         torch.testing.assert_close(layer.weight, before[0] + gain * 0.01 * (smoothed[0] - 0.001 * before[0]))
         torch.testing.assert_close(layer.bias, before[1] + gain * 0.01 * smoothed[1])
 
@@ -74,7 +74,7 @@ def test_update_follows_the_release():
 def test_what_is_passed_on_is_computed_before_the_update():
     layer, rows = a_layer(), some_rows()
     expected = layer(rows)
-    passed, _ = layer.train_minibatch(rows)
+    passed, _ = layer.train_minibatch(rows, batch=B)
     assert torch.equal(passed.activity, expected.activity)
     assert not torch.equal(layer(rows).activity, expected.activity)
 
@@ -82,17 +82,17 @@ def test_what_is_passed_on_is_computed_before_the_update():
 def test_neutral_rows_teach_nothing():
     one, other = a_layer(), a_layer()
     rows = some_rows()
-    one.train_minibatch(rows)
+    one.train_minibatch(rows, batch=B)
     rows[2 * B :] = 0
-    other.train_minibatch(rows)
+    other.train_minibatch(rows, batch=B)
     assert torch.equal(one.weight, other.weight)
 
 
 def test_metrics_are_what_their_names_say():
     layer, rows = a_layer(), some_rows()
-    goodness, activity = layer(rows).goodness, layer.activity(rows)[: 2 * B]
+    goodness, activity = layer(rows).goodness, layer._activity(rows)[: 2 * B]
     expected_rms = layer.weight.square().mean().sqrt().item()
-    _, values = layer.train_minibatch(rows, measure_weights=True)
+    _, values = layer.train_minibatch(rows, batch=B, measure_weights=True)
     metrics = dict(zip(METRICS, values.tolist(), strict=True))
     margin = torch.cat((goodness[:B] - H, H - goodness[B : 2 * B]))
     assert metrics["loss"] == pytest.approx(F.softplus(-margin).mean().item())
@@ -106,8 +106,8 @@ def test_metrics_are_what_their_names_say():
 def test_bfloat16_stays_near_float64():
     exact, rounded = a_layer(), a_layer(torch.bfloat16)
     for _ in range(5):
-        exact.train_minibatch(some_rows())
-        rounded.train_minibatch(some_rows(torch.bfloat16))
+        exact.train_minibatch(some_rows(), batch=B)
+        rounded.train_minibatch(some_rows(torch.bfloat16), batch=B)
     moved = (exact.weight - a_layer().weight).norm()
     assert (exact.weight - rounded.weight).norm() < 0.02 * moved
 
@@ -117,16 +117,16 @@ def test_peer_normalization_revives_a_dead_unit():
     for peer_strength in (0.0, 0.03):
         layer, rows = a_layer(peer_strength=peer_strength), some_rows()
         layer.bias[0] = -8.0
-        assert not layer.activity(rows)[:, 0].any()
+        assert not layer._activity(rows)[:, 0].any()
         for _ in range(10_000):
-            layer.train_minibatch(rows)
-        alive[peer_strength] = bool(layer.activity(rows)[:, 0].any())
+            layer.train_minibatch(rows, batch=B)
+        alive[peer_strength] = bool(layer._activity(rows)[:, 0].any())
     assert alive == {0.0: False, 0.03: True}
 
 
 def test_loaded_weights_are_used_in_products():
     """The products read a copy of the weights in the compute type, which a load must renew."""
     trained, fresh = a_layer(torch.bfloat16), Dense(D, H, compute_dtype=torch.bfloat16)
-    trained.train_minibatch(some_rows(torch.bfloat16))
+    trained.train_minibatch(some_rows(torch.bfloat16), batch=B)
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(fresh(some_rows(torch.bfloat16)).goodness, trained(some_rows(torch.bfloat16)).goodness)

@@ -1,33 +1,194 @@
+import pytest
 import torch
 
-from ffdist.ff.negatives import WrongLabel
+from ffdist.ff.keyed import generator
+from ffdist.ff.negatives import (
+    KINDS,
+    TrainingSet,
+    all_wrong,
+    check,
+    draw_wrong_labels,
+    find_kind,
+    fixed,
+    hybrid,
+    noise,
+    wrong_label,
+)
 
-LABELS = torch.arange(10).repeat(3000)
+N = 30_000
+LABELS = torch.arange(10).repeat(N // 10)
+EVERY = torch.arange(N)
 
 
-def test_wrong_labels_are_never_the_true_label():
+def a_set(labels=LABELS, shape=(1, 6, 7), classes=10) -> TrainingSet:
+    """Every image is filled with twenty times its label, so that a pixel tells where it is from."""
+    pixels = shape[0] * shape[1] * shape[2]
+    images = (20 * labels).to(torch.uint8).unsqueeze(1).expand(-1, pixels).contiguous()
+    return TrainingSet(images, labels, classes, shape, seed=0)
+
+
+def a_draw(number=0) -> torch.Generator:
+    return generator(1, "test", number)
+
+
+@pytest.mark.parametrize("kind", [wrong_label, fixed])
+def test_wrong_labels_are_never_the_true_label_and_all_equally_likely(kind):
     """Shuffled labels would be true in one case of ten."""
-    for epoch in range(5):
-        wrong = WrongLabel(LABELS, 10, seed=0).labels(epoch)
-        assert not (wrong == LABELS).any()
-        assert wrong.min() == 0
-        assert wrong.max() == 9
-
-
-def test_every_wrong_class_is_equally_likely():
-    wrong = WrongLabel(LABELS, 10, seed=1).labels(0)
+    wrong = kind(a_set(), EVERY, a_draw())
     counts = torch.bincount(LABELS * 10 + wrong, minlength=100).view(10, 10)
-    expected = 3000 / 9
-    off_diagonal = counts[~torch.eye(10, dtype=torch.bool)]
-    assert (off_diagonal - expected).abs().max() < 6 * expected**0.5
+    expected = N / 10 / 9
+    diagonal = torch.eye(10, dtype=torch.bool)
+    assert not counts[diagonal].any()
+    assert (counts[~diagonal] - expected).abs().max() < 6 * expected**0.5
 
 
-def test_wrong_labels_are_drawn_afresh_each_epoch_and_repeatably():
-    one, again = WrongLabel(LABELS, 10, seed=2), WrongLabel(LABELS, 10, seed=2)
-    assert torch.equal(one.labels(7), again.labels(7))
-    assert 0.05 < (one.labels(7) == one.labels(8)).double().mean() < 0.2
+def test_wrong_labels_are_drawn_afresh_and_repeatably():
+    one, again, other = (wrong_label(a_set(), EVERY, a_draw(number)) for number in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert 0.05 < (one == other).double().mean() < 0.2
+
+
+def test_fixed_labels_belong_to_the_sample_whatever_is_asked_with_it():
+    some = EVERY.flip(0)[5:500]
+    assert torch.equal(fixed(a_set(), some, a_draw(1)), fixed(a_set(), EVERY, a_draw(2))[some])
 
 
 def test_two_classes_have_one_wrong_label():
-    labels = torch.tensor([0, 1, 1])
-    assert WrongLabel(labels, 2, seed=0).labels(0).tolist() == [1, 0, 0]
+    data = a_set(torch.tensor([0, 1, 1]), classes=2)
+    assert wrong_label(data, torch.arange(3), a_draw()).tolist() == [1, 0, 0]
+
+
+def test_all_wrong_labels_are_all_but_the_true_one():
+    wrong = all_wrong(a_set(), EVERY[:50], a_draw())
+    every = torch.cat((LABELS[:50].unsqueeze(1), wrong), 1).sort(1).values
+    assert torch.equal(every, torch.arange(10).expand(50, -1))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 7), (3, 8, 8)])
+def test_hybrids_are_made_of_the_sample_and_one_of_another_class(shape):
+    samples = EVERY[:4000]
+    made = hybrid(a_set(shape=shape), samples, a_draw())
+    own = (20 * LABELS[samples]).unsqueeze(1)
+    assert made.shape == (4000, shape[0] * shape[1] * shape[2])
+    from_partner = made != own
+    partners = [row[where].unique() for row, where in zip(made, from_partner, strict=True) if where.any()]
+    assert all(len(partner) == 1 for partner in partners)
+    assert len(partners) > 0.95 * len(samples)
+    assert 0.45 < from_partner.double().mean() < 0.55
+    by_channel = from_partner.view(4000, shape[0], -1)
+    assert (by_channel == by_channel[:, :1]).all()
+
+
+def test_partners_are_every_other_class_equally_often():
+    labels = torch.tensor([0] * 100 + [1] * 300 + [2] * 200)
+    samples = torch.zeros(20_000, dtype=torch.long)
+    made = hybrid(a_set(labels, shape=(1, 9, 9), classes=3), samples, a_draw())
+    partner = made.max(1).values // 20
+    counts = torch.bincount(partner, minlength=3)[1:].double()
+    assert counts[0] / counts.sum() == pytest.approx(300 / 500, abs=0.02)
+
+
+def test_masks_are_blobs_of_the_blurs_asked_for_and_new_for_each_sample():
+    """The slow way: the same bits blurred pixel by pixel, the outermost repeated beyond the border."""
+    torch.manual_seed(0)
+    data, samples = a_set(torch.tensor([0, 1]), shape=(1, 12, 10), classes=2), torch.zeros(300, dtype=torch.long)
+    edges = {}
+    for blurs in (0, 1, 6):
+        mask = hybrid(data, samples, a_draw(), blurs=blurs).view(300, 12, 10) == 0
+        edges[blurs] = (mask[:, 1:] != mask[:, :-1]).double().mean().item()
+        if blurs == 0:
+            bits = mask.double()
+        blurred = bits
+        for _ in range(blurs):
+            for axis in (1, 2):
+                low, high = blurred.narrow(axis, 0, 1), blurred.narrow(axis, blurred.shape[axis] - 1, 1)
+                wide = torch.cat((low, blurred, high), axis)
+                size = blurred.shape[axis]
+                blurred = sum(weight * wide.narrow(axis, start, size) for start, weight in enumerate((0.25, 0.5, 0.25)))
+        unsure = (blurred - 0.5).abs() < 1e-5
+        assert ((blurred > 0.5) == mask)[~unsure].all()
+        assert len(mask.flatten(1).unique(dim=0)) > 290
+    assert edges[0] == pytest.approx(0.5, abs=0.02)
+    assert edges[6] < edges[1] < edges[0]
+
+
+def test_noise_covers_the_range_of_the_data():
+    uniform = noise(a_set(), EVERY[:2000], a_draw()).double()
+    assert (uniform.min(), uniform.max()) == (0, 255)
+    assert uniform.mean().item() == pytest.approx(127.5, abs=1)
+    data = a_set()
+    normal = noise(data, EVERY[:2000], a_draw(), distribution="normal").double()
+    assert normal.mean().item() == pytest.approx(data.images.double().mean().item(), abs=4)
+    assert normal.std().item() == pytest.approx(data.images.double().std().item(), rel=0.1)
+
+
+def test_hard_labels_follow_the_prediction_with_the_true_class_removed():
+    labels = torch.full((20_000,), 2)
+    logits = torch.tensor([1.0, 3.0, 9.0, 2.0]).expand(20_000, -1)
+    drawn = draw_wrong_labels(logits, labels, a_draw())
+    shares = torch.bincount(drawn, minlength=4).double() / 20_000
+    expected = torch.tensor([1.0, 3.0, -torch.inf, 2.0]).double().softmax(0)
+    assert shares[2] == 0
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
+
+
+def test_a_certain_readout_still_has_wrong_labels_to_draw():
+    logits = torch.tensor([[0.0, 500.0, -300.0]])
+    assert draw_wrong_labels(logits, torch.tensor([1]), a_draw()).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_keeps_its_contract(kind):
+    data, samples = a_set(), EVERY[10:300]
+    check(find_kind(kind, {})(data, samples, a_draw()), data, samples, labels_shown=True)
+
+
+def mirrored(data, samples, draw, *, down=False):
+    """A kind of one's own: images turned over, as letters in a mirror are none."""
+    images = data.images[samples].view(-1, *data.shape)
+    return images.flip(2 if down else 3).flatten(1)
+
+
+def test_a_kind_of_ones_own_is_named_by_module_and_function():
+    data, samples = a_set(), EVERY[:20]
+    made = find_kind(f"{__name__}:mirrored", {"down": True})(data, samples, a_draw())
+    check(made, data, samples, labels_shown=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("hard_lable", {}, "is none of wrong_label, fixed, hard_label, all_wrong, hybrid, noise, nor package.module"),
+        ("nowhere:at_all", {}, "cannot be imported .*nowhere"),
+        (f"{__name__}:missing", {}, "cannot be imported .*missing"),
+        ("hybrid", {"blur": 3}, r"takes no option blur \(its options: blurs, threshold\)"),
+        ("fixed", {"blurs": 3}, r"its options: none"),
+        ("hybrid", {"blurs": -1}, r"blurs must be a whole number from 0 on \(blurs: -1\)"),
+        ("hybrid", {"threshold": 2.0}, "threshold must lie between 0 and 1"),
+        ("noise", {"distribution": "pink"}, "distribution must be uniform or normal"),
+    ],
+)
+def test_what_cannot_be_made_is_told(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_kind(name, options)(a_set(), EVERY[:5], a_draw())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (torch.zeros(20, 42), r"must return labels .*returned: \[20, 42\], float32"),
+        (torch.zeros(19, dtype=torch.long), "must return labels"),
+        ([1] * 20, "must return a tensor"),
+        (LABELS[:20], "must return wrong labels, from 0 to below 10"),
+        (LABELS[:20] + 1, "must return wrong labels, from 0 to below 10"),
+    ],
+)
+def test_what_breaks_the_contract_is_told(made, message):
+    with pytest.raises(ValueError, match=message):
+        check(made, a_set(), EVERY[:20], labels_shown=True)
+
+
+def test_wrong_labels_are_of_no_use_where_none_is_shown():
+    made = wrong_label(a_set(), EVERY[:20], a_draw())
+    with pytest.raises(ValueError, match=r"data.label=none shows none"):
+        check(made, a_set(), EVERY[:20], labels_shown=False)

@@ -1,11 +1,13 @@
+import pytest
 import torch
 
 from ffdist.ff.classify import confusion_matrix, error
+from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
 
 
 def a_network(**changes) -> Network:
-    return Network(Architecture(**({"pixels": 20, "classes": 4, "units": (30, 25, 15), "seed": 1} | changes)))
+    return Network(Architecture(**({"shape": (1, 4, 5), "classes": 4, "layers": (30, 25, 15), "seed": 1} | changes)))
 
 
 def some_images(count=6) -> torch.Tensor:
@@ -52,7 +54,7 @@ def test_readout_sums_to_one_and_input_is_left_alone():
 
 
 def test_initial_weights_do_not_depend_on_other_layers():
-    one, other = Architecture(20, 4, (30, 25)), Architecture(20, 4, (30, 25, 9))
+    one, other = Architecture((1, 4, 5), 4, (30, 25)), Architecture((1, 4, 5), 4, (30, 25, 9))
     assert torch.equal(one.layer(1).weight, other.layer(1).weight)
     assert abs(one.layer(0).weight.std().item() * 20**0.5 - 1) < 0.1
 
@@ -61,3 +63,32 @@ def test_confusion_counts_true_by_predicted():
     labels, predicted = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1])
     assert confusion_matrix(predicted, labels, 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
     assert error(predicted, labels) == 0.5
+
+
+def test_weights_are_counted_as_they_are_built():
+    layers = (Fields(3, 1, 2, 7), Fields(2, 1, 2, 5), 11, 6)
+    for label in ("overwrite", "everywhere", "none"):
+        architecture = Architecture((2, 4, 5), 4, layers, label=label)
+        built = [architecture.layer(index) for index in range(len(layers))]
+        assert architecture.weights == tuple(layer.weight.numel() for layer in built)
+        assert architecture.widths[1:] == tuple(len(layer.bias) for layer in built) == (63, 20, 11, 6)
+
+
+def test_without_labels_the_readout_alone_predicts():
+    prediction = a_network(label="none").predict(some_images())
+    assert prediction.goodness.shape == (3, 6, 0)
+    assert torch.equal(prediction.label, prediction.probabilities.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("layers", "label", "message"),
+    [
+        ((30, Fields(2, 1, 2, 5)), "overwrite", "layer 2 has local fields and no plane to look at"),
+        ((Fields(9, 1, 1, 5),), "overwrite", "layer 1 has fields that lie wholly beyond the 4 x 5 map below"),
+        ((30,), "everywhere", "the first layer has none"),
+        ((Fields(2, 1, 2, 5),), "append", "where no field looks"),
+    ],
+)
+def test_layers_that_do_not_fit_say_why(layers, label, message):
+    with pytest.raises(ValueError, match=message):
+        Architecture((1, 4, 5), 4, layers, label=label)

@@ -2,7 +2,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from ffdist.pipeline.partition import layer_costs, partition
+from ffdist.pipeline.partition import partition
 
 
 def slowest(costs, cut):
@@ -20,7 +20,3 @@ def test_no_cut_has_a_faster_slowest_stage(costs):
             for ends in combinations(range(1, len(costs)), stages - 1)
         )
         assert slowest(costs, cut) == min(slowest(costs, other) for other in every)
-
-
-def test_cost_is_the_number_of_weights():
-    assert layer_costs((784, 1000, 500)) == [784_000, 500_000]

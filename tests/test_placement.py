@@ -47,7 +47,7 @@ def test_gpus_asked_for_and_not_there():
 
 
 def test_bundles_are_in_the_order_in_which_actors_are_made():
-    bundles = decided(stages=2, layers=2, negative_actors=2, resources={"CPU": 8, "GPU": 1}).bundles
+    bundles = decided(stages=2, layers=2, negative_actors=2, resources={"CPU": 8, "GPU": 1}).bundles(2)
     assert bundles == [{"CPU": 1, "GPU": 0.5}] * 2 + [{"CPU": 1}] * 3
 
 

@@ -20,7 +20,7 @@ def test_update_is_the_gradient_of_the_cross_entropy_smoothed_and_decayed():
         gradients = torch.autograd.grad(-loss, (weight, bias))
         smoothed = [0.9 * old + 0.1 * new for old, new in zip(smoothed, gradients, strict=True)]
 
-        metrics = readout.train_minibatch(activities, labels, gain=gain)
+        _, metrics = readout.train_minibatch(activities, labels, gain=gain)
         torch.testing.assert_close(readout.weight, weight + gain * 0.1 * (smoothed[0] - 0.003 * weight))
         torch.testing.assert_close(readout.bias, bias + gain * 0.1 * smoothed[1])
         torch.testing.assert_close(metrics, torch.stack((loss.detach(), (logits.argmax(1) != labels).double().mean())))

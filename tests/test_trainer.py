@@ -7,7 +7,7 @@ from ffdist import load_config, train
 from ffdist.checkpoint import commits, read_commit
 from ffdist.data.datasets import load_dataset
 from ffdist.ff.network import Network
-from ffdist.trainer import build_architecture
+from ffdist.prepare import build_architecture
 
 SHORT = ["model.layers=[40,30]", "training.epochs=6", "training.validation_samples=200", "training.evaluate_every=1"]
 
@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 
 def validation_errors(folder):
     manifests = [json.loads((commit / "manifest.json").read_text()) for commit in commits(folder / "commits")]
-    return {manifest["step"]: manifest["validation_goodness_error"] for manifest in manifests}
+    return {manifest["step"]: manifest["validation_error"] for manifest in manifests}
 
 
 def test_the_best_commit_is_kept_beside_the_newest(run):

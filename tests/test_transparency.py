@@ -9,12 +9,17 @@ from ffdist.checkpoint import weights_sha256
 from ffdist.config import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
+from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.partition import layer_costs, partition
+from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner
 from ffdist.pipeline.schedule import Evaluate, Train, schedule
+from ffdist.pipeline.source import NegativePlan
 
 EPOCHS, BATCH_SIZE = 2, 50
+DENSE = (60, 50, 40)
+MIXED = (Fields(grid=3, stride=2, field=4, units=6), Fields(grid=2, stride=1, field=2, units=12), 40)
+CLIPPED = (Fields(grid=8, stride=1, field=5, units=2), 50, 40)
 
 
 class Results(NamedTuple):
@@ -34,12 +39,17 @@ def an_order(digits) -> SampleOrder:
     return SampleOrder(0, len(digits.labels["train"]), BATCH_SIZE)
 
 
-def a_blueprint(digits, stages, precision, label="append", actors=1) -> Blueprint:
+def a_blueprint(
+    digits, stages, precision, label="append", kind="wrong_label", layers=DENSE, actors=1, jitter=0, store=None
+) -> Blueprint:
     architecture = Architecture(
-        digits.pixels, digits.classes, (60, 50, 40), seed=3, precision=precision, label=label, predict_from=2
+        digits.shape, digits.classes, layers, seed=3, precision=precision, label=label, predict_from=2
     )
-    cut = partition(layer_costs(architecture.widths), stages)
-    return Blueprint(architecture, an_order(digits), "wrong_label", actors, cut, measure_every=5, device="cpu")
+    plan = NegativePlan(
+        kind, num_parts=actors, ahead=2, prediction_delay=32 if kind == "hard_label" else None, store=store
+    )
+    cut = partition(architecture.weights, stages)
+    return Blueprint(architecture, an_order(digits), plan, jitter, cut, measure_every=5, device="cpu")
 
 
 def results(runner: Runner, digits: Dataset, chunk_size: int) -> Results:
@@ -91,35 +101,58 @@ def test_stages_and_chunks_change_no_bit(digits, precision, label):
         assert_equal(truth, other)
 
 
-@pytest.mark.parametrize(
-    ("stages", "chunk_size", "window", "actors", "precision", "label", "threads"),
-    [
-        (1, 32, 1, 1, "bfloat16", "append", 2),  # the readout's sums depend on threads as well
-        (2, 7, 4, 2, "float32", "overwrite", 1),  # float32 messages are read without a copy, and must not be written to
-        (
-            3,
-            1,
-            60,
-            1,
-            "bfloat16",
-            "append",
-            1,
-        ),  # more in flight than an epoch has, its evaluation and snapshot included
-    ],
-)
-def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, actors, precision, label, threads):
+KINDS = [
+    ("fixed", "append", DENSE),
+    ("hard_label", "append", DENSE),
+    ("all_wrong", "overwrite", DENSE),
+    ("hybrid", "none", DENSE),
+    ("hybrid", "overwrite", DENSE),
+    ("noise", "none", MIXED),
+    ("hard_label", "everywhere", MIXED),
+    ("all_wrong", "everywhere", CLIPPED),
+    ("wrong_label", "overwrite", CLIPPED),
+]
+
+
+@pytest.mark.parametrize(("kind", "label", "layers"), KINDS)
+def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digits, kind, label, layers):
+    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1}
+    truth = serial(digits, **changes)
+    for stages, chunk_size, actors in [(1, 1, 1), (2, 7, 2), (3, 32, 3)]:
+        assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
+
+
+ACTORS = {
+    "the readout's sums depend on threads as well": (1, 32, 1, {"threads": 2}),
+    "float32 messages are read without a copy, and must not be written to": (
+        2,
+        7,
+        4,
+        {"actors": 2, "precision": "float32", "label": "overwrite"},
+    ),
+    "more in flight than an epoch has, its evaluation and snapshot included": (3, 1, 60, {}),
+    "predictions travel back": (3, 4, 4, {"kind": "hard_label", "actors": 2}),
+    "images are negatives": (2, 7, 3, {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "jitter": 1}),
+    "many negatives for one positive": (2, 5, 4, {"kind": "all_wrong", "label": "everywhere", "layers": CLIPPED}),
+}
+
+
+@pytest.mark.parametrize(("stages", "chunk_size", "window", "changes"), ACTORS.values(), ids=ACTORS)
+def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, changes):
     from ffdist.runtime.placement import Placement, reserve
     from ffdist.runtime.runner import ray_runner
 
-    blueprint = a_blueprint(digits, stages, precision, label=label, actors=actors)
+    changes = {"precision": "bfloat16", "threads": 1} | changes
+    threads = changes.pop("threads")
+    blueprint = a_blueprint(digits, stages, **changes)
     pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=window, threads_per_stage=threads)
     images, labels = digits.images, digits.labels["train"]
     with (
-        reserve(Placement(stages, "cpu", 0, 0.5, 0.5, actors).bundles) as group,
+        reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_parts)) as group,
         ray_runner(blueprint, group, pipeline, images=images, labels=labels) as runner,
     ):
         spread = results(runner, digits, chunk_size)
-    assert_equal(serial(digits, precision=precision, label=label, threads=threads), spread)
+    assert_equal(serial(digits, **changes, threads=threads), spread)
 
 
 def test_training_changes_the_weights_and_the_seed_decides_them(digits):
@@ -128,4 +161,4 @@ def test_training_changes_the_weights_and_the_seed_decides_them(digits):
     assert weights_sha256(first) != weights_sha256(last)
     start = a_blueprint(digits, 1, "bfloat16").architecture
     assert not torch.equal(start.layer(0).weight, last["layer_1"]["weight"])
-    assert not torch.equal(start.layer(0).weight, Architecture(64, 10, (60, 50, 40), label="append").layer(0).weight)
+    assert not torch.equal(start.layer(0).weight, Architecture((1, 8, 8), 10, DENSE, label="append").layer(0).weight)

@@ -1,5 +1,6 @@
 """Bytes and labels in: every dataset becomes uint8 images `[N, D]` and int64 labels `[N]` per split."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -28,10 +29,12 @@ class Dataset:
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
 
-    @property
-    def pixels(self) -> int:
-        """Values of one image D."""
-        return self.shape[0] * self.shape[1] * self.shape[2]
+    def sha256(self, split: str) -> str:
+        """Digests the images and labels of a split."""
+        digest = hashlib.sha256(f"{self.shape} {self.classes}".encode())
+        digest.update(self.images[split].numpy().tobytes())
+        digest.update(self.labels[split].numpy().tobytes())
+        return digest.hexdigest()
 
 
 def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ffdist.ff.keyed import generator
 
+SHARD_SAMPLES = 5000
+"""Samples whose negatives are made together; fixed, because draws are keyed by the shard."""
+
 
 @dataclass(frozen=True)
 class SampleOrder:
@@ -29,7 +32,20 @@ class SampleOrder:
     def indices(self, epoch: int, first: int, count: int) -> Tensor:
         """Returns the samples of `count` minibatches from minibatch `first` of an epoch on `[count, B]`, int64."""
         start = first * self.batch_size
-        return _permutation(self.seed, epoch, self.samples)[start : start + count * self.batch_size].view(count, -1)
+        return self.permutation(epoch)[start : start + count * self.batch_size].view(count, -1)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """Returns the whole order of an epoch `[samples]`, int64; never to be written to."""
+        return _permutation(self.seed, epoch, self.samples)
+
+    def shards(self, first: int, count: int) -> range:
+        """Returns the numbers of the shards in which `count` minibatches from minibatch `first` of an epoch on lie."""
+        start, stop = first * self.batch_size, (first + count) * self.batch_size
+        return range(start // SHARD_SAMPLES, -(-stop // SHARD_SAMPLES))
+
+    def shard(self, epoch: int, number: int) -> Tensor:
+        """Returns the samples of a shard `[n]`: `SHARD_SAMPLES` consecutive ones of the epoch's order, or the rest."""
+        return self.permutation(epoch)[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES]
 
 
 @lru_cache(maxsize=2)

@@ -27,5 +27,8 @@ def append(images: Tensor, values: Tensor) -> Tensor:
     return torch.cat((images.expand(*values.shape[:-1], images.shape[-1]), values), -1)
 
 
-LABELS = {"overwrite": overwrite, "append": append}
-"""Ways of showing a label to the network, by the name that `data.label` gives."""
+LABELS = {"overwrite": overwrite, "append": append, "everywhere": append}
+"""Ways of showing a label to the network, by the name that `data.label` gives; `none` shows none.
+
+`everywhere` is `append` to a first layer of local fields, each of which reads what stands behind the pixels.
+"""

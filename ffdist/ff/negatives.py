@@ -1,6 +1,21 @@
-"""Negative data. Each kind says, for every sample of the training set, what its negative is in a given epoch."""
+"""Negative data: what stands against each positive sample.
 
-from typing import Protocol
+A kind is a function `kind(data, samples, draw, **options)`. It is asked for the negatives of `samples` `[n]`, indices
+into the training set, and takes every random number from `draw`, a generator that is fresh for the request. It returns
+
+- labels `[n]`, int64: the negative is the sample's own image under that label, or
+- labels `[n, M]`, int64: M negatives a sample, each of which weighs a share of one, or
+- images `[n, D]`, uint8: the negative is that image, under the sample's own label where labels are shown.
+
+Anybody's own kind is named `package.module:function` and keeps the same contract.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,33 +23,182 @@ from torch import Tensor
 from ffdist.ff.keyed import generator
 
 
-class Negatives(Protocol):
-    """What a kind of negatives offers."""
+class TrainingSet(NamedTuple):
+    """What negatives are made from."""
 
-    def labels(self, epoch: int) -> Tensor:
-        """Returns the label shown in each sample's negative `[N]`, int64, for the given epoch."""
+    images: Tensor
+    """uint8 `[N, D]`, channel after channel, row after row."""
+    labels: Tensor
+    """int64 `[N]`, in [0, classes)."""
+    classes: int
+    shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
+    seed: int
+    """The run's, for draws that are the same in every epoch."""
 
 
-class WrongLabel:
-    """A wrong class for every sample, each of the C - 1 equally likely, drawn afresh each epoch.
+Kind = Callable[[TrainingSet, Tensor, torch.Generator], Tensor]
+
+
+def wrong_label(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
+    """Draws a wrong class for every sample, each of the C - 1 equally likely: `[n]`.
 
     Shuffling the labels would show the true one in a case of C.
+    """
+    step = torch.randint(1, data.classes, samples.shape, generator=draw)
+    return (data.labels[samples] + step) % data.classes
+
+
+def fixed(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
+    """Returns a wrong class for every sample, drawn once and the same in every epoch: `[n]`."""
+    once = generator(data.seed, "fixed negatives")
+    return wrong_label(data, torch.arange(len(data.labels)), once)[samples]
+
+
+def all_wrong(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
+    """Returns every wrong class of every sample: `[n, C - 1]`."""
+    return (data.labels[samples].unsqueeze(1) + torch.arange(1, data.classes)) % data.classes
+
+
+def hybrid(
+    data: TrainingSet, samples: Tensor, draw: torch.Generator, *, blurs: int = 6, threshold: float = 0.5
+) -> Tensor:
+    """Mixes every sample with one of another class, by a mask of large blobs (Hinton 2022, section 3.2): `[n, D]`.
+
+    A mask is a random bit image, blurred with [1/4, 1/2, 1/4] in both directions and then cut at a threshold: 1 where
+    the sample's own image shows, 0 where its partner's does. Every sample has a mask of its own, the same for all
+    channels. At the border the outermost bit stands for what lies beyond it.
 
     Args:
-        true_labels: `[N]`, int64.
-        classes: Number of classes C.
-        seed: The run's seed.
+        data: The training set.
+        samples: Whose negatives `[n]`.
+        draw: Source of masks and partners.
+        blurs: Times that the bits are blurred; more make larger blobs.
+        threshold: Where the blurred bits, whose mean is 1/2, are cut; in (0, 1).
+
+    Raises:
+        ValueError: An option is out of its range.
     """
+    if type(blurs) is not int or blurs < 0:
+        raise ValueError(f"blurs must be a whole number from 0 on (blurs: {blurs!r})")
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie between 0 and 1 (threshold: {threshold!r})")
+    _, height, width = data.shape
+    drawn = torch.empty(-(-len(samples) * height * width // 8), dtype=torch.uint8).random_(0, 256, generator=draw)
+    bits = drawn.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()
+    bits = bits[: len(samples) * height * width].view(-1, height, width).float()
+    blurred = _blur(height, blurs) @ (bits @ _blur(width, blurs).t())
+    mask = (blurred > threshold).flatten(1).repeat(1, data.shape[0])
+    return torch.where(mask, data.images[samples], data.images[_partners(data, samples, draw)])
 
-    def __init__(self, true_labels: Tensor, classes: int, seed: int) -> None:
-        self._true_labels, self._classes, self._seed = true_labels, classes, seed
 
-    def labels(self, epoch: int) -> Tensor:
-        """Returns the wrong labels `[N]` of an epoch."""
-        draw = generator(self._seed, "negatives", epoch)
-        step = torch.randint(1, self._classes, self._true_labels.shape, generator=draw)
-        return (self._true_labels + step) % self._classes
+def _blur(size: int, times: int) -> Tensor:
+    """Returns the matrix of all blurs along one side `[size, size]`; every row sums to 1."""
+    once = (torch.eye(size) * 2 + torch.ones(size - 1).diag(1) + torch.ones(size - 1).diag(-1)) / 4
+    once[0, 0] += 0.25
+    once[-1, -1] += 0.25
+    blurred: Tensor = torch.linalg.matrix_power(once, times)
+    return blurred
 
 
-KINDS = {"wrong_label": WrongLabel}
+def _partners(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
+    """Draws for every sample one of another class, each equally likely `[n]`."""
+    by_class = data.labels.sort(stable=True).indices
+    sizes = torch.bincount(data.labels, minlength=data.classes)
+    size, start = sizes[data.labels[samples]], (sizes.cumsum(0) - sizes)[data.labels[samples]]
+    others = len(data.labels) - size
+    place = (torch.rand(samples.shape, generator=draw, dtype=torch.float64) * others).long()
+    return by_class[torch.where(place < start, place, place + size)]
+
+
+def noise(data: TrainingSet, samples: Tensor, draw: torch.Generator, *, distribution: str = "uniform") -> Tensor:
+    """Draws images of noise `[n, D]`: `uniform` over 0 to 255, or `normal` with the data's mean and deviation.
+
+    Raises:
+        ValueError: Another distribution is asked for.
+    """
+    shape = (len(samples), data.images.shape[1])
+    if distribution == "uniform":
+        return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=draw)
+    if distribution == "normal":
+        some = data.images[:10_000].float()
+        return (torch.randn(shape, generator=draw) * some.std() + some.mean()).round_().clamp_(0, 255).to(torch.uint8)
+    raise ValueError(f"distribution must be uniform or normal (distribution: {distribution!r})")
+
+
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "wrong_label": wrong_label,
+    "fixed": fixed,
+    "hard_label": wrong_label,  # until the readout's draws come in, see `HardLabels`
+    "all_wrong": all_wrong,
+    "hybrid": hybrid,
+    "noise": noise,
+}
 """Kinds of negatives, by the name that `negatives.kind` gives."""
+
+
+def find_kind(name: str, options: dict[str, Any]) -> Kind:
+    """Returns the kind of a name in `KINDS`, or a user's own by `package.module:function`, with its options set.
+
+    Raises:
+        ValueError: There is none, or it does not take an option.
+    """
+    function = KINDS.get(name) or _import(name)
+    known = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"takes no option {', '.join(unknown)} (its options: {', '.join(known) or 'none'})")
+    return partial(function, **options)
+
+
+def _import(name: str) -> Callable[..., Tensor]:
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"is none of {', '.join(KINDS)}, nor package.module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module beside the user, as `python -m` would find it
+    try:
+        found: Callable[..., Tensor] = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot be imported ({error})") from error
+    return found
+
+
+def check(negatives: Tensor, data: TrainingSet, samples: Tensor, *, labels_shown: bool) -> None:
+    """Holds what a kind returned to its contract.
+
+    Raises:
+        ValueError: What it returned is of no use; the text says why.
+    """
+    if not isinstance(negatives, Tensor):
+        raise ValueError(f"must return a tensor, as its contract says (returned: {type(negatives).__name__})")
+    images = negatives.dtype == torch.uint8 and negatives.shape == (len(samples), data.images.shape[1])
+    labels = negatives.dtype == torch.int64 and negatives.dim() in (1, 2) and len(negatives) == len(samples)
+    if not images and not labels:
+        raise ValueError(
+            f"must return labels [n] or [n, M], int64, or images [n, {data.images.shape[1]}], uint8 "
+            f"(n: {len(samples)}, returned: {list(negatives.shape)}, {str(negatives.dtype).removeprefix('torch.')})"
+        )
+    if labels and not labels_shown:
+        raise ValueError("shows wrong labels and data.label=none shows none; set it to hybrid or noise, or data.label")
+    true = data.labels[samples].view(-1, *[1] * (negatives.dim() - 1))
+    if labels and not ((negatives >= 0) & (negatives < data.classes) & (negatives != true)).all():
+        raise ValueError(f"must return wrong labels, from 0 to below {data.classes}")
+
+
+def draw_wrong_labels(logits: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
+    """Draws each sample's wrong label from what a classifier takes it for (Hinton 2022, section 3.3).
+
+    Args:
+        logits: `[B, C]`.
+        labels: True labels `[B]`, which are never drawn.
+        draw: Source of the draws.
+
+    Returns:
+        Labels `[B]`, int64, from the softmax over the C - 1 wrong classes.
+    """
+    wrong = logits.scatter(1, labels.unsqueeze(1), -torch.inf).softmax(1)
+    return torch.multinomial(wrong, 1, generator=draw).squeeze(1)

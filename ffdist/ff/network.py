@@ -1,5 +1,6 @@
 """The whole network: what it is made of, and how it predicts, with torch alone."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from ffdist.ff.classify import goodness_prediction
 from ffdist.ff.goodness import normalize
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import LABELS, neutral, one_hot
-from ffdist.ff.layers import Dense
+from ffdist.ff.layers import Dense, Layer
+from ffdist.ff.local import Fields, Local, Map
 from ffdist.ff.readout import Readout
 from ffdist.ff.update import LAYER_UPDATE, READOUT_UPDATE, Update
 
@@ -19,14 +21,16 @@ from ffdist.ff.update import LAYER_UPDATE, READOUT_UPDATE, Update
 class Architecture:
     """What decides a network's layers, their start and their learning; enough to build any part of it anywhere."""
 
-    pixels: int
-    """Values of one image D, all channels."""
+    shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
     classes: int
     """Number of classes C."""
-    units: tuple[int, ...]
-    """Units of each hidden layer, lowest first."""
+    layers: tuple[int | Fields, ...]
+    """Each hidden layer, lowest first: the units of a dense one, or the fields of a local one."""
     label: str = "overwrite"
-    """How the input shows the label, a key of `LABELS`."""
+    """How the input shows the label, a key of `LABELS`, or `none`."""
+    label_scale: float = 1.0
+    """Value that stands for the label, as pixels count from 0 to 1."""
     predict_from: int = 2
     """First layer, counted from 1, that goodness and readout look at when they predict."""
     seed: int = 0
@@ -37,6 +41,31 @@ class Architecture:
     precision: str = "float32"
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
 
+    def __post_init__(self) -> None:
+        """Holds local layers to their rule.
+
+        Raises:
+            ValueError: One of them has nothing to read, or the label cannot be shown.
+        """
+        is_local = [isinstance(layer, Fields) for layer in self.layers]
+        if self.label == "everywhere" and not is_local[0]:
+            raise ValueError("label=everywhere shows the label to each field, and the first layer has none; append it")
+        if self.label == "append" and is_local[0]:
+            raise ValueError("label=append puts the label where no field looks; set it to everywhere")
+        for number, layer in enumerate(self.layers, 1):
+            if not isinstance(layer, Fields):
+                continue
+            below = self.map_below(number - 1)
+            if below is None:
+                raise ValueError(
+                    f"layer {number} has local fields and no plane to look at, because a dense layer is below"
+                )
+            if not layer.fit(below):
+                raise ValueError(
+                    f"layer {number} has fields that lie wholly beyond the {below.height} x {below.width} map below "
+                    f"(grid: {layer.grid}, stride: {layer.stride}, field: {layer.field})"
+                )
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which products are made and activities travel."""
@@ -44,36 +73,76 @@ class Architecture:
         return dtype
 
     @property
+    def pixels(self) -> int:
+        """Values of one image D, all channels."""
+        return math.prod(self.shape)
+
+    @property
+    def labels_shown(self) -> bool:
+        """Whether the input shows a label, so that goodness can predict one."""
+        return self.label != "none"
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Width of the input rows, then of each layer's output."""
-        return (self.pixels + (self.classes if self.label == "append" else 0), *self.units)
-
-    def layer(self, index: int) -> Dense:
-        """Builds hidden layer `index`, counted from 0, with its initial weights."""
-        return Dense(
-            self.widths[index],
-            self.units[index],
-            update=self.update,
-            peer_strength=self.peer_strength,
-            compute_dtype=self.compute_dtype,
-            generator=generator(self.seed, "layer", index),
+        shown = self.classes if self.label in ("append", "everywhere") else 0
+        return (
+            self.pixels + shown,
+            *(layer.above().values if isinstance(layer, Fields) else layer for layer in self.layers),
         )
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Number of weights of each layer."""
+        return tuple(units * self.fan_in(index) for index, units in enumerate(self.widths[1:]))
+
+    def fan_in(self, index: int) -> int:
+        """Returns how many values each unit of layer `index`, counted from 0, reads."""
+        layer, below = self.layers[index], self.map_below(index)
+        if isinstance(layer, Fields) and below:
+            return layer.field**2 * below.depth + self.widths[index] - below.values
+        return self.widths[index]
+
+    def map_below(self, index: int) -> Map | None:
+        """Returns how layer `index`, counted from 0, sees what it reads; None above a dense layer."""
+        if index == 0:
+            channels, height, width = self.shape
+            return Map(height, width, channels, channels_first=True)
+        below = self.layers[index - 1]
+        return below.above() if isinstance(below, Fields) else None
+
+    def layer(self, index: int) -> Layer:
+        """Builds hidden layer `index`, counted from 0, with its initial weights."""
+        settings = {
+            "update": self.update,
+            "peer_strength": self.peer_strength,
+            "compute_dtype": self.compute_dtype,
+            "generator": generator(self.seed, "layer", index),
+        }
+        layer, below = self.layers[index], self.map_below(index)
+        if isinstance(layer, Fields):
+            assert below, "holds since __post_init__"
+            return Local(below, layer, shared=self.widths[index] - below.values, **settings)
+        return Dense(self.widths[index], layer, **settings)
 
     def readout(self) -> Readout:
         """Builds the readout, with its initial zeros."""
-        return Readout(sum(self.units[self.predict_from - 1 :]), self.classes, update=self.readout_update)
+        return Readout(sum(self.widths[self.predict_from :]), self.classes, update=self.readout_update)
 
-    def rows(self, images: Tensor, values: Tensor) -> Tensor:
+    def rows(self, images: Tensor, values: Tensor | None) -> Tensor:
         """Turns images and label values into input rows.
 
         Args:
             images: `[..., D]`, uint8, 0 to 255.
-            values: `[..., C]`, float32.
+            values: `[..., C]`, float32, 1 for the label; None where none is shown.
 
         Returns:
             Normalized rows `[..., D']`, in the compute type.
         """
-        return normalize(LABELS[self.label](images.to(torch.float32) / 255, values)).to(self.compute_dtype)
+        rows = images.to(torch.float32) / 255
+        if values is not None:
+            rows = LABELS[self.label](rows, values * self.label_scale)
+        return normalize(rows).to(self.compute_dtype)
 
 
 class Prediction(NamedTuple):
@@ -82,9 +151,9 @@ class Prediction(NamedTuple):
     probabilities: Tensor
     """The readout's, from one neutral pass `[B, C]`."""
     goodness: Tensor
-    """Each layer's goodness for every label tried `[L, B, C]`."""
+    """Each layer's goodness for every label tried `[L, B, C]`; `[L, B, 0]` where no label is shown."""
     label: Tensor
-    """The label of the greatest goodness, summed over the predicting layers `[B]`."""
+    """The label of the greatest goodness, summed over the predicting layers; else the readout's `[B]`."""
 
 
 class Network(nn.Module):
@@ -97,23 +166,31 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.layers = nn.ModuleList(architecture.layer(index) for index in range(len(architecture.units)))
+        self.layers = nn.ModuleList(architecture.layer(index) for index in range(len(architecture.layers)))
         self.readout = architecture.readout()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the readout's logits `[B, C]` for uint8 images `[B, D]`, from one pass with the neutral label."""
+    def read(self, images: Tensor) -> list[Tensor]:
+        """Returns what the readout reads of uint8 images `[B, D]`, each layer's normalized activities `[B, H]`."""
         architecture = self.architecture
-        rows = architecture.rows(images, neutral(images.shape[:-1], architecture.classes))
-        activities = []
+        values = neutral(images.shape[:-1], architecture.classes) if architecture.labels_shown else None
+        rows, activities = architecture.rows(images, values), []
         for layer in self.layers:
             rows = layer(rows).activity
             activities.append(rows)
-        logits: Tensor = self.readout(activities[architecture.predict_from - 1 :])
+        return activities[architecture.predict_from - 1 :]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the readout's logits `[B, C]` for uint8 images `[B, D]`, from one pass without a claim."""
+        logits: Tensor = self.readout(self.read(images))
         return logits
 
     def predict(self, images: Tensor) -> Prediction:
         """Predicts in both ways: one neutral pass for the readout, and one pass a label for goodness."""
         architecture = self.architecture
+        probabilities = self(images).softmax(-1)
+        if not architecture.labels_shown:
+            none = probabilities.new_empty(len(self.layers), len(images), 0)
+            return Prediction(probabilities, none, probabilities.argmax(-1))
         labels = torch.arange(architecture.classes).expand(len(images), -1)
         rows = architecture.rows(images.unsqueeze(1), one_hot(labels, architecture.classes))
         goodness = []
@@ -121,6 +198,4 @@ class Network(nn.Module):
             rows, layer_goodness = layer(rows)
             goodness.append(layer_goodness)
         by_layer = torch.stack(goodness)
-        return Prediction(
-            self(images).softmax(-1), by_layer, goodness_prediction(by_layer[architecture.predict_from - 1 :])
-        )
+        return Prediction(probabilities, by_layer, goodness_prediction(by_layer[architecture.predict_from - 1 :]))

@@ -1,10 +1,15 @@
 """The readout: a softmax on the normalized neutral activities of the hidden layers, trained beside them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffdist.ff.update import READOUT_UPDATE, Update
+
+FITTED = 1e-5
+"""Slope of the cross-entropy, in nats, at which a fit is done."""
 
 
 class Readout(nn.Module):
@@ -33,7 +38,7 @@ class Readout(nn.Module):
     def _rows(self, activities: list[Tensor]) -> Tensor:
         return torch.cat([part.to(self.weight.dtype) for part in activities], -1)
 
-    def train_minibatch(self, activities: list[Tensor], labels: Tensor, *, gain: float = 1.0) -> Tensor:
+    def train_minibatch(self, activities: list[Tensor], labels: Tensor, *, gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """Makes one update on the cross-entropy.
 
         Args:
@@ -42,7 +47,7 @@ class Readout(nn.Module):
             gain: Factor on the learning rate.
 
         Returns:
-            Loss in nats and error in [0, 1], both before the update `[2]`, float32.
+            The logits `[B, C]`; and loss in nats and error in [0, 1] `[2]`, float32; all before the update.
         """
         rows = self._rows(activities)
         logits = F.linear(rows, self.weight, self.bias)
@@ -52,4 +57,37 @@ class Readout(nn.Module):
             self.weight, self.weight_gradient, direction.t() @ rows, gain=gain, batch=len(rows), decay=True
         )
         self.update.ascend(self.bias, self.bias_gradient, direction.sum(0), gain=gain, batch=len(rows), decay=False)
-        return metrics
+        return logits, metrics
+
+    def fit(
+        self, rows: Tensor, labels: Tensor, *, iterations: int = 500, step: Callable[[], None] = lambda: None
+    ) -> float:
+        """Finds the weights of the least cross-entropy, with the same decay of the weights, by L-BFGS.
+
+        Args:
+            rows: Normalized activities of all read layers, side by side `[N, features]`, float32.
+            labels: True labels `[N]`, int64.
+            iterations: Most evaluations of all rows.
+            step: Called after each.
+
+        Returns:
+            The steepest slope that is left, in nats; the smaller, the nearer to the best weights.
+        """
+        parameters = (self.weight, self.bias)
+        optimizer = torch.optim.LBFGS(
+            parameters, max_iter=iterations, max_eval=iterations, tolerance_grad=FITTED, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            step()
+            logits = F.linear(rows, self.weight, self.bias)
+            error = (logits.softmax(1) - F.one_hot(labels, len(self.bias))) / len(rows)
+            self.weight.grad = error.t() @ rows + self.update.weight_decay * self.weight
+            self.bias.grad = error.sum(0)
+            return F.cross_entropy(logits, labels) + self.update.weight_decay / 2 * self.weight.square().sum()
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        closure()
+        slope = max(parameter.grad.abs().max().item() for parameter in parameters if parameter.grad is not None)
+        self.weight.grad = self.bias.grad = None
+        return slope

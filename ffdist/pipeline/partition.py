@@ -1,18 +1,14 @@
 """Which layers make a stage."""
 
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import accumulate
 
 
-def layer_costs(widths: tuple[int, ...]) -> list[float]:
-    """Estimates each layer's work per sample, its number of weights, from the widths `[L + 1]`, the input's first."""
-    return [float(inputs * units) for inputs, units in pairwise(widths)]
-
-
-def partition(costs: list[float], stages: int) -> list[range]:
+def partition(costs: Sequence[float], stages: int) -> list[range]:
     """Cuts layers into contiguous stages so that the slowest stage is as fast as can be.
 
     Args:
-        costs: Work of each layer, in any unit.
+        costs: Work of each layer, in any unit, such as its number of weights.
         stages: Number of stages, from 1 to the number of layers.
 
     Returns:

@@ -1,6 +1,7 @@
 """The flow of a run through its parts, written once: a runner differs only in how it calls and collects.
 
 negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references; what comes home: reports)
+                ^------- labels drawn earlier ---|       (hard labels only)
 """
 
 from collections import deque
@@ -12,11 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffdist.data.order import SampleOrder
+from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.partition import layer_costs
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train
-from ffdist.pipeline.source import NegativeSource
+from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State
 
 FLOAT32_BYTES = 4
@@ -35,10 +35,6 @@ class Parts(NamedTuple):
     negatives: list[Any]
     stages: list[Any]
     readout: Any
-    stage_layers: list[range]
-    """The layers of each stage, counted from 0."""
-    predict_from: int
-    """First layer, counted from 1, that the readout reads."""
 
 
 class Blueprint(NamedTuple):
@@ -46,9 +42,9 @@ class Blueprint(NamedTuple):
 
     architecture: Architecture
     order: SampleOrder
-    negatives: str
-    """Kind of negatives."""
-    negative_parts: int
+    negatives: NegativePlan
+    jitter: int
+    """Most pixels that a training image is shifted in either direction."""
     stage_layers: list[range]
     measure_every: int
     """Minibatches between two measurements of the weights."""
@@ -57,11 +53,14 @@ class Blueprint(NamedTuple):
 
     def bytes_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
         """Bounds what messages and states take while `max_in_flight` orders are under way; two may be snapshots."""
-        architecture, minibatch = self.architecture, 3 * self.order.batch_size
-        rows = max(EVALUATION_ROWS, minibatch * min(chunk_size, self.order.minibatches))
-        messages = max_in_flight * rows * sum(architecture.units) * architecture.compute_dtype.itemsize
-        parameters = sum(layer_costs(architecture.widths))
-        return messages + min(2, max_in_flight) * 2 * FLOAT32_BYTES * int(parameters)
+        architecture, order, negatives = self.architecture, self.order, self.negatives
+        per_sample = architecture.classes + 1 if negatives.kind == "all_wrong" else 3
+        rows = max(EVALUATION_ROWS, per_sample * order.batch_size * min(chunk_size, order.minibatches))
+        messages = max_in_flight * rows * sum(architecture.widths[1:]) * architecture.compute_dtype.itemsize
+        shards = len(order.shards(0, min(chunk_size, order.minibatches))) + 1
+        made = (max_in_flight + negatives.ahead) * shards * SHARD_SAMPLES * architecture.pixels
+        parameters = sum(architecture.weights)
+        return messages + made + min(2, max_in_flight) * 2 * FLOAT32_BYTES * parameters
 
     def assemble(self, make: Callable[..., Any], images: Any, labels: Any) -> Parts:
         """Makes all parts: the stages in order, the readout, the negatives.
@@ -71,19 +70,17 @@ class Blueprint(NamedTuple):
             images: uint8 images of each split, or a reference to them.
             labels: Labels of the training set, or a reference to them.
         """
-        architecture, order = self.architecture, self.order
+        architecture, order, negatives = self.architecture, self.order, self.negatives
+        source = (negatives, self.jitter, images, labels)
         return Parts(
             stages=[
-                make(Stage, architecture, layers, order, self.measure_every, self.device, *data)
-                for layers, data in zip(self.stage_layers, chain([(images, labels)], repeat(())), strict=False)
+                make(Stage, architecture, layers, order, self.measure_every, self.device, *first)
+                for layers, first in zip(self.stage_layers, chain([source], repeat(())), strict=False)
             ],
-            readout=make(ReadoutStage, architecture, labels, order),
+            readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay)),
             negatives=[
-                make(NegativeSource, self.negatives, labels, architecture.classes, order)
-                for _ in range(self.negative_parts)
+                make(NegativeSource, negatives, images, labels, architecture, order) for _ in range(negatives.num_parts)
             ],
-            stage_layers=self.stage_layers,
-            predict_from=architecture.predict_from,
         )
 
 
@@ -110,18 +107,30 @@ class Runner:
     """Drives orders through the parts, submitting each part's calls in order.
 
     Args:
+        blueprint: What the parts were made from.
         parts: Whom to call.
         call: How to call.
         collect: Turns a list of what `call` returned into values, waiting where it must.
         max_in_flight: Orders admitted and not yet done. An order is done when everything that comes home of it is
             home; then nothing here refers to it any more.
+        ahead: Orders whose negatives are asked for before they are admitted.
     """
 
     def __init__(
-        self, parts: Parts, *, call: Call, collect: Callable[[list[Any]], list[Any]], max_in_flight: int = 1
+        self,
+        blueprint: Blueprint,
+        parts: Parts,
+        *,
+        call: Call,
+        collect: Callable[[list[Any]], list[Any]],
+        max_in_flight: int = 1,
+        ahead: int = 0,
     ) -> None:
-        self._parts, self._call, self._collect, self._max_in_flight = parts, call, collect, max_in_flight
+        self._blueprint, self._parts, self._call, self._collect = blueprint, parts, call, collect
+        self._max_in_flight, self._ahead = max_in_flight, ahead
         self._makers = cycle(parts.negatives)
+        self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number, asked for and still to be used
+        self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch, still to be delivered
 
     def run(self, orders: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
         """Submits orders as the window admits them and yields each with its result, in order.
@@ -129,28 +138,55 @@ class Runner:
         A snapshot's result is a function that fetches the state, so that a state nobody wants never travels.
         """
         in_flight: deque[tuple[Order, list[Any]]] = deque()
-        for order in orders:
+        for order in self._with_negatives_ahead(orders):
             if len(in_flight) == self._max_in_flight:
                 yield self._finish(*in_flight.popleft())
             in_flight.append((order, self._submit(order)))
         while in_flight:
             yield self._finish(*in_flight.popleft())
 
+    def _with_negatives_ahead(self, orders: Iterable[Order]) -> Iterator[Order]:
+        coming: deque[Order] = deque()
+        for order in orders:
+            coming.append(order)
+            if isinstance(order, Train):
+                for number in self._blueprint.order.shards(order.first, order.num_minibatches):
+                    if (order.epoch, number) not in self._shards:
+                        made = self._call(next(self._makers), "make", order.epoch, number)
+                        self._shards[order.epoch, number] = made
+            if len(coming) > self._ahead:
+                yield coming.popleft()
+        yield from coming
+
+    def _arriving(self, chunk: Train) -> list[Any]:
+        """Returns what the first stage needs of a chunk: its shards, and labels that became old enough for it."""
+        needed = [(chunk.epoch, number) for number in self._blueprint.order.shards(chunk.first, chunk.num_minibatches)]
+        for past in [key for key in self._shards if key < needed[0]]:
+            del self._shards[past]
+        arriving = [self._shards[key] for key in needed]
+        if delay := self._blueprint.negatives.prediction_delay:
+            while self._drawn and self._drawn[0][0] < chunk.step + chunk.num_minibatches - delay:
+                arriving.append(self._drawn.popleft()[1])
+        return arriving
+
     def _submit(self, order: Order) -> list[Any]:
         if isinstance(order, Snapshot):
             return [self._call(part, "state") for part in (*self._parts.stages, self._parts.readout)]
-        message: tuple[Any, ...] = ()
-        if isinstance(order, Train):
-            message = (self._call(next(self._makers), "make", order),)
+        message = self._arriving(order) if isinstance(order, Train) else []
         method = "train" if isinstance(order, Train) else "evaluate"
-        home, neutral = [], []
-        for stage, layers in zip(self._parts.stages, self._parts.stage_layers, strict=True):
+        home, read = [], []
+        for stage, layers in zip(self._parts.stages, self._blueprint.stage_layers, strict=True):
             report, signal, *passed = self._call(stage, method, order, *message, returns=2 + len(layers))
             home.append(report)
-            neutral += passed
-            message = (signal, passed[-1])
-        read = neutral[self._parts.predict_from - 1 :]
-        return [*home, self._call(self._parts.readout, method, *([order] if method == "train" else []), *read)]
+            read += passed
+            message = [signal, passed[-1]]
+        read = read[self._blueprint.architecture.predict_from - 1 :]
+        if isinstance(order, Evaluate):
+            return [*home, self._call(self._parts.readout, method, *read)]
+        report, drawn = self._call(self._parts.readout, method, order, *read, returns=2)
+        if self._blueprint.negatives.prediction_delay:
+            self._drawn.append((order.step, drawn))
+        return [*home, report]
 
     def _finish(self, order: Order, home: list[Any]) -> tuple[Order, Result]:
         if isinstance(order, Snapshot):
@@ -178,6 +214,6 @@ def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tenso
     torch.set_num_threads(threads)
     try:
         parts = blueprint.assemble(lambda part, *args: part(*args), images, labels)
-        yield Runner(parts, call=call_directly, collect=list)
+        yield Runner(blueprint, parts, call=call_directly, collect=list)
     finally:
         torch.set_num_threads(before)

@@ -1,34 +1,135 @@
-"""Where the stream starts: images become rows, and samples get their negatives."""
+"""Where the stream starts: samples get their negatives, and images become rows.
+
+negative actors -- shards, ahead of need --> first stage: Source --> rows
+readout ---------- labels drawn `prediction_delay` minibatches ago ----^   (hard labels)
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ffdist.data.order import SampleOrder
+from ffdist.data.order import SHARD_SAMPLES, SampleOrder
+from ffdist.data.store import Store
+from ffdist.ff.keyed import generator
 from ffdist.ff.labels import neutral, one_hot
-from ffdist.ff.negatives import KINDS
+from ffdist.ff.negatives import TrainingSet, check, find_kind
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Evaluate, Train
 
 
+@dataclass(frozen=True)
+class NegativePlan:
+    """How a run gets its negatives."""
+
+    kind: str
+    """A key of `KINDS`, or a user's `package.module:function`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the kind takes beside its contract."""
+    num_parts: int = 1
+    """How many sources make them; changes nothing else."""
+    ahead: int = 4
+    """Chunks whose negatives are asked for before the chunk is."""
+    prediction_delay: int | None = None
+    """Minibatches after which a label that the readout drew may be used; None where none is drawn."""
+    store: Store | None = None
+    """Where they are read from, and added to where they are missing."""
+
+    def max_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
+        """Narrows a window so that no chunk waits for labels of one that is under way."""
+        return min(max_in_flight, self.prediction_delay // chunk_size) if self.prediction_delay else max_in_flight
+
+
+class Shard(NamedTuple):
+    """Negatives of the samples of a shard."""
+
+    number: int
+    """Counted within the epoch."""
+    negatives: Tensor
+    """As the kind returns them `[n, ...]`."""
+    made_at: float
+    """Time of day, in seconds."""
+
+
+class Drawn(NamedTuple):
+    """Wrong labels that the readout drew for a chunk."""
+
+    chunk: Train
+    labels: Tensor
+    """`[K, B]`, int64."""
+
+
 class NegativeSource:
-    """Makes the negatives of whole chunks, ahead of need.
+    """Makes the negatives of whole shards, ahead of need.
 
     Args:
-        kind: A key of `KINDS`.
+        plan: Which, and whether they are kept.
+        images: uint8 images of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
-        classes: Number of classes.
+        architecture: Says what the images are.
         order: SampleOrder of the training set.
     """
 
-    def __init__(self, kind: str, labels: Tensor, classes: int, order: SampleOrder) -> None:
-        self._negatives, self._order = KINDS[kind](labels, classes, order.seed), order
-        self._epoch, self._labels = -1, labels
+    def __init__(
+        self,
+        plan: NegativePlan,
+        images: dict[str, Tensor],
+        labels: Tensor,
+        architecture: Architecture,
+        order: SampleOrder,
+    ) -> None:
+        self._data = TrainingSet(images["train"], labels, architecture.classes, architecture.shape, order.seed)
+        self._kind, self._order, self._store = find_kind(plan.kind, plan.options), order, plan.store
+        self._labels_shown = architecture.labels_shown
 
-    def make(self, chunk: Train) -> Tensor:
-        """Returns the labels that the chunk's negatives show `[K, B]`, int64."""
-        if chunk.epoch != self._epoch:
-            self._epoch, self._labels = chunk.epoch, self._negatives.labels(chunk.epoch)
-        return self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
+    def make(self, epoch: int, number: int) -> Shard:
+        """Returns a shard of an epoch, drawn afresh, or read where the store has it."""
+        negatives = self._store.read(epoch, number) if self._store else None
+        if negatives is None:
+            samples = self._order.shard(epoch, number)
+            negatives = self._kind(self._data, samples, generator(self._order.seed, "negatives", epoch, number))
+            check(negatives, self._data, samples, labels_shown=self._labels_shown)
+            if self._store:
+                self._store.write(epoch, number, negatives)
+        return Shard(number, negatives, time.time())
+
+
+class HardLabels:
+    """Puts labels that the readout drew in place of others, by the rule of the delay.
+
+    The negative of a sample in minibatch q is the newest label drawn for it in a minibatch p with
+    `q - p >= delay`; minibatches are counted from the start of training. Where there is none, the other stays.
+
+    Args:
+        order: SampleOrder of the training set.
+        delay: In minibatches.
+    """
+
+    def __init__(self, order: SampleOrder, delay: int) -> None:
+        self._order, self._delay = order, delay
+        self._newest = torch.full((order.samples,), -1)
+        self._pending: deque[tuple[int, Tensor, Tensor]] = deque()
+
+    def take(self, drawn: Drawn) -> None:
+        """Takes the labels of a chunk in; chunks come in their order."""
+        chunk = drawn.chunk
+        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
+        self._pending += zip(range(chunk.step, chunk.step + len(samples)), samples, drawn.labels, strict=True)
+
+    def replace(self, chunk: Train, samples: Tensor, others: Tensor) -> Tensor:
+        """Returns the labels of a chunk's samples `[K, B]`, where there are none those of `others`."""
+        labels = []
+        for step, (these, other) in enumerate(zip(samples, others, strict=True), chunk.step):
+            while self._pending and self._pending[0][0] <= step - self._delay:
+                _, seen, drawn = self._pending.popleft()
+                self._newest[seen] = drawn
+            newest = self._newest[these]
+            labels.append(torch.where(newest < 0, other, newest))
+        return torch.stack(labels)
 
 
 class Source:
@@ -36,29 +137,90 @@ class Source:
 
     Args:
         architecture: Says how a row shows its label.
+        order: SampleOrder of the training set.
+        plan: How the negatives come.
+        jitter: Most pixels that an image of the training set is shifted in either direction.
         images: uint8 images of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
-        order: SampleOrder of the training set.
     """
 
     def __init__(
-        self, architecture: Architecture, images: dict[str, Tensor], labels: Tensor, order: SampleOrder
+        self,
+        architecture: Architecture,
+        order: SampleOrder,
+        plan: NegativePlan,
+        jitter: int,
+        images: dict[str, Tensor],
+        labels: Tensor,
     ) -> None:
-        self._architecture, self._images, self._labels, self._order = architecture, images, labels, order
+        self._architecture, self._order, self._jitter = architecture, order, jitter
+        self._images, self._labels = images, labels
+        self._hard = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
-    def train(self, chunk: Train, negatives: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a chunk's signal, positive then negative rows `[K, 2B, D]`, and its neutral rows `[K, B, D]`."""
-        classes = self._architecture.classes
+    def train(self, chunk: Train, *arrived: Shard | Drawn) -> tuple[Tensor, Tensor]:
+        """Makes the rows of a chunk.
+
+        Args:
+            chunk: Which.
+            *arrived: The shards in which its negatives lie, and labels drawn since those that came before.
+
+        Returns:
+            The signal, B positive and M times B negative rows each `[K, (1 + M) B, D]`, and the neutral rows
+            `[K, B, D]`, which the readout reads. Without labels the positive rows are the ones that it reads, and the
+            signal holds the negative ones alone.
+        """
+        architecture = self._architecture
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        images = self._images["train"][samples]
-        claims = one_hot(torch.cat((self._labels[samples], negatives), 1), classes)
-        rows = self._architecture.rows(torch.cat((images, images), 1), claims)
-        return rows, self._architecture.rows(images, neutral(samples.shape, classes))
+        images, labels = self._images["train"][samples], self._labels[samples]
+        shards = [part for part in arrived if isinstance(part, Shard)]
+        start = chunk.first * self._order.batch_size - shards[0].number * SHARD_SAMPLES
+        made = torch.cat([shard.negatives for shard in shards])[start : start + samples.numel()]
+        negatives = made.view(*samples.shape, *made.shape[1:])
+        if self._hard:
+            for part in arrived:
+                if isinstance(part, Drawn):
+                    self._hard.take(part)
+            negatives = self._hard.replace(chunk, samples, negatives)
+        others = None
+        if negatives.dtype == torch.uint8:
+            others, negatives = negatives, labels
+        if self._jitter:
+            shift = self._shifts(chunk)
+            images = self._shifted(images, shift)
+            others = None if others is None else self._shifted(others, shift)
+        if not architecture.labels_shown:
+            assert others is not None, "the configuration holds this"
+            return architecture.rows(others, None), architecture.rows(images, None)
+        wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
+        claims = one_hot(torch.cat((labels, wrong.transpose(1, 2).flatten(1)), 1), architecture.classes)
+        shown = torch.cat((images, *[images if others is None else others] * wrong.shape[-1]), 1)
+        return architecture.rows(shown, claims), architecture.rows(images, neutral(samples.shape, architecture.classes))
 
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
-        """Returns a block's rows with every label `[n, C, D]`, and its neutral rows `[n, D]`."""
-        classes = self._architecture.classes
+        """Returns a block's rows with every label `[n, C, D]`, and those that the readout reads `[n, D]`."""
+        architecture = self._architecture
         images = self._images[block.split][block.first : block.first + block.num_samples]
-        claims = one_hot(torch.arange(classes).expand(len(images), -1), classes)
-        rows = self._architecture.rows(images.unsqueeze(1), claims)
-        return rows, self._architecture.rows(images, neutral((len(images),), classes))
+        if not architecture.labels_shown:
+            rows = architecture.rows(images, None)
+            return rows.unsqueeze(1)[:, :0], rows
+        claims = one_hot(torch.arange(architecture.classes).expand(len(images), -1), architecture.classes)
+        rows = architecture.rows(images.unsqueeze(1), claims)
+        return rows, architecture.rows(images, neutral((len(images),), architecture.classes))
+
+    def _shifts(self, chunk: Train) -> Tensor:
+        """Draws how far down and right each sample's image is shifted `[K, 2, B]`, in [0, 2 * jitter]."""
+        shape = (2, self._order.batch_size)
+        return torch.stack(
+            [
+                torch.randint(2 * self._jitter + 1, shape, generator=generator(self._order.seed, "jitter", step))
+                for step in range(chunk.step, chunk.step + chunk.num_minibatches)
+            ]
+        )
+
+    def _shifted(self, images: Tensor, shift: Tensor) -> Tensor:
+        """Returns images `[K, B, D]`, shifted; what comes in at the border is 0."""
+        channels, height, width = self._architecture.shape
+        padded = F.pad(images.reshape(-1, channels, height, width), (self._jitter,) * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        down, right = shift.transpose(0, 1).flatten(1)
+        return windows[torch.arange(len(padded)), :, down, right].view(images.shape)

@@ -1,15 +1,18 @@
 """The running parts of the pipeline. They are plain classes: with or without a cluster, they do the same."""
 
+import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ffdist.data.order import SampleOrder
+from ffdist.ff.keyed import generator
+from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Evaluate, Train
-from ffdist.pipeline.source import Source
+from ffdist.pipeline.source import Drawn, Shard, Source
 
 State = dict[str, dict[str, Tensor]]
 """Tensors by layer (`layer_1`, ..., `readout`) and name."""
@@ -24,6 +27,8 @@ class Report(NamedTuple):
     """Time spent on the chunk."""
     wait_s: float
     """Time since the chunk before, spent waiting for this one and unpacking it."""
+    negatives_wait_s: float = 0.0
+    """The part of it until the negatives were made; 0 but in the first stage."""
 
 
 class _Clock:
@@ -32,10 +37,10 @@ class _Clock:
     def __init__(self) -> None:
         self._free_since: float | None = None
 
-    def report(self, metrics: Tensor, start: float) -> Report:
+    def report(self, metrics: Tensor, start: float, negatives_age_s: float = math.inf) -> Report:
         wait_s = start - self._free_since if self._free_since is not None else 0.0
         compute_s = self.free() - start
-        return Report(metrics, compute_s, wait_s)
+        return Report(metrics, compute_s, wait_s, max(0.0, wait_s - negatives_age_s))
 
     def free(self) -> float:
         """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
@@ -50,14 +55,16 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 class Stage:
     """A run of layers, each trained on its own loss as chunks pass.
 
+    What the readout reads of a minibatch, its neutral rows, travels apart from the signal, the other rows. Where no
+    label is shown the positive rows are what it reads, and the signal holds the negative ones.
+
     Args:
         architecture: The whole network.
         layers: The layers held here, counted from 0.
         order: SampleOrder of the training set.
         measure_every: Minibatches between two measurements of the weights.
         device: Where the layers live, as torch names it. What travels is always in main memory.
-        images: Images of each split, which the first stage turns into rows; elsewhere None.
-        labels: Labels of the training set, likewise.
+        source: What turns images into rows, in the first stage.
     """
 
     def __init__(
@@ -67,71 +74,79 @@ class Stage:
         order: SampleOrder,
         measure_every: int,
         device: str,
-        images: dict[str, Tensor] | None = None,
-        labels: Tensor | None = None,
+        *source: Any,
     ) -> None:
         self._layers = {index: architecture.layer(index).to(device) for index in layers}
         for layer in self._layers.values():
             layer.refresh()
-        self._source = None if images is None or labels is None else Source(architecture, images, labels, order)
-        self._measure_every, self._device = measure_every, device
-        self._dtype, self._clock = architecture.compute_dtype, _Clock()
-        self._is_last = layers.stop == len(architecture.units)
-        read = range(architecture.predict_from - 1, len(architecture.units))
-        self._neutral_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
+        self._source = Source(architecture, order, *source) if source else None
+        self._measure_every, self._device, self._batch = measure_every, device, order.batch_size
+        self._clock, self._read_first = _Clock(), not architecture.labels_shown
+        self._is_last = layers.stop == len(architecture.layers)
+        read = range(architecture.predict_from - 1, len(architecture.layers))
+        self._read_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
 
-    def train(self, chunk: Train, *message: Tensor) -> list[Report | Tensor | None]:
+    def train(self, chunk: Train, *message: Any) -> list[Report | Tensor | None]:
         """Trains on a chunk, one update a minibatch.
 
         Args:
             chunk: What to train on.
-            *message: In the first stage the negatives `[K, B]`; elsewhere, from the stage before, the signal
-                `[K, 2B, D]` and the neutral rows `[K, B, D]`. Never written to.
+            *message: In the first stage what `Source.train` takes; elsewhere, from the stage before, the signal
+                `[K, S, D]` and the rows that the readout reads `[K, B, D]`. Never written to.
 
         Returns:
-            The report; the signal `[K, 2B, H]` for the next stage; the neutral activities `[K, B, H]` of each layer.
+            The report; the signal `[K, S, H]` for the next stage; what the readout reads `[K, B, H]` of each layer.
             None stands for what nobody reads. Activities are those at the weights with which a minibatch arrived.
         """
-        start = time.perf_counter()
-        signal, neutral = self._source.train(chunk, *message) if self._source else message
-        batch, metrics = neutral.shape[1], []
+        start, age_s = time.perf_counter(), math.inf
+        if self._source:
+            age_s = time.time() - max(part.made_at for part in message if isinstance(part, Shard))
+        signal, read = self._source.train(chunk, *message) if self._source else message
+        batch, metrics = self._batch, []
+        negatives = signal.shape[1] // batch - (not self._read_first)
         outputs: list[list[Tensor]] = [[] for _ in self._layers]
         for minibatch in range(chunk.num_minibatches):
-            rows = torch.cat((signal[minibatch], neutral[minibatch])).to(self._device)
+            parts = (read[minibatch], signal[minibatch])
+            rows = torch.cat(parts if self._read_first else parts[::-1]).to(self._device)
             measure = (chunk.step + minibatch + 1) % self._measure_every == 0
             for output, layer in zip(outputs, self._layers.values(), strict=True):
-                (rows, _), layer_metrics = layer.train_minibatch(rows, gain=chunk.gain, measure_weights=measure)
+                (rows, _), layer_metrics = layer.train_minibatch(
+                    rows, batch=batch, negatives=negatives, gain=chunk.gain, measure_weights=measure
+                )
                 output.append(rows)
                 metrics.append(layer_metrics)
-        passed = None if self._is_last else torch.stack([rows[: 2 * batch] for rows in outputs[-1]]).cpu()
-        neutrals = [
-            torch.stack([rows[2 * batch :] for rows in output]).cpu() if travels else None
-            for output, travels in zip(outputs, self._neutral_travels, strict=True)
+        signal_rows, read_rows = slice(None, -batch), slice(-batch, None)
+        if self._read_first:
+            signal_rows, read_rows = slice(batch, None), slice(None, batch)
+        passed = None if self._is_last else torch.stack([rows[signal_rows] for rows in outputs[-1]]).cpu()
+        reads = [
+            torch.stack([rows[read_rows] for rows in output]).cpu() if travels else None
+            for output, travels in zip(outputs, self._read_travels, strict=True)
         ]
         stacked = torch.stack(metrics).reshape(chunk.num_minibatches, len(self._layers), -1).cpu()
-        return [self._clock.report(stacked, start), passed, *neutrals]
+        return [self._clock.report(stacked, start, age_s), passed, *reads]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
         """Passes a block through, at fixed weights.
 
         Args:
             block: What to evaluate.
-            *message: Nothing in the first stage; elsewhere the rows with every label `[n, C, D]` and the neutral
-                rows `[n, D]`.
+            *message: Nothing in the first stage; elsewhere the rows with every label `[n, C, D]` (none where no label
+                is shown) and those that the readout reads `[n, D]`.
 
         Returns:
             Each layer's goodness `[layers, n, C]`; then as `train` does, `[n, C, H]` and `[n, H]` of each layer.
         """
-        claims, neutral = self._source.evaluate(block) if self._source else message
-        rows = torch.cat((claims, neutral.unsqueeze(1)), 1).to(self._device)
-        goodness, neutrals = [], []
-        for layer, travels in zip(self._layers.values(), self._neutral_travels, strict=True):
+        claims, read = self._source.evaluate(block) if self._source else message
+        rows = torch.cat((claims, read.unsqueeze(1)), 1).to(self._device)
+        goodness, reads = [], []
+        for layer, travels in zip(self._layers.values(), self._read_travels, strict=True):
             rows, layer_goodness = layer(rows)
             goodness.append(layer_goodness[:, :-1])
-            neutrals.append(rows[:, -1].cpu().contiguous() if travels else None)
+            reads.append(rows[:, -1].cpu().contiguous() if travels else None)
         passed = None if self._is_last else rows[:, :-1].cpu().contiguous()
         self._clock.free()
-        return [torch.stack(goodness).cpu(), passed, *neutrals]
+        return [torch.stack(goodness).cpu(), passed, *reads]
 
     def state(self) -> State:
         """Returns a copy of everything that the layers learned."""
@@ -147,24 +162,36 @@ class ReadoutStage:
         architecture: The whole network.
         labels: True labels of the training set `[N]`, int64.
         order: SampleOrder of the training set.
+        draws: Whether it draws wrong labels, for hard negatives.
     """
 
-    def __init__(self, architecture: Architecture, labels: Tensor, order: SampleOrder) -> None:
+    def __init__(self, architecture: Architecture, labels: Tensor, order: SampleOrder, draws: bool) -> None:
         self._readout, self._labels, self._order, self._clock = architecture.readout(), labels, order, _Clock()
+        self._draws = draws
 
-    def train(self, chunk: Train, *neutral: Tensor) -> Report:
-        """Trains on a chunk from the neutral activities `[K, B, H]` of each read layer, lowest first."""
+    def train(self, chunk: Train, *read: Tensor) -> tuple[Report, Drawn | None]:
+        """Trains on a chunk from the activities `[K, B, H]` of each read layer, lowest first.
+
+        Returns:
+            The report; and each sample's wrong label, drawn from what the readout took it for before its update.
+        """
         start = time.perf_counter()
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        metrics = [
-            self._readout.train_minibatch([part[minibatch] for part in neutral], labels, gain=chunk.gain)
-            for minibatch, labels in enumerate(self._labels[samples])
-        ]
-        return self._clock.report(torch.stack(metrics), start)
+        metrics, drawn = [], []
+        for minibatch, labels in enumerate(self._labels[samples]):
+            logits, minibatch_metrics = self._readout.train_minibatch(
+                [part[minibatch] for part in read], labels, gain=chunk.gain
+            )
+            metrics.append(minibatch_metrics)
+            if self._draws:
+                draw = generator(self._order.seed, "hard labels", chunk.step + minibatch)
+                drawn.append(draw_wrong_labels(logits, labels, draw))
+        report = self._clock.report(torch.stack(metrics), start)
+        return report, Drawn(chunk, torch.stack(drawn)) if drawn else None
 
-    def evaluate(self, *neutral: Tensor) -> Tensor:
-        """Returns the predicted labels `[n]` from the neutral activities `[n, H]` of each read layer."""
-        predicted: Tensor = self._readout(list(neutral)).argmax(-1)
+    def evaluate(self, *read: Tensor) -> Tensor:
+        """Returns the predicted labels `[n]` from the activities `[n, H]` of each read layer."""
+        predicted: Tensor = self._readout(list(read)).argmax(-1)
         self._clock.free()
         return predicted
 

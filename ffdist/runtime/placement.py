@@ -21,13 +21,11 @@ class Placement(NamedTuple):
     stage_cpus: float
     other_cpus: float
     """CPUs of the readout and of each negative actor, which never touch a GPU."""
-    negative_actors: int
 
-    @property
-    def bundles(self) -> list[dict[str, float]]:
-        """What each actor needs, in the order in which they are made: stages, readout, negatives."""
+    def bundles(self, negative_actors: int) -> list[dict[str, float]]:
+        """Returns what each actor needs, in the order in which they are made: stages, readout, negatives."""
         stage = {"CPU": self.stage_cpus} | ({"GPU": self.stage_gpus} if self.stage_gpus else {})
-        return [stage] * self.stages + [{"CPU": self.other_cpus}] * (1 + self.negative_actors)
+        return [stage] * self.stages + [{"CPU": self.other_cpus}] * (1 + negative_actors)
 
 
 def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: dict[str, float]) -> Placement:
@@ -56,7 +54,6 @@ def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: 
         stage_gpus=1 / math.ceil(stages / gpus) if device == "cuda" else 0,
         stage_cpus=pipeline.threads_per_stage * cpu_share,
         other_cpus=cpu_share,
-        negative_actors=negative_actors,
     )
 
 
@@ -67,7 +64,7 @@ def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
     if runner == "serial":
         return f"{stages}, in this process"
     share = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"
-    return f"{stages}, {share} each; {placement.negative_actors} negative actors, 1 readout"
+    return f"{stages}, {share} each; {blueprint.negatives.num_parts} negative actors, 1 readout"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
 from ffdist.config import Pipeline
+from ffdist.data.store import StoreError
 from ffdist.pipeline.runner import Blueprint, Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
 
@@ -45,7 +46,15 @@ def ray_runner(
     try:
         parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
         _collect([actor.__ray_ready__.remote() for actor in make.made])
-        yield Runner(parts, call=_call_remotely, collect=_collect, max_in_flight=pipeline.max_in_flight)
+        window = blueprint.negatives.max_in_flight(pipeline.chunk_size, pipeline.max_in_flight)
+        yield Runner(
+            blueprint,
+            parts,
+            call=_call_remotely,
+            collect=_collect,
+            max_in_flight=window,
+            ahead=blueprint.negatives.ahead,
+        )
     finally:
         for actor in make.made:
             ray.kill(actor)
@@ -60,6 +69,8 @@ def _collect(references: list[Any]) -> list[Any]:
     try:
         values: list[Any] = ray.get(references)
     except RayTaskError as error:
+        if isinstance(error.cause, StoreError):
+            raise error.cause from error
         raise ActorFailure(f"an actor failed: {error.cause!r}\n{error}") from error
     except RayError as error:
         raise ActorFailure(f"an actor is gone: {error}") from error

@@ -25,7 +25,7 @@ class Averages:
         self._every, self._batch_size = every, batch_size
         self._layers: list[Tensor] = []
         self._readout: list[Tensor] = []
-        self._times: list[tuple[float, float]] = []
+        self._times: list[tuple[float, float, float]] = []
         self._since, self._minibatches = time.perf_counter(), 0
 
     def add(self, chunk: Train, trained: Trained) -> Iterator[tuple[int, dict[str, float]]]:
@@ -35,10 +35,9 @@ class Averages:
             Number of samples seen, and metrics by name, for every point that the chunk completes.
         """
         layers = torch.cat([report.metrics for report in trained.stages], 1)
-        times = [(report.compute_s, report.wait_s) for report in trained.stages]
-        self._times = [
-            (a + c, b + d) for (a, b), (c, d) in zip(self._times or [(0, 0)] * len(times), times, strict=True)
-        ]
+        times = [(report.compute_s, report.wait_s, report.negatives_wait_s) for report in trained.stages]
+        so_far = self._times or [(0.0, 0.0, 0.0)] * len(times)
+        self._times = [(a + d, b + e, c + f) for (a, b, c), (d, e, f) in zip(so_far, times, strict=True)]
         self._minibatches += chunk.num_minibatches
         for minibatch in range(chunk.num_minibatches):
             self._layers.append(layers[minibatch])
@@ -71,7 +70,9 @@ class Averages:
             return {}
         now = time.perf_counter()
         metrics = {"samples_per_s": self._minibatches * self._batch_size / (now - self._since)}
-        for stage, (compute_s, wait_s) in enumerate(self._times, 1):
+        compute_s, wait_s, negatives_wait_s = self._times[0]
+        metrics["negatives/wait_fraction"] = negatives_wait_s / (compute_s + wait_s)
+        for stage, (compute_s, wait_s, _) in enumerate(self._times, 1):
             metrics[f"stage_{stage}/compute_s"] = compute_s
             metrics[f"stage_{stage}/wait_s"] = wait_s
             metrics[f"stage_{stage}/busy_fraction"] = compute_s / (compute_s + wait_s)

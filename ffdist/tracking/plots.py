@@ -1,7 +1,9 @@
 """Pictures of a run, made with matplotlib."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -46,5 +48,32 @@ def plot_confusion(confusion: Tensor, path: Path) -> Path:
             count = str(int(confusion[row, column]))
             panel.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
     panel.set(xlabel="predicted by goodness", ylabel="true label", title="test samples")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tuple[int, int, int], path: Path) -> Path:
+    """Draws samples above their negatives, and returns the picture's path.
+
+    Args:
+        images: uint8 `[n, D]`.
+        labels: True labels `[n]`.
+        negatives: Labels `[n]` or `[n, M]`, or images `[n, D]`, as a kind of negatives returns them.
+        shape: Channels, height and width of an image.
+        path: Where to draw.
+    """
+    figure = Figure(figsize=(1.1 * len(images) + 1, 3), layout="constrained")
+    panels = figure.subplots(2, len(images), squeeze=False)
+    shown = negatives if negatives.dtype == torch.uint8 else images
+    for row, (name, pictures) in enumerate((("positive", images), ("negative", shown))):
+        for column, picture in enumerate(pictures):
+            label: Any = labels[column].item()
+            if row and negatives.dtype != torch.uint8:
+                wrong = negatives[column].flatten().tolist()
+                label = wrong[0] if len(wrong) == 1 else "all others"
+            panel = panels[row, column]
+            panel.imshow(picture.view(shape).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+            panel.set(xticks=[], yticks=[], title=f"as {label}" if row else label)
+        panels[row, 0].set_ylabel(name)
     figure.savefig(path, dpi=120)
     return path

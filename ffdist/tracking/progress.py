@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ffdist.evaluation import errors_in_words
+
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
 
@@ -99,10 +101,10 @@ def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         folder: The run's.
         look: Command or address that shows what was tracked.
     """
-    goodness, readout = summary["test_goodness_error"], summary["test_readout_error"]
+    layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
     lines = {
-        "test error": f"{goodness:.2%} by goodness, {readout:.2%} by readout",
-        "each layer": ", ".join(f"{error:.2%}" for error in summary["layer_errors"]) + " by goodness alone",
+        "test error": errors_in_words(summary["test_goodness_error"], summary["test_readout_error"]),
+        "each layer": layers and f"{layers} by goodness alone",
         "trained in": f"{summary['train_s']:.1f} s, {summary['samples_per_s']:,.0f} samples/s; "
         f"{summary['wall_s']:.1f} s with start and evaluation",
         "best commit": summary["best_commit"],

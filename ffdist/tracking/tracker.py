@@ -50,6 +50,15 @@ def how_to_look(uri: str, runs: Path) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
+def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:
+    """Adds metrics to a run that has ended."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    for name, value in metrics.items():
+        client.log_metric(run_id, name, value)
+
+
 class Tracker:
     """One MLflow run, open for the length of a `with` block.
 

@@ -1,0 +1,160 @@
+"""What is done outside of a run: negatives made and looked at, and a readout fitted to layers that stay as they are."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+
+from ffdist.checkpoint import commits, read_commit
+from ffdist.config import Config, ConfigError
+from ffdist.config_file import load_config, parse_config
+from ffdist.data.datasets import load_dataset
+from ffdist.data.order import SampleOrder
+from ffdist.data.store import Store, StoreError
+from ffdist.ff.classify import error
+from ffdist.ff.network import Architecture, Network
+from ffdist.pipeline.source import NegativeSource
+from ffdist.prepare import build_architecture, prepare
+from ffdist.tracking.plots import plot_negatives
+from ffdist.tracking.tracker import log_to_run
+from ffdist.trainer import SUMMARY
+
+ROWS = 1000
+"""Images that pass through the layers together."""
+SHOWN = 10
+FITTINGS = 500
+"""Most evaluations of all training samples in a fit."""
+
+
+def fill_store(config: Config) -> Store:
+    """Makes the negatives of all epochs of a run and keeps them in `negatives.store`; those that are there stay.
+
+    Raises:
+        ConfigError: No store is named, or it cannot be used.
+    """
+    if config.negatives.store is None:
+        raise ConfigError("negatives are kept in negatives.store, and none is set; give negatives.store=FOLDER")
+    dataset, order, architecture, plan = prepare(config)
+    assert plan.store, "named above"
+    source = NegativeSource(plan, dataset.images, dataset.labels["train"], architecture, order)
+    try:
+        for epoch in track(range(config.training.epochs), f"making {plan.kind} negatives", transient=True):
+            for number in order.shards(0, order.minibatches):
+                source.make(epoch, number)
+    except StoreError as broken:
+        raise ConfigError(str(broken)) from broken
+    return plan.store
+
+
+def show_store(uri: str, picture: Path) -> None:
+    """Prints what a store holds, each shard checked, and draws samples beside their negatives.
+
+    Args:
+        uri: The store.
+        picture: Where to draw.
+
+    Raises:
+        ConfigError: There is no store, something in it is damaged, or its dataset is not at hand.
+    """
+    store, console = Store(uri), Console(highlight=False)
+    try:
+        manifest = store.manifest()
+        entries = list(store.entries())
+        table = Table("epoch", "shards", "samples", "bytes", box=None, padding=(0, 2))
+        for epoch, group in groupby(track(entries, "checking", transient=True), lambda entry: entry.epoch):
+            shards = list(group)
+            for shard in shards:
+                store.read(shard.epoch, shard.number)
+            count, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
+            table.add_row(f"{epoch}", f"{len(shards)}", f"{count:,}", f"{size:,}")
+        if not manifest or not entries:
+            raise ConfigError(f"{uri} holds no shard yet; fill it by `ffdist negatives make`")
+        told = ", ".join(f"{key} {manifest[key]}" for key in ("kind", "options", "seed", "schema"))
+        console.print(f"{uri}: {told}; every checksum is right", markup=False, soft_wrap=True)
+        console.print(table)
+        config = parse_config(manifest["config"], f"{uri}/manifest.json")
+        dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+        if dataset.sha256("train") != manifest["dataset_sha256"]:
+            raise ConfigError(f"{uri} was made for other training samples than {config.data.name} gives now")
+        order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
+        first = entries[0]
+        negatives = store.read(first.epoch, first.number)
+    except StoreError as broken:
+        raise ConfigError(str(broken)) from broken
+    assert negatives is not None, "it was read above"
+    samples = order.shard(first.epoch, first.number)[:SHOWN]
+    images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
+    path = plot_negatives(images, labels, negatives[:SHOWN], dataset.shape, picture)
+    console.print(f"samples beside their negatives: {path}", markup=False, soft_wrap=True)
+
+
+def fit_readout(run: str, *, runs: Path) -> float:
+    """Fits a readout to the layers of a finished run as they stand, until it is converged.
+
+    Its test error is printed, logged to the run as `test/fitted_readout_error`, and returned.
+
+    Args:
+        run: Folder of the run, or its MLflow run id.
+        runs: Runs folder, where an id is looked for.
+
+    Raises:
+        ConfigError: There is no such run, or it has no commit.
+    """
+    folder = find_run(run, runs)
+    config = load_config(str(folder / "config.yaml"))
+    summary = json.loads((folder / SUMMARY).read_text())
+    found = commits(folder / "commits")
+    if not found:
+        raise ConfigError(f"{folder} has no commit to take layers from; train it again")
+    dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+    network = load_network(build_architecture(config, dataset), found[-1])
+    rows: dict[str, Any] = {}
+    for split in ("train", "test"):
+        parts = torch.split(dataset.images[split], ROWS)
+        passed = [
+            torch.cat([activity.float() for activity in network.read(part)], 1)
+            for part in track(parts, f"passing {split} samples through the layers", transient=True)
+        ]
+        rows[split] = torch.cat(passed)
+    readout = network.architecture.readout()
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("fitting the readout", total=FITTINGS)
+        slope = readout.fit(
+            rows["train"], dataset.labels["train"], iterations=FITTINGS, step=lambda: progress.advance(bar)
+        )
+    wrong = error(readout([rows["test"]]).argmax(1), dataset.labels["test"])
+    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
+    Console(highlight=False).print(
+        f"test error {wrong:.2%} by a readout fitted to the layers of {folder} (slope left: {slope:.1e} nats); "
+        f"{summary['test_readout_error']:.2%} by the one trained beside them",
+        soft_wrap=True,
+    )
+    return wrong
+
+
+def load_network(architecture: Architecture, commit: Path) -> Network:
+    """Returns the network of a commit."""
+    network = Network(architecture)
+    for name, state in read_commit(commit).items():
+        part = network.readout if name == "readout" else network.layers[int(name.removeprefix("layer_")) - 1]
+        part.load_state_dict(state)
+    return network
+
+
+def find_run(run: str, runs: Path) -> Path:
+    """Returns the folder of a finished run, given by its folder or by its MLflow run id.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if (Path(run) / SUMMARY).is_file():
+        return Path(run)
+    for path in sorted(runs.glob(f"*/{SUMMARY}")):
+        if json.loads(path.read_text()).get("mlflow_run_id") == run:
+            return path.parent
+    raise ConfigError(f"a run is the folder of a finished one, or an MLflow run id of one in {runs} (given: {run})")

@@ -1,0 +1,101 @@
+"""From a configuration to what a run is made of, all of it checked before anything starts."""
+
+from typing import NamedTuple
+
+from ffdist.config import Config, ConfigError
+from ffdist.data.datasets import Dataset, load_dataset
+from ffdist.data.order import SampleOrder
+from ffdist.data.store import Store, StoreError
+from ffdist.ff.keyed import generator
+from ffdist.ff.local import Fields
+from ffdist.ff.negatives import TrainingSet, check, find_kind
+from ffdist.ff.network import Architecture
+from ffdist.ff.update import Update
+from ffdist.pipeline.source import NegativePlan
+
+
+class Prepared(NamedTuple):
+    """What a configuration asks for, read and checked."""
+
+    dataset: Dataset
+    order: SampleOrder
+    architecture: Architecture
+    negatives: NegativePlan
+
+
+def prepare(config: Config) -> Prepared:
+    """Reads and checks what a configuration asks for.
+
+    Raises:
+        ConfigError: Something of it cannot be.
+    """
+    dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+    order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
+    if not order.minibatches:
+        raise ConfigError(
+            f"training.batch_size must be at most the number of training samples "
+            f"(batch_size: {order.batch_size}, training samples: {order.samples})"
+        )
+    return Prepared(dataset, order, build_architecture(config, dataset), plan_negatives(config, dataset, order))
+
+
+def build_architecture(config: Config, dataset: Dataset) -> Architecture:
+    """Returns the network that a configuration describes, for the images and classes of a dataset.
+
+    Raises:
+        ConfigError: The layers do not fit together, or the label cannot be shown to them.
+    """
+    training = config.training
+    try:
+        return Architecture(
+            shape=dataset.shape,
+            classes=dataset.classes,
+            layers=tuple(
+                layer if isinstance(layer, int) else Fields(layer.grid, layer.stride, layer.field, layer.units)
+                for layer in config.model.layers
+            ),
+            label=config.data.label,
+            label_scale=config.data.label_scale,
+            predict_from=config.predict_from,
+            seed=config.seed,
+            update=Update(training.learning_rate, training.weight_decay, training.smoothing),
+            peer_strength=training.peer_normalization,
+            readout_update=Update(training.readout_learning_rate, training.readout_weight_decay, training.smoothing),
+            precision=training.precision,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.layers and data.label must fit together: {error}") from error
+
+
+def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> NegativePlan:
+    """Returns how a run gets its negatives, once a few of them have been made and found good, and the store opened.
+
+    Raises:
+        ConfigError: There is no such kind, what it makes is of no use, or the store is another run's.
+    """
+    negatives, labels = config.negatives, dataset.labels["train"]
+    data = TrainingSet(dataset.images["train"], labels, dataset.classes, dataset.shape, config.seed)
+    some = order.shard(0, 0)[: order.batch_size]
+    try:
+        made = find_kind(negatives.kind, negatives.options)(data, some, generator(config.seed, "trial"))
+        check(made, data, some, labels_shown=config.data.label != "none")
+    except ValueError as error:
+        raise ConfigError(f"negatives.kind={negatives.kind}: {error}") from error
+    except Exception as error:  # whatever a function of one's own raises
+        raise ConfigError(f"negatives.kind={negatives.kind} raised {type(error).__name__}: {error}") from error
+    store = None
+    if negatives.store is not None:
+        store = Store(negatives.store)
+        try:
+            decides = {"kind": negatives.kind, "options": negatives.options, "seed": config.seed}
+            store.open(decides | {"dataset_sha256": dataset.sha256("train")}, config=config.model_dump(mode="json"))
+        except StoreError as error:
+            raise ConfigError(str(error)) from error
+    return NegativePlan(
+        kind=negatives.kind,
+        options=negatives.options,
+        num_parts=negatives.actors,
+        ahead=negatives.ahead,
+        prediction_delay=negatives.prediction_delay if negatives.kind == "hard_label" else None,
+        store=store,
+    )

@@ -1,0 +1,87 @@
+"""The table of results, from the finished runs of a tracking store."""
+
+import ast
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+DECIDES_NOTHING = ("seed", "runner", "pipeline.", "tracking.", "checkpoint.", "data.root", "negatives.actors")
+"""Parameters, by the start of their name, in which runs of one row may differ."""
+HEAD = ("run", "network", "label", "negatives", "epochs", "by goodness", "by readout", "paper", "seconds")
+
+
+def results_table(uri: str, experiment: str) -> str:
+    """Returns a table in Markdown, one row for each configuration; of several seeds it tells the median and the range.
+
+    Args:
+        uri: Tracking server or database.
+        experiment: Name of the experiment.
+    """
+    rows = [list(HEAD), ["---"] * len(HEAD), *_rows(_finished(uri, experiment))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _finished(uri: str, experiment: str) -> list[Any]:
+    """Returns the finished runs, newest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    runs: list[Any] = []
+    token = None
+    while found:
+        page = client.search_runs(
+            [found.experiment_id], "attributes.status = 'FINISHED'", max_results=500, page_token=token
+        )
+        runs += [run for run in page if "test/readout_error" in run.data.metrics]
+        token = page.token
+        if not token:
+            break
+    return runs
+
+
+def _rows(runs: list[Any]) -> Iterator[list[str]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        decides = {key: value for key, value in run.data.params.items() if not key.startswith(DECIDES_NOTHING)}
+        by_seed = groups.setdefault(repr(sorted(decides.items())), {})
+        by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
+    for by_seed in sorted(groups.values(), key=lambda group: _order(next(iter(group.values())))):
+        runs, params = list(by_seed.values()), next(iter(by_seed.values())).data.params
+        paper = params.get("tracking.paper_error", "None")
+        yield [
+            runs[0].info.run_name.rsplit("-", 2)[0],
+            _network(params),
+            params["data.label"],
+            params["negatives.kind"],
+            params["training.epochs"],
+            _errors(runs, "test/goodness_error"),
+            _errors(runs, "test/readout_error") + _fitted(runs),
+            "" if paper == "None" else f"{float(paper):.2%}",
+            f"{median(run.data.metrics['train_s'] for run in runs):,.0f}",
+        ]
+
+
+def _order(run: Any) -> tuple[str, str]:
+    return run.data.params["data.name"], run.info.run_name
+
+
+def _network(params: dict[str, str]) -> str:
+    layers = ast.literal_eval(params["model.layers"])
+    return "-".join(
+        str(layer) if isinstance(layer, int) else f"{layer['grid']}x{layer['grid']}x{layer['units']}"
+        for layer in layers
+    )
+
+
+def _errors(runs: list[Any], name: str) -> str:
+    errors = [run.data.metrics[name] for run in runs if name in run.data.metrics]
+    if not errors:
+        return ""
+    spread = f" ({min(errors):.2%} to {max(errors):.2%}, {len(errors)} seeds)" if len(errors) > 1 else ""
+    return f"{median(errors):.2%}{spread}"
+
+
+def _fitted(runs: list[Any]) -> str:
+    fitted = _errors(runs, "test/fitted_readout_error")
+    return fitted and f"; {fitted} fitted"

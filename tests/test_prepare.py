@@ -1,0 +1,49 @@
+"""What cannot be is found before anything starts."""
+
+import pytest
+
+from ffdist.config import ConfigError
+from ffdist.config_file import load_config
+from ffdist.prepare import prepare
+
+LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.label=none"], "negatives.kind=wrong_label: shows wrong labels and data.label=none shows none"),
+        (["negatives.kind=hybird"], r"negatives.kind=hybird: is none of wrong_label, .*, nor package\.module:function"),
+        (["negatives.kind=nowhere:at_all"], "negatives.kind=nowhere:at_all: cannot be imported"),
+        (["negatives.kind=math:sqrt"], "negatives.kind=math:sqrt raised TypeError"),
+        (["negatives.options={blurs: 2}"], r"takes no option blurs \(its options: none\)"),
+        (["negatives.kind=hybrid", "negatives.options={blurs: many}"], "blurs must be a whole number"),
+        (["data.label=everywhere"], "the first layer has none"),
+        ([f"model.layers=[{LOCAL}, 20]"], "label=append puts the label where no field looks; set it to everywhere"),
+        ([f"model.layers=[20, {LOCAL}]"], "layer 2 has local fields and no plane to look at"),
+        (["training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
+    ],
+)
+def test_what_does_not_fit_is_told(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare(load_config("digits", overrides))
+
+
+def test_a_store_of_another_seed_is_refused(tmp_path):
+    store = [f"negatives.store={tmp_path}/store"]
+    prepare(load_config("digits", store))
+    prepare(load_config("digits", [*store, "training.epochs=3", "data.label=overwrite", "pipeline.chunk_size=3"]))
+    with pytest.raises(ConfigError, match="seed: store 0, run 1"):
+        prepare(load_config("digits", [*store, "seed=1"]))
+    with pytest.raises(ConfigError, match="dataset_sha256: store"):
+        prepare(load_config("digits", [*store, "training.validation_samples=9"]))
+    with pytest.raises(ConfigError, match="kind: store 'wrong_label', run 'fixed'"):
+        prepare(load_config("digits", [*store, "negatives.kind=fixed"]))
+
+
+def test_predictions_are_drawn_for_hard_labels_alone():
+    delays = [
+        prepare(load_config("digits", [f"negatives.kind={kind}"])).negatives.prediction_delay
+        for kind in ("wrong_label", "hard_label")
+    ]
+    assert delays == [None, 56]
