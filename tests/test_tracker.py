@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,17 +93,17 @@ def test_a_server_that_goes_away_slows_nothing_and_is_told_at_the_end(template, 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_port}"
     options = ["--backend-store-uri", default_uri(template), "--port", str(free_port), "--workers", "1"]
-    server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *options], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "mlflow", "server", *options]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(f"{uri}/health")
         with a_tracker(template, uri) as tracker:
             tracker.begin("a run", {})
-            server.terminate()
-            server.wait(20)
+            os.killpg(server.pid, signal.SIGKILL)
             for step in range(1000):  # none of these waits for the server; pytest's own limit would tell
                 tracker.log_metrics({"loss": 1.0}, step)
     finally:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)
     assert f"not everything was tracked at {uri}" in caplog.text
 
 
