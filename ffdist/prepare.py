@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 from ffdist.config import Config, ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
@@ -88,12 +90,14 @@ def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> Nega
         store = Store(negatives.store)
         try:
             decides = {"kind": negatives.kind, "options": negatives.options, "seed": config.seed}
-            store.open(decides | {"dataset_sha256": dataset.sha256("train")}, config=config.model_dump(mode="json"))
+            facts = decides | {"dataset_sha256": dataset.sha256("train")}
+            store.open(facts, config=config.model_dump(mode="json", exclude={"tracking"}))
         except StoreError as error:
             raise ConfigError(str(error)) from error
     return NegativePlan(
         kind=negatives.kind,
         options=negatives.options,
+        per_sample=made.shape[1] if made.dtype == torch.int64 and made.dim() == 2 else 1,
         num_parts=negatives.actors,
         ahead=negatives.ahead,
         prediction_delay=negatives.prediction_delay if negatives.kind == "hard_label" else None,

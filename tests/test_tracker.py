@@ -81,6 +81,26 @@ def test_a_deleted_experiment_is_told(tmp_path):
         tracker.begin("a run", {})
 
 
+def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_path):
+    """Killed among MLflow's migrations, a database half made kept every later run from starting."""
+    program = (
+        "import pathlib; from ffdist.config import Tracking; from ffdist.tracking.tracker import Tracker, default_uri\n"
+        f"runs = pathlib.Path({str(tmp_path)!r})\n"
+        "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker: tracker.begin('first', {})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    part = tmp_path / ".mlflow.db.part"
+    while not (part.is_file() and part.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    with a_tracker(tmp_path) as tracker:
+        tracker.begin("second", {})
+    assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
 def test_a_run_that_is_refused_before_it_begins_leaves_no_trace(template):
     before = len(MlflowClient(default_uri(template)).search_runs(["1"]))
     with pytest.raises(ConfigError), a_tracker(template):

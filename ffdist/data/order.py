@@ -48,7 +48,7 @@ class SampleOrder:
         return self.permutation(epoch)[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, samples: int) -> Tensor:
     return torch.randperm(samples, generator=generator(seed, "order", epoch))
 

@@ -58,7 +58,7 @@ class Store:
 
         Args:
             facts: What decides every negative in it, as JSON; the manifest tells them.
-            config: The configuration that makes the store; the manifest tells it as well.
+            config: The configuration that makes the store, without secrets; the manifest tells it as well.
 
         Raises:
             StoreError: It cannot be read or written, or is for other negatives.

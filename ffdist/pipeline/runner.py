@@ -54,7 +54,7 @@ class Blueprint(NamedTuple):
     def bytes_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
         """Bounds what messages and states take while `max_in_flight` orders are under way; two may be snapshots."""
         architecture, order, negatives = self.architecture, self.order, self.negatives
-        per_sample = architecture.classes + 1 if negatives.kind == "all_wrong" else 3
+        per_sample = 1 + negatives.per_sample + architecture.labels_shown
         rows = max(EVALUATION_ROWS, per_sample * order.batch_size * min(chunk_size, order.minibatches))
         messages = max_in_flight * rows * sum(architecture.widths[1:]) * architecture.compute_dtype.itemsize
         shards = len(order.shards(0, min(chunk_size, order.minibatches))) + 1

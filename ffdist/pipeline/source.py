@@ -30,6 +30,8 @@ class NegativePlan:
     """A key of `KINDS`, or a user's `package.module:function`."""
     options: dict[str, Any] = field(default_factory=dict)
     """What the kind takes beside its contract."""
+    per_sample: int = 1
+    """Negatives of each sample."""
     num_parts: int = 1
     """How many sources make them; changes nothing else."""
     ahead: int = 4

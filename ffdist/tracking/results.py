@@ -52,7 +52,7 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
         yield [
             runs[0].info.run_name.rsplit("-", 2)[0],
             _network(params),
-            params["data.label"],
+            params["data.label"] + (f", jitter {params['data.jitter']}" if params["data.jitter"] != "0" else ""),
             params["negatives.kind"],
             params["training.epochs"],
             _errors(runs, "test/goodness_error"),

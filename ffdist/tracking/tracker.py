@@ -27,6 +27,7 @@ FLUSH_TIMEOUT_S = 30.0
 WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open on runs and curves, not on its pages for language models."""
+SQLITE = "sqlite:///"
 TRIES = 3
 """Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 BATCH = 1000
@@ -35,7 +36,7 @@ BATCH = 1000
 
 def default_uri(runs: Path) -> str:
     """Returns the database under a runs folder, as MLflow names it."""
-    return f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+    return f"{SQLITE}{runs.resolve() / 'mlflow.db'}"
 
 
 def tracking_uri(config: Tracking, runs: Path) -> str:
@@ -185,6 +186,8 @@ class Tracker:
         local = self.uri == default_uri(self._runs)
         # Two runs that start at once must not both create the database, or the experiment.
         with FileLock(self._runs / ".mlflow.lock"):
+            if self.uri.startswith(SQLITE):
+                _make_database(Path(self.uri.removeprefix(SQLITE)))
             client = MlflowClient(self.uri)
             experiment = client.get_experiment_by_name(self._config.experiment)
             artifacts = (self._runs.resolve() / "artifacts").as_uri() if local else None
@@ -197,11 +200,26 @@ class Tracker:
         return client
 
 
+def _make_database(path: Path) -> None:
+    """Makes a database where there is none, renamed into place when MLflow is done with its many tables.
+
+    An interrupt among them would leave one that no later run can open.
+    """
+    from mlflow import MlflowClient
+
+    if path.is_file() and path.stat().st_size:
+        return
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    MlflowClient(f"{SQLITE}{part.absolute()}").search_experiments()
+    part.rename(path)
+
+
 def _check_server(uri: str) -> None:
     """Asks once, before MLflow does, which would go on asking for minutes."""
     try:
-        if uri.startswith("sqlite:///"):
-            with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+        if uri.startswith(SQLITE):
+            with closing(sqlite3.connect(uri.removeprefix(SQLITE))) as database:
                 database.execute("pragma schema_version")
         elif uri.startswith(("http://", "https://")):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
