@@ -225,16 +225,6 @@ class Config(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _chunks_fit_the_delay(self) -> "Config":
-        chunk, delay = self.pipeline.chunk_size, self.negatives.prediction_delay
-        if self.negatives.kind == "hard_label" and chunk > delay:
-            raise ValueError(
-                f"negatives.kind=hard_label needs chunks no longer than the delay of its labels "
-                f"(pipeline.chunk_size: {chunk}, negatives.prediction_delay: {delay})"
-            )
-        return self
-
     @property
     def predict_from(self) -> int:
         """First layer, counted from 1, that goodness and readout look at."""

@@ -15,9 +15,11 @@ from ffdist.config import Config, ConfigError
 from ffdist.config_file import load_config, parse_config
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
-from ffdist.data.store import Store, StoreError
-from ffdist.ff.classify import error
+from ffdist.data.store import Store
+from ffdist.ff.classify import error as share_wrong
+from ffdist.ff.negatives import NegativesError
 from ffdist.ff.network import Architecture, Network
+from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.source import NegativeSource
 from ffdist.prepare import build_architecture, prepare
 from ffdist.tracking.plots import plot_negatives
@@ -43,11 +45,12 @@ def fill_store(config: Config) -> Store:
     assert plan.store, "named above"
     source = NegativeSource(plan, dataset.images, dataset.labels["train"], architecture, order)
     try:
-        for epoch in track(range(config.training.epochs), f"making {plan.kind} negatives", transient=True):
-            for number in order.shards(0, order.minibatches):
-                source.make(epoch, number)
-    except StoreError as broken:
-        raise ConfigError(str(broken)) from broken
+        with torch_threads(config.pipeline.threads_per_stage):
+            for epoch in track(range(config.training.epochs), f"making {plan.kind} negatives", transient=True):
+                for number in order.shards(0, order.minibatches):
+                    source.make(epoch, number)
+    except NegativesError as broken:
+        raise ConfigError(f"negatives.kind={plan.kind}: {broken}") from broken
     return plan.store
 
 
@@ -61,35 +64,39 @@ def show_store(uri: str, picture: Path) -> None:
     Raises:
         ConfigError: There is no store, something in it is damaged, or its dataset is not at hand.
     """
-    store, console = Store(uri), Console(highlight=False)
+    console = Console(highlight=False)
     try:
-        manifest = store.manifest()
+        store = Store.find(uri)
         entries = list(store.entries())
+        config = parse_config(store.config, f"{uri}/manifest.json")
+        dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+        if dataset.sha256("train") != store.facts.get("dataset_sha256"):
+            raise ConfigError(f"{uri} was made for other training samples than {config.data.name} gives now")
+        order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
+        of = len(order.shards(0, order.minibatches))
         table = Table("epoch", "shards", "samples", "bytes", box=None, padding=(0, 2))
         for epoch, group in groupby(track(entries, "checking", transient=True), lambda entry: entry.epoch):
             shards = list(group)
             for shard in shards:
                 store.read(shard.epoch, shard.number)
             count, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
-            table.add_row(f"{epoch}", f"{len(shards)}", f"{count:,}", f"{size:,}")
-        if not manifest or not entries:
+            table.add_row(f"{epoch}", f"{len(shards)} of {of}", f"{count:,}", f"{size:,}")
+        if not entries:
             raise ConfigError(f"{uri} holds no shard yet; fill it by `ffdist negatives make`")
-        told = ", ".join(f"{key} {manifest[key]}" for key in ("kind", "options", "seed", "schema"))
-        console.print(f"{uri}: {told}; every checksum is right", markup=False, soft_wrap=True)
-        console.print(table)
-        config = parse_config(manifest["config"], f"{uri}/manifest.json")
-        dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
-        if dataset.sha256("train") != manifest["dataset_sha256"]:
-            raise ConfigError(f"{uri} was made for other training samples than {config.data.name} gives now")
-        order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
         first = entries[0]
         negatives = store.read(first.epoch, first.number)
-    except StoreError as broken:
+    except NegativesError as broken:
         raise ConfigError(str(broken)) from broken
+    told = ", ".join(f"{key} {store.facts.get(key)}" for key in ("kind", "options", "seed"))
+    console.print(f"{uri}: {told}; every checksum is right", markup=False, soft_wrap=True)
+    console.print(table)
     assert negatives is not None, "it was read above"
     samples = order.shard(first.epoch, first.number)[:SHOWN]
     images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
-    path = plot_negatives(images, labels, negatives[:SHOWN], dataset.shape, picture)
+    try:
+        path = plot_negatives(images, labels, negatives[:SHOWN], dataset.shape, picture)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--picture must be a picture's file that can be written ({picture}: {error})") from error
     console.print(f"samples beside their negatives: {path}", markup=False, soft_wrap=True)
 
 
@@ -127,13 +134,13 @@ def fit_readout(run: str, *, runs: Path) -> float:
         slope = readout.fit(
             rows["train"], dataset.labels["train"], iterations=FITTINGS, step=lambda: progress.advance(bar)
         )
-    wrong = error(readout([rows["test"]]).argmax(1), dataset.labels["test"])
-    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
+    wrong = share_wrong(readout([rows["test"]]).argmax(1), dataset.labels["test"])
     Console(highlight=False).print(
         f"test error {wrong:.2%} by a readout fitted to the layers of {folder} (slope left: {slope:.1e} nats); "
         f"{summary['test_readout_error']:.2%} by the one trained beside them",
         soft_wrap=True,
     )
+    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
     return wrong
 
 
@@ -155,6 +162,6 @@ def find_run(run: str, runs: Path) -> Path:
     if (Path(run) / SUMMARY).is_file():
         return Path(run)
     for path in sorted(runs.glob(f"*/{SUMMARY}")):
-        if json.loads(path.read_text()).get("mlflow_run_id") == run:
+        if f'"mlflow_run_id": "{run}"' in path.read_text():
             return path.parent
     raise ConfigError(f"a run is the folder of a finished one, or an MLflow run id of one in {runs} (given: {run})")

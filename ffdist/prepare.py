@@ -7,10 +7,10 @@ import torch
 from ffdist.config import Config, ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
-from ffdist.data.store import Store, StoreError
+from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
 from ffdist.ff.local import Fields
-from ffdist.ff.negatives import TrainingSet, check, find_kind
+from ffdist.ff.negatives import NegativesError, TrainingSet, find_kind, make_checked, source_sha256
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update
 from ffdist.pipeline.source import NegativePlan
@@ -70,36 +70,48 @@ def build_architecture(config: Config, dataset: Dataset) -> Architecture:
 
 
 def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> NegativePlan:
-    """Returns how a run gets its negatives, once a few of them have been made and found good, and the store opened.
+    """Returns how a run gets its negatives, once a few of them have been made and found good, and the store checked.
 
     Raises:
-        ConfigError: There is no such kind, what it makes is of no use, or the store is another run's.
+        ConfigError: There is no such kind, what it makes is of no use, the store is for others, or a chunk is longer
+            than the delay of hard labels.
     """
     negatives, labels = config.negatives, dataset.labels["train"]
     data = TrainingSet(dataset.images["train"], labels, dataset.classes, dataset.shape, config.seed)
-    some = order.shard(0, 0)[: order.batch_size]
+    some, draw = order.shard(0, 0)[: order.batch_size], generator(config.seed, "trial")
     try:
-        made = find_kind(negatives.kind, negatives.options)(data, some, generator(config.seed, "trial"))
-        check(made, data, some, labels_shown=config.data.label != "none")
-    except ValueError as error:
+        kind = find_kind(negatives.kind, negatives.options)
+        made = make_checked(kind, data, some, draw, labels_shown=config.data.label != "none")
+    except NegativesError as error:
         raise ConfigError(f"negatives.kind={negatives.kind}: {error}") from error
-    except Exception as error:  # whatever a function of one's own raises
-        raise ConfigError(f"negatives.kind={negatives.kind} raised {type(error).__name__}: {error}") from error
+    chunk, delay = min(config.pipeline.chunk_size, order.minibatches), negatives.prediction_delay
+    if negatives.kind == "hard_label" and chunk > delay:
+        raise ConfigError(
+            f"negatives.kind=hard_label needs chunks no longer than the delay of its labels "
+            f"(pipeline.chunk_size: {chunk}, negatives.prediction_delay: {delay})"
+        )
     store = None
     if negatives.store is not None:
-        store = Store(negatives.store)
+        facts = {
+            "kind": negatives.kind,
+            "source_sha256": source_sha256(kind),
+            "options": {key: repr(value) for key, value in sorted(kind.keywords.items())},
+            "seed": config.seed,
+            "dataset_sha256": dataset.sha256("train"),
+        }
+        told = config.model_dump(mode="json", exclude={"tracking": True, "negatives": {"store"}})
+        store = Store(negatives.store, facts, told)
         try:
-            decides = {"kind": negatives.kind, "options": negatives.options, "seed": config.seed}
-            facts = decides | {"dataset_sha256": dataset.sha256("train")}
-            store.open(facts, config=config.model_dump(mode="json", exclude={"tracking"}))
-        except StoreError as error:
+            store.check()
+        except NegativesError as error:
             raise ConfigError(str(error)) from error
     return NegativePlan(
         kind=negatives.kind,
         options=negatives.options,
         per_sample=made.shape[1] if made.dtype == torch.int64 and made.dim() == 2 else 1,
+        sample_bytes=made[0].nbytes,
         num_parts=negatives.actors,
         ahead=negatives.ahead,
-        prediction_delay=negatives.prediction_delay if negatives.kind == "hard_label" else None,
+        prediction_delay=delay if negatives.kind == "hard_label" else None,
         store=store,
     )

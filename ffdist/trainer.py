@@ -13,8 +13,8 @@ from ffdist.checkpoint import prune, weights_sha256, write_commit
 from ffdist.config import Config, ConfigError
 from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
-from ffdist.data.store import StoreError
 from ffdist.evaluation import Evaluation, evaluate
+from ffdist.ff.negatives import NegativesError
 from ffdist.ff.update import rate_gain
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
@@ -111,8 +111,8 @@ def train(
             pipeline = stack.enter_context(serial_runner(blueprint, images, labels, threads=threads))
         try:
             figures = _Loop(config, dataset, order, folder, tracker, display).run(pipeline)
-        except StoreError as error:
-            raise ConfigError(str(error)) from error
+        except NegativesError as error:
+            raise ConfigError(f"negatives.kind={plan.kind}: {error}") from error
         summary = {
             **figures,
             "epochs": config.training.epochs,
@@ -145,6 +145,7 @@ class _Loop:
     def run(self, pipeline: Runner) -> dict[str, Any]:
         """Runs the whole schedule and returns the figures that it ends with."""
         config, order = self._config, self._order
+        tried = self._dataset.classes if config.data.label != "none" else 0
         orders = schedule(
             epochs=config.training.epochs,
             minibatches=order.minibatches,
@@ -153,7 +154,7 @@ class _Loop:
             validation_samples=len(self._dataset.labels["validation"]),
             test_samples=len(self._dataset.labels["test"]),
             evaluate_every=config.training.evaluate_every,
-            evaluation_block=max(1, EVALUATION_ROWS // (self._dataset.classes + 1)),
+            evaluation_block=max(1, EVALUATION_ROWS // (1 + tried)),
         )
         averages = Averages(config.tracking.every_minibatches, order.batch_size)
         blocks: list[Evaluated] = []
@@ -179,7 +180,9 @@ class _Loop:
             self._log(metrics, samples)
         test = evaluations["test"]
         self._tracker.log_artifact(plot_layers(self._history, self._folder / "layers.png"))
-        self._tracker.log_artifact(plot_confusion(test.confusion, self._folder / "confusion.png"))
+        self._tracker.log_artifact(
+            plot_confusion(test.confusion, "goodness" if tried else "readout", self._folder / "confusion.png")
+        )
         return {
             "weights_sha256": weights_sha256(state),
             "test_goodness_error": test.goodness_error,

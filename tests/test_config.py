@@ -75,7 +75,6 @@ def test_a_single_layer_predicts_by_itself():
         (["model.layers=[{kind: local, grid: 2, feild: 3, units: 4}]"], "unknown key .*feild; did you mean field"),
         (["model.layers=[{kind: local, grid: 2, field: 0, units: 4}]"], "model.layers .*greater than or equal to 1"),
         (["model.layers=[{grid: 2, field: 3, units: 4}]"], r"model\.layers\.0.*kind is missing"),
-        (["negatives.kind=hard_label", "pipeline.chunk_size=60"], "chunk_size: 60, negatives.prediction_delay: 56"),
         (["negatives.kind=hard_label", "negatives.store=/tmp/x"], "depends on the training and cannot be stored"),
         (["data.label_scale=0"], r"data.label_scale \(0\): .*greater than 0"),
         (["training.epochs"], "an override is section.key=value"),

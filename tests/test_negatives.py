@@ -1,17 +1,23 @@
+import hashlib
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import (
     KINDS,
+    NegativesError,
     TrainingSet,
     all_wrong,
-    check,
     draw_wrong_labels,
     find_kind,
     fixed,
     hybrid,
+    make_checked,
     noise,
+    source_sha256,
     wrong_label,
 )
 
@@ -140,19 +146,23 @@ def test_a_certain_readout_still_has_wrong_labels_to_draw():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_its_contract(kind):
     data, samples = a_set(), EVERY[10:300]
-    check(find_kind(kind, {})(data, samples, a_draw()), data, samples, labels_shown=True)
+    assert len(make_checked(find_kind(kind, {}), data, samples, a_draw(), labels_shown=True)) == 290
 
 
-def mirrored(data, samples, draw, *, down=False):
+def mirrored(data, samples, draw, down=False):
     """A kind of one's own: images turned over, as letters in a mirror are none."""
     images = data.images[samples].view(-1, *data.shape)
     return images.flip(2 if down else 3).flatten(1)
 
 
 def test_a_kind_of_ones_own_is_named_by_module_and_function():
-    data, samples = a_set(), EVERY[:20]
-    made = find_kind(f"{__name__}:mirrored", {"down": True})(data, samples, a_draw())
-    check(made, data, samples, labels_shown=False)
+    data, samples = a_set(shape=(1, 6, 7)), EVERY[:20]
+    data.images[:, :9] = 7
+    plain, down = (
+        make_checked(find_kind(f"{__name__}:mirrored", options), data, samples, a_draw(), labels_shown=False)
+        for options in ({}, {"down": True})
+    )
+    assert not torch.equal(plain, down)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,7 @@ def test_a_kind_of_ones_own_is_named_by_module_and_function():
     ],
 )
 def test_what_cannot_be_made_is_told(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NegativesError, match=message):
         find_kind(name, options)(a_set(), EVERY[:5], a_draw())
 
 
@@ -184,11 +194,29 @@ def test_what_cannot_be_made_is_told(name, options, message):
     ],
 )
 def test_what_breaks_the_contract_is_told(made, message):
-    with pytest.raises(ValueError, match=message):
-        check(made, a_set(), EVERY[:20], labels_shown=True)
+    with pytest.raises(NegativesError, match=message):
+        make_checked(partial(lambda *asked: made), a_set(), EVERY[:20], a_draw(), labels_shown=True)
 
 
 def test_wrong_labels_are_of_no_use_where_none_is_shown():
-    made = wrong_label(a_set(), EVERY[:20], a_draw())
-    with pytest.raises(ValueError, match=r"data.label=none shows none"):
-        check(made, a_set(), EVERY[:20], labels_shown=False)
+    with pytest.raises(NegativesError, match=r"data\.label=none shows none"):
+        make_checked(find_kind("wrong_label", {}), a_set(), EVERY[:20], a_draw(), labels_shown=False)
+
+
+def test_noise_does_not_depend_on_torchs_threads():
+    """Means of floating-point numbers did: a made store differed from what a run draws."""
+    images = torch.randint(0, 256, (10_000, 64), dtype=torch.uint8, generator=a_draw())
+    data, made = TrainingSet(images, torch.zeros(10_000).long(), 2, (1, 8, 8), 0), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        made.append(noise(data, torch.arange(5000), a_draw(), distribution="normal"))
+    torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+def test_a_changed_function_of_ones_own_is_another_kind():
+    assert source_sha256(find_kind("hybrid", {})) is None
+    digest = source_sha256(find_kind(f"{__name__}:mirrored", {}))
+    assert digest == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -67,7 +67,7 @@ def test_confusion_counts_true_by_predicted():
 
 def test_weights_are_counted_as_they_are_built():
     layers = (Fields(3, 1, 2, 7), Fields(2, 1, 2, 5), 11, 6)
-    for label in ("overwrite", "everywhere", "none"):
+    for label in ("everywhere", "none"):
         architecture = Architecture((2, 4, 5), 4, layers, label=label)
         built = [architecture.layer(index) for index in range(len(layers))]
         assert architecture.weights == tuple(layer.weight.numel() for layer in built)
@@ -84,9 +84,10 @@ def test_without_labels_the_readout_alone_predicts():
     ("layers", "label", "message"),
     [
         ((30, Fields(2, 1, 2, 5)), "overwrite", "layer 2 has local fields and no plane to look at"),
-        ((Fields(9, 1, 1, 5),), "overwrite", "layer 1 has fields that lie wholly beyond the 4 x 5 map below"),
+        ((Fields(9, 1, 1, 5),), "none", "layer 1 has fields that lie wholly beyond the 4 x 5 map below"),
         ((30,), "everywhere", "the first layer has none"),
-        ((Fields(2, 1, 2, 5),), "append", "where no field looks"),
+        ((Fields(2, 1, 2, 5),), "append", "label=append puts the label where few fields look"),
+        ((Fields(2, 1, 2, 5),), "overwrite", "label=overwrite puts the label where few fields look"),
     ],
 )
 def test_layers_that_do_not_fit_say_why(layers, label, message):

@@ -1,6 +1,7 @@
 """What cannot be is found before anything starts."""
 
 import pytest
+import torch
 
 from ffdist.config import ConfigError
 from ffdist.config_file import load_config
@@ -15,12 +16,16 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
         (["data.label=none"], "negatives.kind=wrong_label: shows wrong labels and data.label=none shows none"),
         (["negatives.kind=hybird"], r"negatives.kind=hybird: is none of wrong_label, .*, nor package\.module:function"),
         (["negatives.kind=nowhere:at_all"], "negatives.kind=nowhere:at_all: cannot be imported"),
-        (["negatives.kind=math:sqrt"], "negatives.kind=math:sqrt raised TypeError"),
+        (["negatives.kind=math:sqrt"], "negatives.kind=math:sqrt: raised TypeError"),
         (["negatives.options={blurs: 2}"], r"takes no option blurs \(its options: none\)"),
         (["negatives.kind=hybrid", "negatives.options={blurs: many}"], "blurs must be a whole number"),
         (["data.label=everywhere"], "the first layer has none"),
-        ([f"model.layers=[{LOCAL}, 20]"], "label=append puts the label where no field looks; set it to everywhere"),
+        ([f"model.layers=[{LOCAL}, 20]"], "label=append puts the label where few fields look; set it to everywhere"),
         ([f"model.layers=[20, {LOCAL}]"], "layer 2 has local fields and no plane to look at"),
+        (
+            ["negatives.kind=hard_label", "negatives.prediction_delay=20"],
+            "chunk_size: 28, negatives.prediction_delay: 20",
+        ),
         (["training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
     ],
 )
@@ -31,7 +36,8 @@ def test_what_does_not_fit_is_told(overrides, words):
 
 def test_a_store_of_another_seed_is_refused(tmp_path):
     store = [f"negatives.store={tmp_path}/store"]
-    prepare(load_config("digits", store))
+    prepare(load_config("digits", [*store, "seed=5"]))  # which makes none, and so is in nobody's way
+    prepare(load_config("digits", store)).negatives.store.write(0, 0, torch.zeros(5).long())
     prepare(load_config("digits", [*store, "training.epochs=3", "data.label=overwrite", "pipeline.chunk_size=3"]))
     with pytest.raises(ConfigError, match="seed: store 0, run 1"):
         prepare(load_config("digits", [*store, "seed=1"]))
@@ -39,6 +45,24 @@ def test_a_store_of_another_seed_is_refused(tmp_path):
         prepare(load_config("digits", [*store, "training.validation_samples=9"]))
     with pytest.raises(ConfigError, match="kind: store 'wrong_label', run 'fixed'"):
         prepare(load_config("digits", [*store, "negatives.kind=fixed"]))
+
+
+def test_options_at_their_defaults_are_the_same_store(tmp_path):
+    hybrid = ["data.label=none", "negatives.kind=hybrid", f"negatives.store={tmp_path}/store"]
+    prepare(load_config("digits", hybrid)).negatives.store.write(0, 0, torch.zeros(5).long())
+    prepare(load_config("digits", [*hybrid, "negatives.options={blurs: 6}"]))
+    with pytest.raises(ConfigError, match=r"options: store .*blurs.*6.*run .*blurs.*5"):
+        prepare(load_config("digits", [*hybrid, "negatives.options={blurs: 5}"]))
+
+
+def test_no_secret_of_the_configuration_is_written_to_the_store(tmp_path):
+    secret = ["tracking.uri=http://me:SECRET@there", f"negatives.store={tmp_path}/SECRET"]
+    prepare(load_config("digits", secret)).negatives.store.write(0, 0, torch.zeros(5).long())
+    assert "SECRET" not in (tmp_path / "SECRET/manifest.json").read_text()
+
+
+def test_a_long_chunk_is_as_long_as_the_epoch():
+    prepare(load_config("digits", ["negatives.kind=hard_label", "pipeline.chunk_size=1000"]))
 
 
 def test_predictions_are_drawn_for_hard_labels_alone():

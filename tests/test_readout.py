@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -34,3 +35,17 @@ def test_it_learns_what_can_be_told_apart():
     for _ in range(500):
         readout.train_minibatch([rows[:, :2], rows[:, 2:]], labels)
     assert (readout([rows[:, :2], rows[:, 2:]]).argmax(1) != labels).float().mean() < 0.1
+
+
+def test_a_fit_ends_where_nothing_is_left_to_gain():
+    """The gradient of cross-entropy and decay, by autograd, vanishes there."""
+    draw = torch.Generator().manual_seed(2)
+    rows, labels = torch.randn(300, 5, generator=draw), torch.randint(0, C, (300,), generator=draw)
+    readout, asked = Readout(5, C), []
+    slope = readout.fit(rows, labels, step=lambda: asked.append(1))
+    weight, bias = (parameter.detach().clone().requires_grad_() for parameter in (readout.weight, readout.bias))
+    value = F.cross_entropy(F.linear(rows, weight, bias), labels) + 0.003 / 2 * weight.square().sum()
+    steepest = max(gradient.abs().max().item() for gradient in torch.autograd.grad(value, (weight, bias)))
+    assert slope <= 1e-4  # of 1.4 nats; float32 ends there
+    assert steepest == pytest.approx(slope, abs=1e-5)
+    assert 3 < len(asked) <= 501

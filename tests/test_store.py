@@ -1,11 +1,13 @@
 """What is in a store is what was written there, or it is named."""
 
+import hashlib
 import json
 
 import pytest
 import torch
 
-from ffdist.data.store import Store, StoreError
+from ffdist.data.store import Store
+from ffdist.ff.negatives import NegativesError
 
 FACTS = {"kind": "hybrid", "options": {"blurs": 6}, "seed": 0}
 
@@ -16,8 +18,8 @@ def some_images() -> torch.Tensor:
 
 @pytest.fixture
 def store(tmp_path) -> Store:
-    store = Store(str(tmp_path / "store"))
-    store.open(FACTS, config={})
+    store = Store(str(tmp_path / "store"), FACTS)
+    store.check()
     store.write(3, 1, some_images())
     return store
 
@@ -38,8 +40,8 @@ def test_images_come_back_as_they_were(store):
 
 
 def test_any_filesystem_of_pyarrow_will_do(store, tmp_path):
-    again = Store((tmp_path / "store").as_uri())
-    again.open(FACTS, config={})
+    again = Store((tmp_path / "store").as_uri(), FACTS)
+    again.check()
     assert torch.equal(again.read(3, 1), some_images())
 
 
@@ -70,9 +72,19 @@ def damaged(name: str, change):
 
 
 def foreign(folder):
-    other = Store(str(folder.parent / "other"))
-    other.write(3, 1, some_images().flip(0))
-    (folder.parent / "other/epoch_0003/shard_000001.arrow").rename(folder / "epoch_0003/shard_000001.arrow")
+    """With its entry and all, from the store of another seed."""
+    other = Store(str(folder.parent / "other"), FACTS | {"seed": 1})
+    other.write(3, 1, some_images())
+    for suffix in ("arrow", "json"):
+        (folder.parent / f"other/epoch_0003/shard_000001.{suffix}").rename(folder / f"epoch_0003/shard_000001.{suffix}")
+
+
+def no_arrow_file(folder):
+    path, content = folder / "epoch_0003/shard_000001.arrow", b"anything"
+    path.write_bytes(content)
+    entry = path.with_suffix(".json")
+    told = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | told))
 
 
 def moved(folder):
@@ -88,9 +100,15 @@ DAMAGES = {
         1,
         "shard_000001.arrow is not what was written there",
     ),
-    "foreign": (foreign, 1, "shard_000001.arrow is (not what was written|cut or grown)"),
-    "moved": (moved, 2, "shard_000002.arrow is not what was written there"),
+    "foreign": (foreign, 1, "shard_000001.arrow belongs to another place or store"),
+    "moved": (moved, 2, "shard_000002.arrow belongs to another place or store"),
+    "no Arrow file": (no_arrow_file, 1, "shard_000001.arrow holds no negatives"),
     "entry cut": (damaged("shard_000001.json", lambda content: content[:-9]), 1, "shard_000001.json is damaged"),
+    "entry of wrong types": (
+        damaged("shard_000001.json", lambda content: content.replace(b": 30", b': "x"')),
+        1,
+        "shard_000001.json is damaged",
+    ),
     "entry of another kind": (damaged("shard_000001.json", lambda content: b"[1]"), 1, "shard_000001.json is damaged"),
 }
 
@@ -98,31 +116,41 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "number", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_found_and_named(store, tmp_path, damage, number, message):
     damage(tmp_path / "store")
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(NegativesError, match=message):
         store.read(3, number)
 
 
 def test_another_runs_store_is_refused_and_the_difference_told(store):
-    store.open(FACTS, config={"anything": "else"})
-    with pytest.raises(StoreError, match=r"holds other negatives than this run needs .*seed: store 0, run 1"):
-        store.open(FACTS | {"seed": 1}, config={})
+    Store(store.uri, FACTS, config={"anything": "else"}).check()
+    with pytest.raises(NegativesError, match=r"holds other negatives than this run needs .*seed: store 0, run 1"):
+        Store(store.uri, FACTS | {"seed": 1}).check()
+
+
+def test_a_check_leaves_nothing_behind(tmp_path):
+    Store(str(tmp_path / "new"), FACTS).check()
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}", '{"facts": {}, "config": null}'])
+def test_a_damaged_manifest_is_named(store, tmp_path, manifest):
+    (tmp_path / "store/manifest.json").write_text(manifest)
+    for use in (store.check, lambda: Store.find(store.uri)):
+        with pytest.raises(NegativesError, match=r"manifest\.json is damaged"):
+            use()
 
 
 def test_a_store_of_another_schema_or_none_at_all_is_refused(store, tmp_path):
     path = tmp_path / "store/manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 0}))
-    with pytest.raises(StoreError, match="schema: store 0, run 1"):
-        store.open(FACTS, config={})
-    path.write_text("{")
-    with pytest.raises(StoreError, match=r"manifest.json is damaged"):
-        store.open(FACTS, config={})
-    with pytest.raises(StoreError, match="holds no negatives"):
-        Store(str(tmp_path / "nowhere")).manifest()
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 0'))
+    with pytest.raises(NegativesError, match="schema: store 0, run 1"):
+        store.check()
+    with pytest.raises(NegativesError, match="holds no negatives"):
+        Store.find(str(tmp_path / "nowhere"))
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"cannot be (read|written)"):
-        Store(str(tmp_path / "file" / "store")).open(FACTS, config={})
-    with pytest.raises(StoreError, match="cannot be opened"):
-        Store("nonsense://bucket").open(FACTS, config={})
+    with pytest.raises(NegativesError, match=r"cannot be (read|written)"):
+        Store(str(tmp_path / "file" / "store"), FACTS).check()
+    with pytest.raises(NegativesError, match="cannot be opened"):
+        Store("nonsense://bucket", FACTS).check()

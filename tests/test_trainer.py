@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ffdist import load_config, train
-from ffdist.checkpoint import commits, read_commit
+from ffdist.checkpoint import commits
 from ffdist.data.datasets import load_dataset
-from ffdist.ff.network import Network
+from ffdist.offline import load_network
 from ffdist.prepare import build_architecture
 
 SHORT = ["model.layers=[40,30]", "training.epochs=6", "training.validation_samples=200", "training.evaluate_every=1"]
@@ -38,10 +38,7 @@ def test_the_best_commit_is_kept_beside_the_newest(run):
 def test_a_commit_is_a_network_that_predicts_as_the_run_says(run):
     config, finished = run
     dataset = load_dataset(config.data, seed=0, validation_samples=200)
-    network = Network(build_architecture(config, dataset))
-    for name, state in read_commit(commits(finished.folder / "commits")[-1]).items():
-        part = network.readout if name == "readout" else network.layers[int(name.removeprefix("layer_")) - 1]
-        part.load_state_dict(state)
+    network = load_network(build_architecture(config, dataset), commits(finished.folder / "commits")[-1])
     prediction, labels = network.predict(dataset.images["test"]), dataset.labels["test"]
     error = (prediction.label != labels).double().mean().item()
     assert error == pytest.approx(finished.summary["test_goodness_error"], abs=1.5 / 360)

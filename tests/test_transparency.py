@@ -9,6 +9,7 @@ from ffdist.checkpoint import weights_sha256
 from ffdist.config import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
+from ffdist.data.store import Store
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.partition import partition
@@ -17,6 +18,7 @@ from ffdist.pipeline.schedule import Evaluate, Train, schedule
 from ffdist.pipeline.source import NegativePlan
 
 EPOCHS, BATCH_SIZE = 2, 50
+MANY = {"train": 12_030, "validation": 200, "test": 360}
 DENSE = (60, 50, 40)
 MIXED = (Fields(grid=3, stride=2, field=4, units=6), Fields(grid=2, stride=1, field=2, units=12), 40)
 CLIPPED = (Fields(grid=8, stride=1, field=5, units=2), 50, 40)
@@ -110,7 +112,7 @@ KINDS = [
     ("noise", "none", MIXED),
     ("hard_label", "everywhere", MIXED),
     ("all_wrong", "everywhere", CLIPPED),
-    ("wrong_label", "overwrite", CLIPPED),
+    ("hybrid", "none", CLIPPED),
 ]
 
 
@@ -153,6 +155,47 @@ def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, wind
     ):
         spread = results(runner, digits, chunk_size)
     assert_equal(serial(digits, **changes, threads=threads), spread)
+
+
+@pytest.fixture(scope="module")
+def many() -> Dataset:
+    """Three shards an epoch, the last of them partly used: small colour images of two classes."""
+    draw = torch.Generator().manual_seed(0)
+    images = {split: torch.randint(0, 256, (n, 48), dtype=torch.uint8, generator=draw) for split, n in MANY.items()}
+    labels = {split: torch.randint(0, 2, (n,), generator=draw) for split, n in MANY.items()}
+    return Dataset(images, labels, 2, (3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["hard_label", "hybrid", f"{__name__}:turned"])
+def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp_path):
+    """Several actors make neighbouring shards, ahead of need, and keep them in a store from which others read."""
+    from ffdist.runtime.placement import Placement, reserve
+    from ffdist.runtime.runner import ray_runner
+
+    store = Store(str(tmp_path)) if kind == "hybrid" else None
+    changes = {"kind": kind, "layers": (20, 15, 10), "jitter": 1, "precision": "float32"}
+    truth = serial(many, chunk_size=25, **changes)
+    for _ in range(2):  # made, then read
+        blueprint = a_blueprint(many, 2, actors=3, store=store, **changes)
+        with (
+            reserve(Placement(2, "cpu", 0, 0.5, 0.5).bundles(3)) as group,
+            ray_runner(
+                blueprint,
+                group,
+                Pipeline(chunk_size=7),
+                images=many.images,
+                labels=many.labels["train"],
+            ) as runner,
+        ):
+            assert_equal(truth, results(runner, many, 7))
+        if store is None:
+            break
+        assert len(list(store.entries())) == EPOCHS * 3
+
+
+def turned(data, samples, draw):
+    """A kind of one's own: images with their pixels in another order, the same for all."""
+    return data.images[samples][:, torch.randperm(data.images.shape[1], generator=draw)]
 
 
 def test_training_changes_the_weights_and_the_seed_decides_them(digits):

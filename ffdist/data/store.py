@@ -2,7 +2,7 @@
 
     STORE/manifest.json                          what the store is for
     STORE/epoch_0003/shard_000007.arrow          the negatives of one shard
-    STORE/epoch_0003/shard_000007.json           its samples, size and SHA-256
+    STORE/epoch_0003/shard_000007.json           its samples, size and SHA-256, and which store it belongs to
 
 A shard is written under another name, synced and renamed; its entry follows in the same way. Without its entry a shard
 does not exist. Folders are local, or any URI that `pyarrow.fs` knows, such as s3://bucket/negatives.
@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,10 @@ import torch
 from torch import Tensor
 
 from ffdist.data.order import SHARD_SAMPLES
+from ffdist.ff.negatives import NegativesError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-
-
-class StoreError(ValueError):
-    """A store that cannot be used; the text names the file and says what to do."""
 
 
 class Entry(NamedTuple):
@@ -41,6 +38,8 @@ class Entry(NamedTuple):
     num_samples: int
     num_bytes: int
     sha256: str
+    store_sha256: str
+    """Digest of what the store is for."""
 
 
 @dataclass(frozen=True)
@@ -49,121 +48,144 @@ class Store:
 
     Args:
         uri: A local path, or a URI of `pyarrow.fs`.
+        facts: What decides every negative in it, as JSON.
+        config: The configuration that made it, without secrets, so that the dataset can be found again.
     """
 
     uri: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
-    def open(self, facts: dict[str, Any], *, config: dict[str, Any]) -> None:
-        """Makes the store where there is none, and holds one that is there to what the run needs.
-
-        Args:
-            facts: What decides every negative in it, as JSON; the manifest tells them.
-            config: The configuration that makes the store, without secrets; the manifest tells it as well.
+    @classmethod
+    def find(cls, uri: str) -> "Store":
+        """Returns a store as its own manifest tells.
 
         Raises:
-            StoreError: It cannot be read or written, or is for other negatives.
+            NegativesError: There is none, or its manifest is damaged.
         """
-        wanted: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, "shard_samples": SHARD_SAMPLES, **facts}))
-        there = self.manifest(missing_ok=True)
-        if there is None:
-            self._put(MANIFEST, json.dumps(wanted | {"config": config}, indent=2).encode())
-            return
-        different = [key for key, value in wanted.items() if there.get(key) != value]
+        manifest = cls(uri)._manifest()
+        if manifest is None:
+            raise NegativesError(f"{uri} holds no negatives; make some by `ffdist negatives make`")
+        return cls(uri, manifest["facts"], manifest["config"])
+
+    def check(self) -> None:
+        """Holds what is there, if anything, to what is needed, and makes sure that more can be added.
+
+        Raises:
+            NegativesError: It cannot be read or written, or is for other negatives.
+        """
+        manifest, needed = self._manifest(), self._needed
+        there = manifest["facts"] if manifest else needed
+        different = [key for key in needed if there.get(key) != needed[key]]
         if different:
-            told = "; ".join(f"{key}: store {there.get(key)!r}, run {wanted.get(key)!r}" for key in different)
-            raise StoreError(f"{self.uri} holds other negatives than this run needs ({told}); set another store")
-
-    def manifest(self, *, missing_ok: bool = False) -> dict[str, Any] | None:
-        """Returns what the store is for.
-
-        Raises:
-            StoreError: There is no store, or its manifest is damaged.
-        """
-        content = self._get(MANIFEST)
-        if content is None:
-            if missing_ok:
-                return None
-            raise StoreError(f"{self.uri} holds no negatives; make some by `ffdist negatives make`")
-        found = _json(content)
-        if not isinstance(found, dict):
-            raise StoreError(f"{self._path(MANIFEST)} is damaged; remove the store and make it anew")
-        return found
+            told = "; ".join(f"{key}: store {there.get(key)!r}, run {needed[key]!r}" for key in different)
+            raise NegativesError(f"{self.uri} holds other negatives than this run needs ({told}); set another store")
+        probe = f".{uuid.uuid4().hex[:8]}"
+        self._put(probe, b"")
+        self._filesystem.delete_file(self._path(probe))
 
     def entries(self) -> Iterator[Entry]:
-        """Yields what is known of every whole shard, in order."""
-        from pyarrow.fs import FileSelector, FileType
+        """Yields what is known of every whole shard, in order.
 
-        files = self._filesystem.get_file_info(FileSelector(self._root, recursive=True))
-        paths = sorted(info.path for info in files if info.type == FileType.File)
-        for path in paths:
-            name = path[len(self._root) :].lstrip("/")
-            if name.endswith(".json") and name != MANIFEST:
-                yield self._entry(name)
+        Raises:
+            NegativesError: One of them is damaged.
+        """
+        from pyarrow.fs import FileSelector
+
+        try:
+            files = self._filesystem.get_file_info(FileSelector(self._root, recursive=True))
+        except OSError as error:
+            raise NegativesError(f"{self._root} cannot be read ({_brief(error)})") from error
+        for name in sorted(info.path[len(self._root) :].lstrip("/") for info in files):
+            if name.endswith(".json") and name != MANIFEST and (entry := self._entry(name)):
+                yield entry
 
     def read(self, epoch: int, number: int) -> Tensor | None:
         """Returns the negatives of a shard, checked; None where they have not been made.
 
         Raises:
-            StoreError: The shard is missing, truncated or altered.
+            NegativesError: The shard is missing, truncated, altered or foreign.
         """
-        import pyarrow as pa
-
         name = _name(epoch, number)
-        if self._get(f"{name}.json") is None:
+        entry = self._entry(f"{name}.json")
+        if entry is None:
             return None
-        entry, content = self._entry(f"{name}.json"), self._get(f"{name}.arrow")
-        path, way_out = self._path(f"{name}.arrow"), f"remove {self._path(name)}.json to have it made anew"
+        content, path = self._get(f"{name}.arrow"), self._path(f"{name}.arrow")
+        way_out = f"remove {self._path(name)}.json to have it made anew"
         if content is None:
-            raise StoreError(f"{path} is missing; {way_out}")
+            raise NegativesError(f"{path} is missing; {way_out}")
         if len(content) != entry.num_bytes:
-            raise StoreError(f"{path} is cut or grown (bytes: {len(content)}, written: {entry.num_bytes}); {way_out}")
-        if hashlib.sha256(content).hexdigest() != entry.sha256 or (entry.epoch, entry.number) != (epoch, number):
-            raise StoreError(f"{path} is not what was written there (its SHA-256 differs); {way_out}")
-        with pa.ipc.open_file(pa.py_buffer(content)) as file:
-            table = file.read_all()
-        column = table.column("negatives").combine_chunks()
-        width = json.loads(table.schema.metadata[b"shape"])
-        negatives = torch.from_numpy(column.flatten().to_numpy().copy()).view(len(column), *width)
-        return negatives if table.schema.metadata[b"holds"] == b"images" else negatives.long()
+            raise NegativesError(
+                f"{path} is cut or grown (bytes: {len(content)}, written: {entry.num_bytes}); {way_out}"
+            )
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise NegativesError(f"{path} is not what was written there (its SHA-256 differs); {way_out}")
+        if (entry.epoch, entry.number, entry.store_sha256) != (epoch, number, self._identity):
+            raise NegativesError(f"{path} belongs to another place or store, as its entry says; {way_out}")
+        try:
+            return _decode(content)
+        except (ValueError, KeyError, TypeError) as error:  # pyarrow's own are among them
+            raise NegativesError(f"{path} holds no negatives as they are written here; {way_out}") from error
 
     def write(self, epoch: int, number: int, negatives: Tensor) -> None:
-        """Adds the negatives of a shard: labels as a byte each, images as they are."""
-        import pyarrow as pa
+        """Adds the negatives of a shard: labels as a byte each, images as they are.
 
-        holds = "images" if negatives.dtype == torch.uint8 else "labels"
-        values = negatives.to(torch.uint8).contiguous()
-        flat = pa.array(values.view(-1).numpy())
-        column = pa.FixedSizeListArray.from_arrays(flat, values[0].numel())
-        metadata = {"holds": holds, "shape": json.dumps(list(values.shape[1:]))}
-        schema = pa.schema([pa.field("negatives", column.type)], metadata=metadata)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            writer.write_batch(pa.record_batch([column], schema=schema))
-        content = sink.getvalue().to_pybytes()
+        Raises:
+            NegativesError: It cannot be written.
+        """
+        if self._get(MANIFEST) is None:
+            manifest = {"facts": self._needed, "config": self.config}
+            self._put(MANIFEST, json.dumps(manifest, indent=2).encode())
+        content = _encode(negatives)
         digest = hashlib.sha256(content).hexdigest()
-        entry = Entry(epoch, number, number * SHARD_SAMPLES, len(values), len(content), digest)
+        first = number * SHARD_SAMPLES
+        entry = Entry(epoch, number, first, len(negatives), len(content), digest, self._identity)
         name = _name(epoch, number)
         self._put(f"{name}.arrow", content)
         self._put(f"{name}.json", json.dumps(entry._asdict()).encode())  # last: now the shard exists
 
-    def _entry(self, name: str) -> Entry:
-        found = _json(self._get(name) or b"")
-        try:
-            return Entry(**found)
-        except TypeError as error:
-            raise StoreError(f"{self._path(name)} is damaged; remove it to have its shard made anew") from error
+    @property
+    def _needed(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, "shard_samples": SHARD_SAMPLES, **self.facts}))
+        return facts
+
+    @cached_property
+    def _identity(self) -> str:
+        return hashlib.sha256(json.dumps(self._needed, sort_keys=True).encode()).hexdigest()
+
+    def _manifest(self) -> dict[str, Any] | None:
+        content = self._get(MANIFEST)
+        if content is None:
+            return None
+        found = _json(content)
+        if not (isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in ("facts", "config"))):
+            raise NegativesError(f"{self._path(MANIFEST)} is damaged; remove the store and make it anew")
+        return found
+
+    def _entry(self, name: str) -> Entry | None:
+        content = self._get(name)
+        if content is None:
+            return None
+        found = _json(content)
+        kinds = Entry.__annotations__
+        if not (
+            isinstance(found, dict)
+            and found.keys() == kinds.keys()
+            and all(isinstance(found[key], kind) for key, kind in kinds.items())
+        ):
+            raise NegativesError(f"{self._path(name)} is damaged; remove it to have its shard made anew")
+        return Entry(**found)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        from pyarrow import ArrowException
         from pyarrow.fs import FileSystem, LocalFileSystem
 
         if "://" not in self.uri:
             return LocalFileSystem(), str(Path(self.uri).expanduser().resolve())
         try:
             filesystem, root = FileSystem.from_uri(self.uri)
-        except (ArrowException, OSError) as error:
-            raise StoreError(f"{self.uri} cannot be opened ({' '.join(str(error).split())[:200]})") from error
+        except (ValueError, OSError) as error:
+            raise NegativesError(f"{self.uri} cannot be opened ({_brief(error)})") from error
         return filesystem, root
 
     @property
@@ -185,7 +207,7 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreError(f"{self._path(name)} cannot be read ({' '.join(str(error).split())[:200]})") from error
+            raise NegativesError(f"{self._path(name)} cannot be read ({_brief(error)})") from error
 
     def _put(self, name: str, content: bytes) -> None:
         path = self._path(name)
@@ -199,7 +221,32 @@ class Store:
                     os.fsync(file.fileno())
             self._filesystem.move(part, path)
         except OSError as error:
-            raise StoreError(f"{path} cannot be written ({' '.join(str(error).split())[:200]})") from error
+            raise NegativesError(f"{path} cannot be written ({_brief(error)})") from error
+
+
+def _encode(negatives: Tensor) -> bytes:
+    import pyarrow as pa
+
+    holds = "images" if negatives.dtype == torch.uint8 else "labels"
+    values = negatives.to(torch.uint8).contiguous()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.view(-1).numpy()), values[0].numel())
+    metadata = {"holds": holds, "shape": json.dumps(list(values.shape[1:]))}
+    schema = pa.schema([pa.field("negatives", column.type)], metadata=metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(pa.record_batch([column], schema=schema))
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _decode(content: bytes) -> Tensor:
+    import pyarrow as pa
+
+    with pa.ipc.open_file(pa.py_buffer(content)) as file:
+        table = file.read_all()
+    column, metadata = table.column("negatives").combine_chunks(), table.schema.metadata
+    values = torch.from_numpy(column.flatten().to_numpy().copy()).view(len(column), *json.loads(metadata[b"shape"]))
+    return values if metadata[b"holds"] == b"images" else values.long()
 
 
 def _name(epoch: int, number: int) -> str:
@@ -211,3 +258,7 @@ def _json(content: bytes) -> Any:
         return json.loads(content)
     except ValueError:
         return None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

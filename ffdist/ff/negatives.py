@@ -7,14 +7,18 @@ into the training set, and takes every random number from `draw`, a generator th
 - labels `[n, M]`, int64: M negatives a sample, each of which weighs a share of one, or
 - images `[n, D]`, uint8: the negative is that image, under the sample's own label where labels are shown.
 
-Anybody's own kind is named `package.module:function` and keeps the same contract.
+Anybody's own kind is named `package.module:function` and keeps the same contract; what it gets in `data` and `samples`
+is shared, and must not be written to.
 """
 
+import hashlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +41,8 @@ class TrainingSet(NamedTuple):
     """The run's, for draws that are the same in every epoch."""
 
 
-Kind = Callable[[TrainingSet, Tensor, torch.Generator], Tensor]
+class NegativesError(ValueError):
+    """Negatives that cannot be made, or cannot be used; the text says why."""
 
 
 def wrong_label(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
@@ -77,12 +82,12 @@ def hybrid(
         threshold: Where the blurred bits, whose mean is 1/2, are cut; in (0, 1).
 
     Raises:
-        ValueError: An option is out of its range.
+        NegativesError: An option is out of its range.
     """
     if type(blurs) is not int or blurs < 0:
-        raise ValueError(f"blurs must be a whole number from 0 on (blurs: {blurs!r})")
+        raise NegativesError(f"blurs must be a whole number from 0 on (blurs: {blurs!r})")
     if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie between 0 and 1 (threshold: {threshold!r})")
+        raise NegativesError(f"threshold must lie between 0 and 1 (threshold: {threshold!r})")
     _, height, width = data.shape
     drawn = torch.empty(-(-len(samples) * height * width // 8), dtype=torch.uint8).random_(0, 256, generator=draw)
     bits = drawn.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()
@@ -115,15 +120,17 @@ def noise(data: TrainingSet, samples: Tensor, draw: torch.Generator, *, distribu
     """Draws images of noise `[n, D]`: `uniform` over 0 to 255, or `normal` with the data's mean and deviation.
 
     Raises:
-        ValueError: Another distribution is asked for.
+        NegativesError: Another distribution is asked for.
     """
     shape = (len(samples), data.images.shape[1])
     if distribution == "uniform":
         return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=draw)
     if distribution == "normal":
-        some = data.images[:10_000].float()
-        return (torch.randn(shape, generator=draw) * some.std() + some.mean()).round_().clamp_(0, 255).to(torch.uint8)
-    raise ValueError(f"distribution must be uniform or normal (distribution: {distribution!r})")
+        some = data.images[:10_000].to(torch.int32)  # whole numbers: their sums do not depend on torch's threads
+        mean = some.sum().item() / some.numel()
+        deviation = math.sqrt(some.square().sum().item() / some.numel() - mean**2)
+        return (torch.randn(shape, generator=draw) * deviation + mean).round_().clamp_(0, 255).to(torch.uint8)
+    raise NegativesError(f"distribution must be uniform or normal (distribution: {distribution!r})")
 
 
 KINDS: dict[str, Callable[..., Tensor]] = {
@@ -137,56 +144,73 @@ KINDS: dict[str, Callable[..., Tensor]] = {
 """Kinds of negatives, by the name that `negatives.kind` gives."""
 
 
-def find_kind(name: str, options: dict[str, Any]) -> Kind:
-    """Returns the kind of a name in `KINDS`, or a user's own by `package.module:function`, with its options set.
+def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
+    """Returns the kind of a name in `KINDS`, or a user's own by `package.module:function`, with all its options set.
 
     Raises:
-        ValueError: There is none, or it does not take an option.
+        NegativesError: There is none, or it does not take an option.
     """
     function = KINDS.get(name) or _import(name)
-    known = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"takes no option {', '.join(unknown)} (its options: {', '.join(known) or 'none'})")
-    return partial(function, **options)
+    parameters = list(inspect.signature(function).parameters.values())[3:]
+    known = {
+        parameter.name: parameter.default for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    unknown = sorted(set(options) - set(known)) if len(known) == len(parameters) else []
+    if unknown:
+        raise NegativesError(f"takes no option {', '.join(unknown)} (its options: {', '.join(known) or 'none'})")
+    return partial(function, **(known | options))
+
+
+def source_sha256(kind: "partial[Tensor]") -> str | None:
+    """Digests the file of a user's own kind, which may change under its name; None for those that are given here."""
+    if kind.func in KINDS.values():
+        return None
+    file = inspect.getsourcefile(kind.func)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
 def _import(name: str) -> Callable[..., Tensor]:
     module, colon, function = name.partition(":")
     if not colon:
-        raise ValueError(f"is none of {', '.join(KINDS)}, nor package.module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the user, as `python -m` would find it
+        raise NegativesError(f"is none of {', '.join(KINDS)}, nor package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a module beside the user, as `python -m` would find it
     try:
         found: Callable[..., Tensor] = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot be imported ({error})") from error
+        raise NegativesError(f"cannot be imported ({error})") from error
     return found
 
 
-def check(negatives: Tensor, data: TrainingSet, samples: Tensor, *, labels_shown: bool) -> None:
-    """Holds what a kind returned to its contract.
+def make_checked(
+    kind: "partial[Tensor]", data: TrainingSet, samples: Tensor, draw: torch.Generator, *, labels_shown: bool
+) -> Tensor:
+    """Returns what a kind makes, and holds it to its contract.
 
     Raises:
-        ValueError: What it returned is of no use; the text says why.
+        NegativesError: It raised something, or what it returned is of no use; the text says why.
     """
-    if not isinstance(negatives, Tensor):
-        raise ValueError(f"must return a tensor, as its contract says (returned: {type(negatives).__name__})")
-    images = negatives.dtype == torch.uint8 and negatives.shape == (len(samples), data.images.shape[1])
-    labels = negatives.dtype == torch.int64 and negatives.dim() in (1, 2) and len(negatives) == len(samples)
+    try:
+        made = kind(data, samples, draw)
+    except NegativesError:
+        raise
+    except Exception as error:  # whatever a function of one's own may raise
+        raise NegativesError(f"raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, Tensor):
+        raise NegativesError(f"must return a tensor, as its contract says (returned: {type(made).__name__})")
+    images = made.dtype == torch.uint8 and made.shape == (len(samples), data.images.shape[1])
+    labels = made.dtype == torch.int64 and made.dim() in (1, 2) and len(made) == len(samples) and made.numel()
     if not images and not labels:
-        raise ValueError(
+        raise NegativesError(
             f"must return labels [n] or [n, M], int64, or images [n, {data.images.shape[1]}], uint8 "
-            f"(n: {len(samples)}, returned: {list(negatives.shape)}, {str(negatives.dtype).removeprefix('torch.')})"
+            f"(n: {len(samples)}, returned: {list(made.shape)}, {str(made.dtype).removeprefix('torch.')})"
         )
     if labels and not labels_shown:
-        raise ValueError("shows wrong labels and data.label=none shows none; set it to hybrid or noise, or data.label")
-    true = data.labels[samples].view(-1, *[1] * (negatives.dim() - 1))
-    if labels and not ((negatives >= 0) & (negatives < data.classes) & (negatives != true)).all():
-        raise ValueError(f"must return wrong labels, from 0 to below {data.classes}")
+        raise NegativesError("shows wrong labels and data.label=none shows none; set hybrid or noise, or data.label")
+    true = data.labels[samples].view(-1, *[1] * (made.dim() - 1))
+    if labels and not ((made >= 0) & (made < data.classes) & (made != true)).all():
+        raise NegativesError(f"must return wrong labels, from 0 to below {data.classes}")
+    return made
 
 
 def draw_wrong_labels(logits: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:

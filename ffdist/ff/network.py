@@ -50,8 +50,8 @@ class Architecture:
         is_local = [isinstance(layer, Fields) for layer in self.layers]
         if self.label == "everywhere" and not is_local[0]:
             raise ValueError("label=everywhere shows the label to each field, and the first layer has none; append it")
-        if self.label == "append" and is_local[0]:
-            raise ValueError("label=append puts the label where no field looks; set it to everywhere")
+        if self.label not in ("everywhere", "none") and is_local[0]:
+            raise ValueError(f"label={self.label} puts the label where few fields look; set it to everywhere")
         for number, layer in enumerate(self.layers, 1):
             if not isinstance(layer, Fields):
                 continue

@@ -57,8 +57,8 @@ class Blueprint(NamedTuple):
         per_sample = 1 + negatives.per_sample + architecture.labels_shown
         rows = max(EVALUATION_ROWS, per_sample * order.batch_size * min(chunk_size, order.minibatches))
         messages = max_in_flight * rows * sum(architecture.widths[1:]) * architecture.compute_dtype.itemsize
-        shards = len(order.shards(0, min(chunk_size, order.minibatches))) + 1
-        made = (max_in_flight + negatives.ahead) * shards * SHARD_SAMPLES * architecture.pixels
+        ahead = (max_in_flight + negatives.ahead) * min(chunk_size, order.minibatches) * order.batch_size
+        made = (ahead + 2 * min(SHARD_SAMPLES, order.samples)) * negatives.sample_bytes  # whole shards at both ends
         parameters = sum(architecture.weights)
         return messages + made + min(2, max_in_flight) * 2 * FLOAT32_BYTES * parameters
 
@@ -210,10 +210,17 @@ def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tenso
         labels: Labels of the training set `[N]`.
         threads: torch's threads while the `with` block lasts.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         parts = blueprint.assemble(lambda part, *args: part(*args), images, labels)
         yield Runner(blueprint, parts, call=call_directly, collect=list)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Has torch compute with so many threads for the length of a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)

@@ -17,7 +17,7 @@ from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import neutral, one_hot
-from ffdist.ff.negatives import TrainingSet, check, find_kind
+from ffdist.ff.negatives import TrainingSet, find_kind, make_checked
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Evaluate, Train
 
@@ -32,6 +32,8 @@ class NegativePlan:
     """What the kind takes beside its contract."""
     per_sample: int = 1
     """Negatives of each sample."""
+    sample_bytes: int = 8
+    """What they take on their way."""
     num_parts: int = 1
     """How many sources make them; changes nothing else."""
     ahead: int = 4
@@ -42,7 +44,7 @@ class NegativePlan:
     """Where they are read from, and added to where they are missing."""
 
     def max_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
-        """Narrows a window so that no chunk waits for labels of one that is under way."""
+        """Narrows a window of chunks so that none waits for labels of one that is under way."""
         return min(max_in_flight, self.prediction_delay // chunk_size) if self.prediction_delay else max_in_flight
 
 
@@ -54,7 +56,9 @@ class Shard(NamedTuple):
     negatives: Tensor
     """As the kind returns them `[n, ...]`."""
     made_at: float
-    """Time of day, in seconds."""
+    """Time of day at which they were, in seconds."""
+    make_s: float
+    """Time that it took."""
 
 
 class Drawn(NamedTuple):
@@ -89,15 +93,20 @@ class NegativeSource:
         self._labels_shown = architecture.labels_shown
 
     def make(self, epoch: int, number: int) -> Shard:
-        """Returns a shard of an epoch, drawn afresh, or read where the store has it."""
+        """Returns a shard of an epoch, drawn afresh, or read where the store has it.
+
+        Raises:
+            NegativesError: The store is damaged, or the kind broke its contract.
+        """
+        start = time.perf_counter()
         negatives = self._store.read(epoch, number) if self._store else None
         if negatives is None:
             samples = self._order.shard(epoch, number)
-            negatives = self._kind(self._data, samples, generator(self._order.seed, "negatives", epoch, number))
-            check(negatives, self._data, samples, labels_shown=self._labels_shown)
+            draw = generator(self._order.seed, "negatives", epoch, number)
+            negatives = make_checked(self._kind, self._data, samples, draw, labels_shown=self._labels_shown)
             if self._store:
                 self._store.write(epoch, number, negatives)
-        return Shard(number, negatives, time.time())
+        return Shard(number, negatives, time.time(), time.perf_counter() - start)
 
 
 class HardLabels:
@@ -175,8 +184,12 @@ class Source:
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         images, labels = self._images["train"][samples], self._labels[samples]
         shards = [part for part in arrived if isinstance(part, Shard)]
-        start = chunk.first * self._order.batch_size - shards[0].number * SHARD_SAMPLES
-        made = torch.cat([shard.negatives for shard in shards])[start : start + samples.numel()]
+        first = chunk.first * self._order.batch_size
+        cuts = [
+            shard.negatives[max(0, first - start) : first + samples.numel() - start]
+            for shard, start in ((shard, shard.number * SHARD_SAMPLES) for shard in shards)
+        ]
+        made = torch.cat(cuts)
         negatives = made.view(*samples.shape, *made.shape[1:])
         if self._hard:
             for part in arrived:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Report(NamedTuple):
     wait_s: float
     """Time since the chunk before, spent waiting for this one and unpacking it."""
     negatives_wait_s: float = 0.0
-    """The part of it until the negatives were made; 0 but in the first stage."""
+    """The part of it in which the negatives were being made; 0 but in the first stage."""
 
 
 class _Clock:
@@ -37,10 +38,12 @@ class _Clock:
     def __init__(self) -> None:
         self._free_since: float | None = None
 
-    def report(self, metrics: Tensor, start: float, negatives_age_s: float = math.inf) -> Report:
+    def report(self, metrics: Tensor, start: float, shards: Sequence[Shard] = ()) -> Report:
         wait_s = start - self._free_since if self._free_since is not None else 0.0
         compute_s = self.free() - start
-        return Report(metrics, compute_s, wait_s, max(0.0, wait_s - negatives_age_s))
+        until_made_s = time.time() - compute_s - max((shard.made_at for shard in shards), default=-math.inf)
+        making_s = sum(shard.make_s for shard in shards)
+        return Report(metrics, compute_s, wait_s, max(0.0, min(making_s, wait_s - until_made_s)))
 
     def free(self) -> float:
         """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
@@ -98,9 +101,8 @@ class Stage:
             The report; the signal `[K, S, H]` for the next stage; what the readout reads `[K, B, H]` of each layer.
             None stands for what nobody reads. Activities are those at the weights with which a minibatch arrived.
         """
-        start, age_s = time.perf_counter(), math.inf
-        if self._source:
-            age_s = time.time() - max(part.made_at for part in message if isinstance(part, Shard))
+        start = time.perf_counter()
+        shards = [part for part in message if isinstance(part, Shard)]
         signal, read = self._source.train(chunk, *message) if self._source else message
         batch, metrics = self._batch, []
         negatives = signal.shape[1] // batch - (not self._read_first)
@@ -124,7 +126,7 @@ class Stage:
             for output, travels in zip(outputs, self._read_travels, strict=True)
         ]
         stacked = torch.stack(metrics).reshape(chunk.num_minibatches, len(self._layers), -1).cpu()
-        return [self._clock.report(stacked, start, age_s), passed, *reads]
+        return [self._clock.report(stacked, start, shards), passed, *reads]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
         """Passes a block through, at fixed weights.

@@ -1,5 +1,6 @@
 """The plain parts made remote, and the way in which tensors travel between them."""
 
+import sys
 import warnings
 from typing import Any
 
@@ -33,7 +34,8 @@ def _from_array(sent: tuple[np.ndarray[Any, Any], torch.dtype]) -> torch.Tensor:
 class _Actor:
     """Prepares the process before the part is made."""
 
-    def __init__(self, threads: int, *args: Any) -> None:
+    def __init__(self, threads: int, path: list[str], *args: Any) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]  # where a user's own negatives may be
         torch.set_num_threads(threads)  # Ray's launcher leaves one, whatever was asked for
         send_tensors_as_arrays()
         super().__init__(*args)
@@ -81,7 +83,7 @@ class ActorMaker:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self._threads, *args)
+            .remote(self._threads, sys.path, *args)
         )
         self.made.append(handle)
         return handle

@@ -119,6 +119,6 @@ def check_object_store(*, images: int, in_flight: int) -> None:
     if images + in_flight > store / 2:
         raise ConfigError(
             f"a run may fill half of Ray's object store (images: {images:,} bytes, chunks in flight: {in_flight:,}, "
-            f"half of the store: {store // 2:,}); set pipeline.chunk_size or pipeline.max_in_flight lower, or start "
-            f"Ray with a larger --object-store-memory"
+            f"half of the store: {store // 2:,}); set pipeline.chunk_size, pipeline.max_in_flight or negatives.ahead "
+            f"lower, or start Ray with a larger --object-store-memory"
         )

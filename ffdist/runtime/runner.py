@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
 from ffdist.config import Pipeline
-from ffdist.data.store import StoreError
+from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.runner import Blueprint, Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
 
@@ -46,7 +46,8 @@ def ray_runner(
     try:
         parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
         _collect([actor.__ray_ready__.remote() for actor in make.made])
-        window = blueprint.negatives.max_in_flight(pipeline.chunk_size, pipeline.max_in_flight)
+        chunk_size = min(pipeline.chunk_size, blueprint.order.minibatches)
+        window = blueprint.negatives.max_in_flight(chunk_size, pipeline.max_in_flight)
         yield Runner(
             blueprint,
             parts,
@@ -69,7 +70,7 @@ def _collect(references: list[Any]) -> list[Any]:
     try:
         values: list[Any] = ray.get(references)
     except RayTaskError as error:
-        if isinstance(error.cause, StoreError):
+        if isinstance(error.cause, NegativesError):
             raise error.cause from error
         raise ActorFailure(f"an actor failed: {error.cause!r}\n{error}") from error
     except RayError as error:

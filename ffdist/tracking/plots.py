@@ -33,7 +33,7 @@ def plot_layers(history: History, path: Path) -> Path:
     return path
 
 
-def plot_confusion(confusion: Tensor, path: Path) -> Path:
+def plot_confusion(confusion: Tensor, predicted_by: str, path: Path) -> Path:
     """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path."""
     classes = len(confusion)
     figure = Figure(figsize=(6, 5.5), layout="constrained")
@@ -47,7 +47,7 @@ def plot_confusion(confusion: Tensor, path: Path) -> Path:
             color = "white" if share[row, column] > 0.5 else "black"
             count = str(int(confusion[row, column]))
             panel.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-    panel.set(xlabel="predicted by goodness", ylabel="true label", title="test samples")
+    panel.set(xlabel=f"predicted by {predicted_by}", ylabel="true label", title="test samples")
     figure.savefig(path, dpi=120)
     return path
 

@@ -1,12 +1,19 @@
 """The table of results, from the finished runs of a tracking store."""
 
 import ast
+import re
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-DECIDES_NOTHING = ("seed", "runner", "pipeline.", "tracking.", "checkpoint.", "data.root", "negatives.actors")
+from ffdist.tracking.tracker import a_client
+
+DECIDES_NOTHING = (
+    *("seed", "runner", "pipeline.", "tracking.", "checkpoint.", "data.root", "training.evaluate_every"),
+    *("negatives.actors", "negatives.ahead", "negatives.store"),
+)
 """Parameters, by the start of their name, in which runs of one row may differ."""
+FINISHED = "attributes.status = 'FINISHED'"
 HEAD = ("run", "network", "label", "negatives", "epochs", "by goodness", "by readout", "paper", "seconds")
 
 
@@ -23,20 +30,15 @@ def results_table(uri: str, experiment: str) -> str:
 
 def _finished(uri: str, experiment: str) -> list[Any]:
     """Returns the finished runs, newest first."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
     runs: list[Any] = []
-    token = None
-    while found:
-        page = client.search_runs(
-            [found.experiment_id], "attributes.status = 'FINISHED'", max_results=500, page_token=token
-        )
-        runs += [run for run in page if "test/readout_error" in run.data.metrics]
-        token = page.token
-        if not token:
-            break
+    with a_client(uri) as client:
+        found, token = client.get_experiment_by_name(experiment), None
+        while found:
+            page = client.search_runs([found.experiment_id], FINISHED, page_token=token)
+            runs += [run for run in page if "test/readout_error" in run.data.metrics]
+            token = page.token
+            if not token:
+                break
     return runs
 
 
@@ -50,15 +52,17 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
         runs, params = list(by_seed.values()), next(iter(by_seed.values())).data.params
         paper = params.get("tracking.paper_error", "None")
         yield [
-            runs[0].info.run_name.rsplit("-", 2)[0],
+            re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", runs[0].info.run_name),
             _network(params),
-            params["data.label"] + (f", jitter {params['data.jitter']}" if params["data.jitter"] != "0" else ""),
+            params["data.label"] + (f", jitter {jitter}" if (jitter := params.get("data.jitter", "0")) != "0" else ""),
             params["negatives.kind"],
             params["training.epochs"],
             _errors(runs, "test/goodness_error"),
             _errors(runs, "test/readout_error") + _fitted(runs),
             "" if paper == "None" else f"{float(paper):.2%}",
-            f"{median(run.data.metrics['train_s'] for run in runs):,.0f}",
+            f"{median(times):,.0f}"
+            if (times := [run.data.metrics["train_s"] for run in runs if "train_s" in run.data.metrics])
+            else "",
         ]
 
 

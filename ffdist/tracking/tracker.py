@@ -8,8 +8,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -52,12 +52,33 @@ def how_to_look(uri: str, runs: Path) -> str:
 
 
 def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:
-    """Adds metrics to a run that has ended."""
-    from mlflow import MlflowClient
+    """Adds metrics to a run that has ended.
 
-    client = MlflowClient(uri)
-    for name, value in metrics.items():
-        client.log_metric(run_id, name, value)
+    Raises:
+        ConfigError: It is not at `uri`, or cannot be reached there.
+    """
+    with a_client(uri) as client:
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+
+
+@contextmanager
+def a_client(uri: str) -> Iterator[Any]:
+    """Opens MLflow's client for the length of a `with` block.
+
+    Raises:
+        ConfigError: What is asked of the server or database at `uri` is not there, or it cannot be reached.
+    """
+    _check_server(uri)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(uri)
+    except MlflowException as error:
+        raise ConfigError(
+            f"tracking at {uri} does not give what is asked ({' '.join(str(error).split())[:300]})"
+        ) from error
 
 
 class Tracker:

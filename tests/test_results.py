@@ -1,0 +1,53 @@
+from types import SimpleNamespace
+
+from ffdist.tracking.results import HEAD, _rows
+
+LOCAL = "[{'kind': 'local', 'grid': 4, 'stride': 6, 'field': 10, 'units': 128}, 500]"
+
+
+def a_run(name, seed, goodness, readout, *, train_s=60.0, **changes):
+    params = {
+        "seed": str(seed),
+        "data.name": "mnist",
+        "data.label": "overwrite",
+        "data.jitter": "0",
+        "model.layers": "[30, 20]",
+        "negatives.kind": "hard_label",
+        "negatives.store": "None",
+        "training.epochs": "40",
+        "tracking.paper_error": "0.0136",
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    metrics = {"test/goodness_error": goodness, "test/readout_error": readout, "train_s": train_s}
+    metrics = {key: value for key, value in metrics.items() if value is not None}
+    return SimpleNamespace(info=SimpleNamespace(run_name=name), data=SimpleNamespace(params=params, metrics=metrics))
+
+
+def cells(*runs):
+    return [dict(zip(HEAD, row, strict=True)) for row in _rows(list(runs))]
+
+
+def test_seeds_are_one_row_with_their_median_and_range():
+    (row,) = cells(
+        a_run("hard-20261122-101010", 2, 0.015, 0.016, train_s=50.0),
+        a_run("hard-20261122-101010-2", 1, 0.013, 0.018, train_s=70.0, negatives__store="made", runner="serial"),
+        a_run("hard-20261121-101010", 0, 0.014, 0.017),
+        a_run("hard-20261120-101010", 0, 0.9, 0.9),  # an older one of a seed that has been run since
+    )
+    assert row["run"] == "hard"
+    assert row["by goodness"] == "1.40% (1.30% to 1.50%, 3 seeds)"
+    assert row["by readout"] == "1.70% (1.60% to 1.80%, 3 seeds)"
+    assert (row["paper"], row["seconds"], row["network"], row["negatives"]) == ("1.36%", "60", "30-20", "hard_label")
+
+
+def test_what_decides_the_result_makes_another_row():
+    rows = cells(a_run("a-20261122-101010", 0, 0.1, 0.2), a_run("a-20261122-101011", 0, 0.1, 0.2, data__jitter="2"))
+    assert sorted(row["label"] for row in rows) == ["overwrite", "overwrite, jitter 2"]
+
+
+def test_without_labels_there_is_a_fitted_readout_and_no_goodness():
+    run = a_run("u-20261122-101010", 0, None, 0.02, train_s=None, model__layers=LOCAL, tracking__paper_error="None")
+    run.data.metrics["test/fitted_readout_error"] = 0.0123
+    del run.data.params["data.jitter"]  # tracked by a version that had none
+    (row,) = cells(run)
+    assert (row["by goodness"], row["by readout"], row["paper"]) == ("", "2.00%; 1.23% fitted", "")
+    assert (row["network"], row["seconds"]) == ("4x4x128-500", "")
