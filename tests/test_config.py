@@ -12,6 +12,12 @@ def test_shipped_configurations_are_found_by_their_bare_name(name):
     assert load_config(name) == load_config(str(config_folder() / f"{name}.yaml"))
 
 
+def test_the_readme_names_every_shipped_configuration():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for path in config_folder().glob("*.yaml"):
+        assert f"`{path.stem}`" in readme
+
+
 def test_the_names_that_users_type_are_known():
     config = parse_config(
         yaml.safe_load(

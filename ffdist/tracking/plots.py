@@ -1,7 +1,6 @@
 """Pictures of a run, made with matplotlib."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib import colormaps
@@ -67,13 +66,13 @@ def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tup
     shown = negatives if negatives.dtype == torch.uint8 else images
     for row, (name, pictures) in enumerate((("positive", images), ("negative", shown))):
         for column, picture in enumerate(pictures):
-            label: Any = labels[column].item()
-            if row and negatives.dtype != torch.uint8:
-                wrong = negatives[column].flatten().tolist()
-                label = wrong[0] if len(wrong) == 1 else "all others"
+            title = str(labels[column].item())
+            if row:
+                wrong = [] if negatives.dtype == torch.uint8 else negatives[column].flatten().tolist()
+                title = f"as {wrong[0]}" if len(wrong) == 1 else "as all others" if wrong else ""
             panel = panels[row, column]
             panel.imshow(picture.view(shape).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-            panel.set(xticks=[], yticks=[], title=f"as {label}" if row else label)
+            panel.set(xticks=[], yticks=[], title=title)
         panels[row, 0].set_ylabel(name)
     figure.savefig(path, dpi=120)
     return path
