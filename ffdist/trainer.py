@@ -76,7 +76,7 @@ def train(
         placement = decide(
             config.pipeline,
             layers=len(architecture.layers),
-            negative_actors=config.negatives.actors,
+            negative_actors=plan.num_parts,
             resources=cluster_resources() if runner == "ray" else machine_resources(),
         )
         blueprint = Blueprint(

@@ -87,19 +87,24 @@ class Local(Layer):
         self._line = fields.covered * below.depth + shared
         super().__init__((fields.grid**2, fields.units, fields.field**2 * below.depth + shared), **settings)
         # Weights beyond the border read zeros, so that a start at zero keeps them there.
-        self.weight.mul_(self._inputs(torch.ones(1, below.values + shared), by_bands=False)[0].unsqueeze(1))
+        self.weight.mul_(self._windows(torch.ones(1, below.values + shared))[0].unsqueeze(1))
         self.refresh()
 
-    def _inputs(self, rows: Tensor, by_bands: bool | None = None) -> Tensor:
-        """Returns each place's field `[R, places, fan-in]`, or each row of places' lines `[R, grid, field * line]`."""
-        fields, count, depth = self._fields, len(rows), self._below.depth
-        covered, shared = self._covered(rows), rows[:, self._below.values :]
-        if self._by_bands if by_bands is None else by_bands:
-            lines = torch.cat((covered.flatten(2), shared.unsqueeze(1).expand(-1, fields.covered, -1)), 2)
-            strides = (fields.covered * self._line, fields.stride * self._line, 1)
-            return lines.as_strided((count, fields.grid, fields.field * self._line), strides)
-        windows = covered.unfold(1, fields.field, fields.stride).unfold(2, fields.field, fields.stride)
-        inputs = windows.permute(0, 1, 2, 4, 5, 3).reshape(count, fields.grid**2, fields.field**2 * depth)
+    def _inputs(self, rows: Tensor) -> Tensor:
+        return self._bands(rows) if self._by_bands else self._windows(rows)
+
+    def _bands(self, rows: Tensor) -> Tensor:
+        """Returns the lines that each row of places reads `[R, grid, field * line]`, without copying them."""
+        fields, shared = self._fields, rows[:, self._below.values :]
+        lines = torch.cat((self._covered(rows).flatten(2), shared.unsqueeze(1).expand(-1, fields.covered, -1)), 2)
+        strides = (fields.covered * self._line, fields.stride * self._line, 1)
+        return lines.as_strided((len(rows), fields.grid, fields.field * self._line), strides)
+
+    def _windows(self, rows: Tensor) -> Tensor:
+        """Returns the field that each place reads `[R, places, fan-in]`."""
+        fields, shared = self._fields, rows[:, self._below.values :]
+        windows = self._covered(rows).unfold(1, fields.field, fields.stride).unfold(2, fields.field, fields.stride)
+        inputs = windows.permute(0, 1, 2, 4, 5, 3).reshape(len(rows), fields.grid**2, -1)
         return torch.cat((inputs, shared.unsqueeze(1).expand(-1, fields.grid**2, -1)), 2) if self._shared else inputs
 
     def _covered(self, rows: Tensor) -> Tensor:
