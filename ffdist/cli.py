@@ -131,7 +131,7 @@ def make(words: tuple[str, ...]) -> None:
         config, _ = _load(words)
         from ffdist.offline import fill_store
 
-        click.echo(f"{fill_store(config).uri} holds the negatives of {config.training.epochs} epochs")
+        click.echo(f"{fill_store(config).uri} holds the negatives of {config.passes} epochs")
 
 
 @negatives.command()

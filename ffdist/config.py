@@ -80,6 +80,9 @@ class Data(Section):
         return self
 
 
+Threshold = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] | Literal["units"]
+
+
 class LocalLayer(Section):
     """A layer whose units read fields of the map below, without weight sharing."""
 
@@ -105,14 +108,28 @@ class Model(Section):
 
     layers: Annotated[list[LayerEntry], Field(min_length=1)]
     """Each hidden layer, lowest first: the units of a dense one, or `{kind: local, grid, stride, field, units}`."""
+    goodness: Literal["sum_of_squares", "mean_of_squares", "minus_sum_of_squares", "minus_mean_of_squares"] = (
+        "sum_of_squares"
+    )
+    """What positives are to have much of, and with `minus_` little."""
+    threshold: Threshold | list[Threshold] = "units"
+    """The sum or mean of squares at which a row is as likely positive as negative: a number, or as many as the layer
+    has units; one for all layers, or a list of one for each."""
+    normalization: Literal["rms", "l2", "none"] = "rms"
+    """What every row is divided by before a layer reads it: its root mean square, its length, or nothing."""
     predict_from: Count | None = None
     """First layer, counted from 1, that goodness and readout look at; 2, or 1 where there is only one."""
 
     @model_validator(mode="after")
-    def _predict_from_a_layer(self) -> "Model":
+    def _layers_are_there(self) -> "Model":
         if self.predict_from is not None and self.predict_from > len(self.layers):
             raise ValueError(
                 f"model.predict_from must be one of the {len(self.layers)} layers (predict_from: {self.predict_from})"
+            )
+        if isinstance(self.threshold, list) and len(self.threshold) != len(self.layers):
+            raise ValueError(
+                f"model.threshold must be one, or one for each of the {len(self.layers)} layers "
+                f"(given: {len(self.threshold)})"
             )
         return self
 
@@ -144,7 +161,7 @@ class Training(Section):
     """How layers and readout learn; defaults are those of the paper's released code."""
 
     epochs: Count = 60
-    """Passes over the training set."""
+    """Passes over the training set; with `schedule=greedy` of each layer."""
     batch_size: Count = 100
     """Samples a minibatch, and an update."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -153,8 +170,21 @@ class Training(Section):
     """Samples held out of the training set by the seed; 0 evaluates nothing before the end."""
     evaluate_every: Count = 5
     """Epochs from one validation to the next."""
+    loss: Literal["logistic", "margin", "symmetric"] = "logistic"
+    """Of goodness above and below the threshold, or (`symmetric`) of the difference in each pair of a sample's rows;
+    `margin` is the common PyTorch port's name for `logistic`."""
+    alpha: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Sharpness of the loss, which is taken of `alpha` times the goodness."""
+    updates: Literal["joint", "alternating"] = "joint"
+    """Whether positive and negative rows of a minibatch make one update, or one after the other one each."""
+    schedule: Literal["simultaneous", "greedy"] = "simultaneous"
+    """Whether all layers learn at every minibatch, or layer after layer, each for all epochs."""
+    repeats: Count = 1
+    """Times that a minibatch is learned from before the next."""
+    optimizer: Literal["release", "sgd", "adam", "adamw"] = "release"
+    """How the layers follow their gradient: as the paper's released code does, or torch's optimizer of that name."""
     learning_rate: NotNegative = 0.01
-    """Step of the layers along their smoothed gradient, falling in the second half of the run."""
+    """Step of the layers along their gradient, falling in the second half of the run."""
     weight_decay: NotNegative = 0.001
     """Share of a layer's weight taken off per unit of learning rate."""
     readout_learning_rate: NotNegative = 0.1
@@ -162,7 +192,7 @@ class Training(Section):
     readout_weight_decay: NotNegative = 0.003
     """The same of the readout."""
     smoothing: Fraction = 0.9
-    """Weight of the past in the running mean of gradients."""
+    """Weight of the past in the running mean of gradients; torch's `momentum`, and the first of its `betas`."""
     peer_normalization: NotNegative = 0.03
     """Pull of each unit's mean activity towards the mean of its layer."""
 
@@ -229,6 +259,18 @@ class Config(Section):
     def predict_from(self) -> int:
         """First layer, counted from 1, that goodness and readout look at."""
         return self.model.predict_from or min(2, len(self.model.layers))
+
+    @property
+    def passes(self) -> int:
+        """Passes over the training set in all."""
+        return self.training.epochs * (len(self.model.layers) if self.training.schedule == "greedy" else 1)
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """Each layer's threshold; None for the number of its units."""
+        given = self.model.threshold
+        each = given if isinstance(given, list) else [given] * len(self.model.layers)
+        return tuple(None if threshold == "units" else threshold for threshold in each)
 
     def flat(self) -> dict[str, Any]:
         """Returns every value by its `section.key`."""

@@ -46,7 +46,7 @@ def fill_store(config: Config) -> Store:
     source = NegativeSource(plan, dataset.images, dataset.labels["train"], architecture, order)
     try:
         with torch_threads(config.pipeline.threads_per_stage):
-            for epoch in track(range(config.training.epochs), f"making {plan.kind} negatives", transient=True):
+            for epoch in track(range(config.passes), f"making {plan.kind} negatives", transient=True):
                 for number in order.shards(0, order.minibatches):
                     source.make(epoch, number)
     except NegativesError as broken:

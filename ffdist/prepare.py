@@ -9,6 +9,7 @@ from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
+from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.negatives import NegativesError, TrainingSet, find_kind, make_checked, source_sha256
 from ffdist.ff.network import Architecture
@@ -47,21 +48,30 @@ def build_architecture(config: Config, dataset: Dataset) -> Architecture:
     Raises:
         ConfigError: The layers do not fit together, or the label cannot be shown to them.
     """
-    training = config.training
+    model, training = config.model, config.training
     try:
         return Architecture(
             shape=dataset.shape,
             classes=dataset.classes,
             layers=tuple(
                 layer if isinstance(layer, int) else Fields(layer.grid, layer.stride, layer.field, layer.units)
-                for layer in config.model.layers
+                for layer in model.layers
             ),
             label=config.data.label,
             label_scale=config.data.label_scale,
             predict_from=config.predict_from,
             seed=config.seed,
-            update=Update(training.learning_rate, training.weight_decay, training.smoothing),
-            peer_strength=training.peer_normalization,
+            rule=Rule(
+                goodness=model.goodness,
+                normalization=model.normalization,
+                loss=training.loss,
+                alpha=training.alpha,
+                alternating=training.updates == "alternating",
+                repeats=training.repeats,
+                peer_strength=training.peer_normalization,
+                update=Update(training.learning_rate, training.weight_decay, training.smoothing, training.optimizer),
+            ),
+            thresholds=config.thresholds,
             readout_update=Update(training.readout_learning_rate, training.readout_weight_decay, training.smoothing),
             precision=training.precision,
         )

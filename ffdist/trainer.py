@@ -4,7 +4,6 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.negatives import NegativesError
-from ffdist.ff.update import rate_gain
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
@@ -69,7 +67,7 @@ def train(
     with ExitStack() as stack:
         uri = tracking_uri(config.tracking, runs)
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens while Ray starts
-        display = stack.enter_context(Display(config.training.epochs, order.minibatches))
+        display = stack.enter_context(Display(config.passes, order.minibatches))
         if runner == "ray":
             display.doing("starting Ray")
             stack.enter_context(connect(address))
@@ -115,7 +113,7 @@ def train(
             raise ConfigError(f"negatives.kind={plan.kind}: {error}") from error
         summary = {
             **figures,
-            "epochs": config.training.epochs,
+            "epochs": config.passes,
             "wall_s": time.perf_counter() - started,
             "runner": runner,
             "stages": placement.stages,
@@ -123,9 +121,7 @@ def train(
             "mlflow_tracking_uri": tracker.uri,
         }
         tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
-        tracker.log_metrics(
-            {"train_s": summary["train_s"]}, config.training.epochs * order.minibatches * order.batch_size
-        )
+        tracker.log_metrics({"train_s": summary["train_s"]}, config.passes * order.minibatches * order.batch_size)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
     return Run(folder, summary)
@@ -150,7 +146,7 @@ class _Loop:
             epochs=config.training.epochs,
             minibatches=order.minibatches,
             chunk_size=config.pipeline.chunk_size,
-            gain=partial(rate_gain, epochs=config.training.epochs),
+            greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
             validation_samples=len(self._dataset.labels["validation"]),
             test_samples=len(self._dataset.labels["test"]),
             evaluate_every=config.training.evaluate_every,

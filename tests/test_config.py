@@ -1,10 +1,15 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from ffdist.config import Config, ConfigError
+from ffdist.config import Config, ConfigError, Data, Model, Training
 from ffdist.config_file import config_folder, load_config, parse_config
+from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS
+from ffdist.ff.labels import LABELS
+from ffdist.ff.losses import LOSSES
+from ffdist.ff.update import OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in config_folder().glob("*.yaml")))
@@ -115,6 +120,34 @@ def test_a_section_left_empty_has_its_defaults(tmp_path):
 
 def test_a_home_folder_is_meant_as_it_is_written():
     assert load_config("mnist", ["data.root=~/images"]).data.root == Path.home() / "images"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "known"),
+    [
+        (Data, "label", {*LABELS, "none"}),
+        (Model, "goodness", {sign + goodness for goodness in GOODNESS for sign in ("", MINUS)}),
+        (Model, "normalization", NORMALIZATIONS),
+        (Training, "loss", LOSSES),
+        (Training, "optimizer", OPTIMIZERS),
+    ],
+)
+def test_choices_are_those_that_the_algorithm_has(section, key, known):
+    assert set(get_args(section.model_fields[key].annotation)) == set(known)
+
+
+def test_thresholds_are_one_for_all_layers_or_one_for_each():
+    layers = "model.layers=[30, 20]"
+    assert load_config("digits", [layers]).thresholds == (None, None)
+    assert load_config("digits", [layers, "model.threshold=2"]).thresholds == (2, 2)
+    assert load_config("digits", [layers, "model.threshold=[units, 1.5]"]).thresholds == (None, 1.5)
+    with pytest.raises(ConfigError, match=r"one for each of the 2 layers \(given: 3\)"):
+        load_config("digits", [layers, "model.threshold=[1, 2, 3]"])
+
+
+def test_greedy_layers_each_have_all_epochs():
+    assert load_config("digits", ["training.epochs=4"]).passes == 4
+    assert load_config("digits", ["training.epochs=4", "training.schedule=greedy"]).passes == 12
 
 
 def test_every_setting_is_documented():

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from ffdist.ff.keyed import generator
-from ffdist.ff.layers import METRICS, PEER_SMOOTHING, Dense
+from ffdist.ff.layers import METRICS, PEER_SMOOTHING, Dense, Rule
+from ffdist.ff.losses import LOSSES
 from ffdist.ff.update import Update
 
 B, D, H = 6, 11, 9
@@ -18,44 +19,73 @@ def a_layer(dtype=torch.float64, **settings) -> Dense:
     return layer
 
 
-def some_rows(dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(3 * B, D, generator=generator(1, "rows"), dtype=torch.float32).to(dtype)
+def some_rows(blocks=3, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(blocks * B, D, generator=generator(1, "rows"), dtype=torch.float32).to(dtype)
 
 
-def likelihood(rows, weight, bias, threshold):
-    """The log-likelihood of positives and negatives, halved, because the release's gradient leaves out a factor 2."""
-    goodness = F.linear(rows[: 2 * B], weight, bias).relu().square().sum(1)
-    margin = torch.cat((goodness[:B] - threshold, threshold - goodness[B:]))
-    return F.logsigmoid(margin).sum() / 2
+def value(rows, weight, bias, rule, threshold, turn):
+    """Minus the loss, halved, because the release's gradient leaves out a factor 2; by what papers write."""
+    activity = F.linear(rows, weight, bias).relu()
+    squares = activity.square()
+    measured = squares.mean(1) if rule.goodness.endswith("mean_of_squares") else squares.sum(1)
+    margin = rule.alpha * (measured - threshold) * (-1 if rule.goodness.startswith("minus") else 1)
+    positive, negative = margin[:B], margin[B:].view(-1, B)
+    positive, negative = (
+        side if turn in ("both", name) else side.detach()
+        for side, name in ((positive, "positive"), (negative, "negative"))
+    )
+    if rule.loss == "symmetric":
+        return F.logsigmoid(positive - negative).mean(0).sum() / 2
+    return (F.logsigmoid(positive).sum() + F.logsigmoid(-negative).mean(0).sum()) / 2
 
 
 def reference(layer: Dense, rows):
-    """Gradients by autograd, the pull of peer normalization added to the total input of the positives."""
-    weight, bias = layer.weight.detach().clone().requires_grad_(), layer.bias.detach().clone().requires_grad_()
-    total = F.linear(rows[:B], weight, bias)
-    means = PEER_SMOOTHING * layer.mean_activity + (1 - PEER_SMOOTHING) * total.detach().relu().mean(0)
-    pull = layer.peer_strength * (means.mean() - means)
-    value = likelihood(rows, weight, bias, layer.threshold) + (total * pull).sum()
-    return torch.autograd.grad(value, (weight, bias))
+    """Weights and biases after a minibatch, by autograd and plain ascent; the peers' pull goes past the ReLU."""
+    rule, rate = layer.rule, layer.rule.update.learning_rate
+    parameters, means = [layer.weight.detach().clone(), layer.bias.detach().clone()], layer.mean_activity
+    threshold = -layer.threshold if rule.goodness.startswith("minus") else layer.threshold
+    for turn in (["positive", "negative"] if rule.alternating else ["both"]) * rule.repeats:
+        weight, bias = (parameter.requires_grad_() for parameter in parameters)
+        gained = value(rows, weight, bias, rule, threshold, turn)
+        if turn != "negative":
+            total = F.linear(rows[:B], weight, bias)
+            means = PEER_SMOOTHING * means + (1 - PEER_SMOOTHING) * total.detach().relu().mean(0)
+            gained = gained + (total * rule.peer_strength * (means.mean() - means)).sum()
+        gradients = torch.autograd.grad(gained, (weight, bias))
+        parameters = [old.detach() + rate * new / B for old, new in zip(parameters, gradients, strict=True)]
+    return parameters
 
 
-@pytest.mark.parametrize("peer_strength", [0.0, 0.03])
-def test_closed_form_gradient_equals_autograd_in_float64(peer_strength):
-    layer, rows = a_layer(peer_strength=peer_strength, update=Update(0.01, 0.0, smoothing=0.0)), some_rows()
-    weight, bias = reference(layer, rows)
-    layer.train_minibatch(rows, batch=B)
-    torch.testing.assert_close(layer.weight_gradient, weight / B)
-    torch.testing.assert_close(layer.bias_gradient, bias / B)
+PLAIN = Update(0.01, 0.0, smoothing=0.0)
+RULES = [
+    Rule(goodness, loss=loss, alpha=alpha, alternating=alternating, repeats=repeats, peer_strength=peers, update=PLAIN)
+    for goodness in ("sum_of_squares", "mean_of_squares", "minus_sum_of_squares", "minus_mean_of_squares")
+    for loss in LOSSES
+    for alpha, alternating, repeats, peers in [(1.0, False, 1, 0.03), (4.0, True, 2, 0.03), (0.5, False, 3, 0.0)]
+]
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_closed_form_gradient_equals_autograd_in_float64(rule, negatives):
+    layer, rows = a_layer(rule=rule, threshold=2.0), some_rows(2 + negatives)
+    weight, bias = reference(layer, rows[: B + negatives * B])
+    before = layer.weight.clone()
+    layer.train_minibatch(rows, batch=B, negatives=negatives)
+    torch.testing.assert_close(layer.weight, weight)
+    torch.testing.assert_close(layer.bias, bias)
+    assert (layer.weight - before).abs().max() > 1e-7
 
 
 def test_closed_form_gradient_equals_finite_differences():
-    layer, rows, step = a_layer(peer_strength=0.0, update=Update(0.01, 0.0, smoothing=0.0)), some_rows(), 1e-6
+    rule = Rule(peer_strength=0.0, update=PLAIN)
+    layer, rows, step = a_layer(rule=rule), some_rows(), 1e-6
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     layer.train_minibatch(rows, batch=B)
     for index in [(0, 0), (3, 7), (H - 1, D - 1)]:
         shift = torch.zeros_like(weight)
         shift[index] = step
-        up, down = (likelihood(rows, weight + sign * shift, bias, layer.threshold) for sign in (1, -1))
+        up, down = (value(rows[: 2 * B], weight + sign * shift, bias, rule, H, "both") for sign in (1, -1))
         assert layer.weight_gradient[index].item() * B == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5)
 
 
@@ -65,7 +95,8 @@ def test_update_follows_the_release():
     smoothed = [torch.zeros(H, D, dtype=torch.float64), torch.zeros(H, dtype=torch.float64)]
     for gain in (1.0, 0.5):
         before = layer.weight.clone(), layer.bias.clone()
-        smoothed = [0.9 * old + 0.1 * new / B for old, new in zip(smoothed, reference(layer, rows), strict=True)]
+        moved = [(new - old) / 0.01 for old, new in zip(before, reference(layer, rows[: 2 * B]), strict=True)]
+        smoothed = [0.9 * old + 0.1 * new for old, new in zip(smoothed, moved, strict=True)]
         layer.train_minibatch(rows, batch=B, gain=gain)
         torch.testing.assert_close(layer.weight, before[0] + gain * 0.01 * (smoothed[0] - 0.001 * before[0]))
         torch.testing.assert_close(layer.bias, before[1] + gain * 0.01 * smoothed[1])
@@ -77,6 +108,16 @@ def test_what_is_passed_on_is_computed_before_the_update():
     passed, _ = layer.train_minibatch(rows, batch=B)
     assert torch.equal(passed.activity, expected.activity)
     assert not torch.equal(layer(rows).activity, expected.activity)
+
+
+def test_a_layer_that_does_not_learn_passes_on_and_stays_as_it_is():
+    layer, rows = a_layer(), some_rows()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    passed, metrics = layer.train_minibatch(rows, batch=B, gain=None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    learned, same_metrics = layer.train_minibatch(rows, batch=B)
+    assert torch.equal(passed.activity, learned.activity)
+    assert torch.equal(metrics[:-1], same_metrics[:-1])
 
 
 def test_neutral_rows_teach_nothing():
@@ -107,7 +148,7 @@ def test_bfloat16_stays_near_float64():
     exact, rounded = a_layer(), a_layer(torch.bfloat16)
     for _ in range(5):
         exact.train_minibatch(some_rows(), batch=B)
-        rounded.train_minibatch(some_rows(torch.bfloat16), batch=B)
+        rounded.train_minibatch(some_rows(dtype=torch.bfloat16), batch=B)
     moved = (exact.weight - a_layer().weight).norm()
     assert (exact.weight - rounded.weight).norm() < 0.02 * moved
 
@@ -115,7 +156,7 @@ def test_bfloat16_stays_near_float64():
 def test_peer_normalization_revives_a_dead_unit():
     alive = {}
     for peer_strength in (0.0, 0.03):
-        layer, rows = a_layer(peer_strength=peer_strength), some_rows()
+        layer, rows = a_layer(rule=Rule(peer_strength=peer_strength)), some_rows()
         layer.bias[0] = -8.0
         assert not layer._activity(rows)[:, 0].any()
         for _ in range(10_000):
@@ -127,6 +168,8 @@ def test_peer_normalization_revives_a_dead_unit():
 def test_loaded_weights_are_used_in_products():
     """The products read a copy of the weights in the compute type, which a load must renew."""
     trained, fresh = a_layer(torch.bfloat16), Dense(D, H, compute_dtype=torch.bfloat16)
-    trained.train_minibatch(some_rows(torch.bfloat16), batch=B)
+    trained.train_minibatch(some_rows(dtype=torch.bfloat16), batch=B)
     fresh.load_state_dict(trained.state_dict())
-    assert torch.equal(fresh(some_rows(torch.bfloat16)).goodness, trained(some_rows(torch.bfloat16)).goodness)
+    assert torch.equal(
+        fresh(some_rows(dtype=torch.bfloat16)).goodness, trained(some_rows(dtype=torch.bfloat16)).goodness
+    )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ffdist.ff.keyed import generator
-from ffdist.ff.layers import Dense
+from ffdist.ff.layers import Dense, Rule
 from ffdist.ff.local import Fields, Local, Map
 from ffdist.ff.update import Update
 
@@ -22,7 +22,7 @@ CASES = {
 
 
 def a_layer(below, fields, shared) -> Local:
-    layer = Local(below, fields, shared=shared, update=UPDATE, generator=generator(0, "layer")).double()
+    layer = Local(below, fields, shared=shared, rule=Rule(update=UPDATE), generator=generator(0, "layer")).double()
     layer.compute_dtype = torch.float64
     layer.refresh()
     return layer
@@ -52,7 +52,7 @@ def reads(below: Map, fields: Fields, shared: int):
 
 def masked(layer: Local, below, fields, shared) -> tuple[Dense, torch.Tensor]:
     """A dense layer with the same weights and zeros where a unit does not look; and where it does."""
-    dense = Dense(below.values + shared, fields.grid**2 * fields.units, update=UPDATE).double()
+    dense = Dense(below.values + shared, fields.grid**2 * fields.units, rule=Rule(update=UPDATE)).double()
     dense.compute_dtype, mask = torch.float64, torch.zeros_like(dense.weight)
     by_place, mask_by_place = (
         dense.weight.view(fields.grid**2, fields.units, -1),

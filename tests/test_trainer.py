@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ffdist import load_config, train
-from ffdist.checkpoint import commits
+from ffdist.checkpoint import commits, read_commit
 from ffdist.data.datasets import load_dataset
 from ffdist.offline import load_network
 from ffdist.prepare import build_architecture
@@ -57,3 +57,33 @@ def test_training_leaves_torchs_threads_as_they_were(tmp_path):
     before = torch.get_num_threads()
     train(load_config("digits", ["model.layers=[9]", "training.epochs=1"]), runner="serial", runs=tmp_path)
     assert torch.get_num_threads() == before
+
+
+def test_greedy_layers_are_trained_one_after_the_other(tmp_path):
+    """The first layer ends as it does alone, because it stops learning when its turn ends."""
+    short = ["training.epochs=2", "training.schedule=greedy"]
+    weights = []
+    for layers in ("[20]", "[20, 15]"):
+        finished = train(load_config("digits", [*short, f"model.layers={layers}"]), runner="serial", runs=tmp_path)
+        weights.append(read_commit(commits(finished.folder / "commits")[-1])["layer_1"])
+    assert finished.summary["epochs"] == 4
+    assert torch.equal(weights[0]["weight"], weights[1]["weight"])
+
+
+RULES = [
+    "model.goodness=mean_of_squares model.threshold=1 training.alpha=10 training.learning_rate=0.3 "
+    "training.peer_normalization=0",
+    "model.goodness=minus_sum_of_squares",
+    "training.loss=symmetric training.alpha=0.3 training.learning_rate=0.05",
+    "training.optimizer=adamw training.learning_rate=0.002 model.threshold=[units,100,100]",
+    "training.updates=alternating training.repeats=2 training.learning_rate=0.005",
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_learns(rule, tmp_path):
+    """Half as wrong as chance is nothing to be proud of, and more than any mistake in a sign allows."""
+    changes = ["training.epochs=8", "model.layers=[100, 100, 100]", *rule.split()]
+    summary = train(load_config("digits", changes), runner="serial", runs=tmp_path).summary
+    assert summary["test_goodness_error"] < 0.3
+    assert summary["test_readout_error"] < 0.3

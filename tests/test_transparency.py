@@ -10,8 +10,10 @@ from ffdist.config import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.data.store import Store
+from ffdist.ff.layers import RELEASE, Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
+from ffdist.ff.update import Update
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner
 from ffdist.pipeline.schedule import Evaluate, Train, schedule
@@ -42,10 +44,28 @@ def an_order(digits) -> SampleOrder:
 
 
 def a_blueprint(
-    digits, stages, precision, label="append", kind="wrong_label", layers=DENSE, actors=1, jitter=0, store=None
+    digits,
+    stages,
+    precision,
+    label="append",
+    kind="wrong_label",
+    layers=DENSE,
+    actors=1,
+    jitter=0,
+    store=None,
+    rule=RELEASE,
+    thresholds=(),
 ) -> Blueprint:
     architecture = Architecture(
-        digits.shape, digits.classes, layers, seed=3, precision=precision, label=label, predict_from=2
+        digits.shape,
+        digits.classes,
+        layers,
+        seed=3,
+        precision=precision,
+        label=label,
+        predict_from=2,
+        rule=rule,
+        thresholds=thresholds,
     )
     plan = NegativePlan(
         kind, num_parts=actors, ahead=2, prediction_delay=32 if kind == "hard_label" else None, store=store
@@ -54,13 +74,13 @@ def a_blueprint(
     return Blueprint(architecture, an_order(digits), plan, jitter, cut, measure_every=5, device="cpu")
 
 
-def results(runner: Runner, digits: Dataset, chunk_size: int) -> Results:
+def results(runner: Runner, digits: Dataset, chunk_size: int, greedy_layers: int | None = None) -> Results:
     metrics, readout, goodness, predicted, states = [], [], [], [], []
     orders = schedule(
         epochs=EPOCHS,
         minibatches=an_order(digits).minibatches,
         chunk_size=chunk_size,
-        gain=lambda epoch: 1 / (epoch + 1),
+        greedy_layers=greedy_layers,
         validation_samples=200,
         test_samples=360,
         evaluate_every=1,
@@ -78,16 +98,16 @@ def results(runner: Runner, digits: Dataset, chunk_size: int) -> Results:
     return Results(torch.cat(metrics), torch.cat(readout), torch.cat(goodness, 1), torch.cat(predicted), states)
 
 
-def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, **changes) -> Results:
+def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, greedy=None, **changes) -> Results:
     blueprint = a_blueprint(digits, stages, precision, **changes)
     with serial_runner(blueprint, digits.images, digits.labels["train"], threads=threads) as runner:
-        return results(runner, digits, chunk_size)
+        return results(runner, digits, chunk_size, greedy)
 
 
 def assert_equal(one: Results, other: Results) -> None:
     for name in ("metrics", "readout_metrics", "goodness", "predicted"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
-    assert len(one.states) == len(other.states) == EPOCHS
+    assert len(one.states) == len(other.states) >= EPOCHS
     for state, twin in zip(one.states, other.states, strict=True):
         assert state.keys() == twin.keys() == {"layer_1", "layer_2", "layer_3", "readout"}
         for layer, tensors in state.items():
@@ -124,6 +144,27 @@ def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digit
         assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
 
 
+ADAMW = Update(0.01, 0.01, optimizer="adamw")
+RULES = {
+    "mean of squares": {"rule": Rule("mean_of_squares", "l2"), "thresholds": (2.0, 1.5, 1.0)},
+    "minus sum of squares": {"rule": Rule("minus_sum_of_squares", "none")},
+    "minus mean of squares": {"rule": Rule("minus_mean_of_squares", loss="margin"), "thresholds": (1.0,) * 3},
+    "symmetric": {"rule": Rule("mean_of_squares", loss="symmetric", alpha=4.0), "kind": "all_wrong"},
+    "alternating": {"rule": Rule(alternating=True, repeats=2), "layers": MIXED, "label": "everywhere"},
+    "sgd": {"rule": Rule(update=Update(0.01, 0.01, optimizer="sgd"))},
+    "adam": {"rule": Rule(update=Update(0.01, 0.01, optimizer="adam")), "layers": CLIPPED, "label": "everywhere"},
+    "adamw": {"rule": Rule(update=ADAMW, repeats=2), "kind": "hard_label"},
+    "greedy": {"rule": Rule(update=ADAMW), "greedy": 3, "kind": "hard_label"},
+}
+
+
+@pytest.mark.parametrize("changes", RULES.values(), ids=RULES)
+def test_stages_and_chunks_change_no_bit_for_any_rule(digits, changes):
+    truth = serial(digits, **changes)
+    for stages, chunk_size in [(1, 1), (2, 7), (3, 32)]:
+        assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, **changes))
+
+
 ACTORS = {
     "the readout's sums depend on threads as well": (1, 32, 1, {"threads": 2}),
     "float32 messages are read without a copy, and must not be written to": (
@@ -135,6 +176,7 @@ ACTORS = {
     "more in flight than an epoch has, its evaluation and snapshot included": (3, 1, 60, {}),
     "predictions travel back": (3, 4, 4, {"kind": "hard_label", "actors": 2}),
     "images are negatives": (2, 7, 3, {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "jitter": 1}),
+    "an optimizer of torch, layer after layer": (3, 5, 4, {"rule": Rule(update=ADAMW), "greedy": 3}),
     "many negatives for one positive": (2, 5, 4, {"kind": "all_wrong", "label": "everywhere", "layers": CLIPPED}),
 }
 
@@ -145,7 +187,7 @@ def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, wind
     from ffdist.runtime.runner import ray_runner
 
     changes = {"precision": "bfloat16", "threads": 1} | changes
-    threads = changes.pop("threads")
+    threads, greedy = changes.pop("threads"), changes.pop("greedy", None)
     blueprint = a_blueprint(digits, stages, **changes)
     pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=window, threads_per_stage=threads)
     images, labels = digits.images, digits.labels["train"]
@@ -153,8 +195,8 @@ def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, wind
         reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_parts)) as group,
         ray_runner(blueprint, group, pipeline, images=images, labels=labels) as runner,
     ):
-        spread = results(runner, digits, chunk_size)
-    assert_equal(serial(digits, **changes, threads=threads), spread)
+        spread = results(runner, digits, chunk_size, greedy)
+    assert_equal(serial(digits, **changes, threads=threads, greedy=greedy), spread)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,49 @@
-from ffdist.ff.update import rate_gain
+import pytest
+import torch
+
+from ffdist.ff.update import SECOND_SMOOTHING, Learner, Update, rate_gain
+
+BATCH, RATE, DECAY, SMOOTHING = 5, 0.05, 0.1, 0.8
+TORCH = {
+    "sgd": (torch.optim.SGD, {"momentum": SMOOTHING}),
+    "adam": (torch.optim.Adam, {"betas": (SMOOTHING, SECOND_SMOOTHING)}),
+    "adamw": (torch.optim.AdamW, {"betas": (SMOOTHING, SECOND_SMOOTHING)}),
+}
+
+
+@pytest.mark.parametrize("optimizer", TORCH)
+def test_optimizers_are_those_of_torch_without_decay_of_biases(optimizer):
+    draw = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(4, 3, generator=draw), torch.randn(4, generator=draw)
+    learner = Learner(weight.clone(), bias.clone(), Update(RATE, DECAY, SMOOTHING, optimizer))
+    weight.requires_grad_()
+    bias.requires_grad_()
+    kind, settings = TORCH[optimizer]
+    groups = [{"params": [weight], "weight_decay": DECAY}, {"params": [bias], "weight_decay": 0.0}]
+    reference = kind(groups, lr=RATE, **settings)
+    for gain in (1.0, 1.0, 0.5, 0.25):
+        gradients = torch.randn(4, 3, generator=draw), torch.randn(4, generator=draw)
+        learner.ascend(*gradients, gain=gain, batch=BATCH)
+        weight.grad, bias.grad = (-gradient / BATCH for gradient in gradients)
+        for group in reference.param_groups:
+            group["lr"] = gain * RATE
+        reference.step()
+        torch.testing.assert_close(learner.weight, weight.detach())
+        torch.testing.assert_close(learner.bias, bias.detach())
+
+
+@pytest.mark.parametrize("optimizer", ["release", *TORCH])
+def test_what_an_optimizer_keeps_is_in_the_state(optimizer):
+    """A learner that is loaded in the middle goes on as if it had never stopped."""
+    update = Update(RATE, DECAY, SMOOTHING, optimizer)
+    gradients = torch.ones(4, 3), torch.ones(4)
+    one, other = (Learner(torch.ones(4, 3), torch.zeros(4), update) for _ in range(2))
+    one.ascend(*gradients, gain=1.0, batch=BATCH)
+    other.load_state_dict(one.state_dict())
+    for learner in (one, other):
+        learner.ascend(*gradients, gain=0.5, batch=BATCH)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert not torch.equal(one.weight, torch.ones(4, 3))
 
 
 def test_gain_is_one_for_the_first_half_then_falls_to_one_epoch_th():

@@ -1,52 +1,64 @@
-"""Goodness, the probability that it stands for, and the normalization that hides it from the next layer.
+"""Goodness, and the normalization that hides it from the next layer.
 
 Hinton 2022, section 2: the goodness of a layer is the sum of its squared activities, and a row is taken for positive
 with probability `sigmoid(goodness - threshold)`. Section 2.1: a layer's activities are divided by their length before
 they go on, so that the next layer sees their direction only.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 TINY = 1e-12
 """Keeps the length of a dead row from dividing by zero: such a row stays zero."""
 
 
-def sum_of_squares(activity: Tensor) -> Tensor:
-    """Returns the goodness `[..., H] -> [...]`, summed in at least float32 (half precision loses the signal)."""
+def squared_length(activity: Tensor) -> Tensor:
+    """Returns the sum of squares `[..., H] -> [...]`, in at least float32 (half precision loses the signal)."""
     activity = activity.to(torch.promote_types(activity.dtype, torch.float32))
     return activity.square().sum(-1)
 
 
-def normalize(activity: Tensor, goodness: Tensor | None = None) -> Tensor:
-    """Divides every row by its root mean square, without subtracting the mean.
-
-    Args:
-        activity: `[..., H]`, float32 or wider.
-        goodness: The rows' sums of squares `[...]`, where they are at hand.
-
-    Returns:
-        `[..., H]`, each row of mean square 1, or 0 where the row was 0.
-    """
-    if goodness is None:
-        goodness = sum_of_squares(activity)
-    return activity * torch.rsqrt(goodness / activity.shape[-1] + TINY).unsqueeze(-1)
+def sum_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's goodness (section 2)."""
+    return squares, activity
 
 
-def logistic_loss(positive: Tensor, negative: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Scores goodness by the logistic loss, positive rows above the threshold and negative rows below it.
+def mean_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """That of the common PyTorch port; its scale does not grow with the layer, and the loss is flatter by as much."""
+    return squares / activity.shape[-1], activity / activity.shape[-1]
 
-    Args:
-        positive: Goodness of the positive rows `[B]`.
-        negative: Goodness of the negative rows `[B]`.
-        threshold: The goodness at which a row is as likely positive as negative.
 
-    Returns:
-        The loss of each row `[2B]`, positive first, in nats; and minus its derivative with respect to the row's
-        goodness `[2B]`, which is `1 - p` for positive and `-p` for negative rows.
-    """
-    margin = torch.cat((positive - threshold, threshold - negative))
-    sign = torch.ones_like(margin)
-    sign[len(positive) :] = -1
-    return F.softplus(-margin), sign * torch.sigmoid(-margin)
+GOODNESS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "sum_of_squares": sum_of_squares,
+    "mean_of_squares": mean_of_squares,
+}
+"""Kinds of goodness, by the name that `model.goodness` gives.
+
+From activities `[..., H]` and their sums of squares `[...]`, each makes the goodness `[...]`, and half of its
+derivative `[..., H]`: the factor 2 of a square is in the learning rate (released code).
+"""
+
+MINUS = "minus_"
+"""Before the name of a goodness: its negative, so that positives are to have little of it."""
+
+
+def rms(activity: Tensor, squares: Tensor) -> Tensor:
+    """Divides every row by its root mean square, without subtracting the mean (released code)."""
+    return activity * torch.rsqrt(squares / activity.shape[-1] + TINY).unsqueeze(-1)
+
+
+def l2(activity: Tensor, squares: Tensor) -> Tensor:
+    """Divides every row by its length."""
+    return activity * torch.rsqrt(squares + TINY).unsqueeze(-1)
+
+
+def none(activity: Tensor, squares: Tensor) -> Tensor:
+    """Leaves rows as they are, so that the next layer can read the goodness off their length."""
+    return activity
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"rms": rms, "l2": l2, "none": none}
+"""What is done to a row, by the name that `model.normalization` gives, from activities `[..., H]`, float32 or wider,
+and their sums of squares `[...]`; a row of zeros stays one."""

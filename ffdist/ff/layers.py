@@ -2,13 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ffdist.ff.goodness import logistic_loss, normalize, sum_of_squares
-from ffdist.ff.update import LAYER_UPDATE, Update
+from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, squared_length
+from ffdist.ff.losses import LOSSES
+from ffdist.ff.update import LAYER_UPDATE, Learner, Update
 
 METRICS = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction", "weight_rms")
 """What a layer reports of a minibatch, in this order."""
@@ -17,23 +19,62 @@ PEER_SMOOTHING, PEER_START = 0.9, 0.5
 """Running mean of each unit's activity: weight of the past, and where it starts."""
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How layers learn."""
+
+    goodness: str = "sum_of_squares"
+    """A key of `GOODNESS`, or one after `minus_`: low for positives."""
+    normalization: str = "rms"
+    """A key of `NORMALIZATIONS`."""
+    loss: str = "logistic"
+    """A key of `LOSSES`."""
+    alpha: float = 1.0
+    """Sharpness of the loss, which is taken of `alpha` times the margin."""
+    alternating: bool = False
+    """Whether positive and negative rows make an update each, one after the other, in place of one of both."""
+    repeats: int = 1
+    """Times that a minibatch is learned from before the next."""
+    peer_strength: float = 0.03
+    """Pull of each unit's mean activity towards the mean of the layer, which revives dead units; 0 turns it off."""
+    update: Update = LAYER_UPDATE
+    """How parameters follow the gradient."""
+
+
+RELEASE = Rule()
+"""The rule of the paper's released code."""
+
+
 class Passed(NamedTuple):
     """What a layer hands on."""
 
     activity: Tensor
     """Normalized activities `[..., H]`, in the compute type."""
     goodness: Tensor
-    """Sum of squared activities before normalization `[...]`, float32."""
+    """Goodness before normalization `[...]`, float32."""
 
 
-class Layer(nn.Module, ABC):
+class _Look(NamedTuple):
+    """What a layer sees of rows."""
+
+    activity: Tensor
+    """`[..., H]`."""
+    squares: Tensor
+    """Sum of squared activities `[...]`."""
+    goodness: Tensor
+    """`[...]`."""
+    slope: Tensor
+    """Half of its derivative with respect to the activities `[..., H]`."""
+
+
+class Layer(Learner, ABC):
     """A ReLU layer (Hinton 2022, sections 2 and 2.1); its kinds say which inputs reach which units.
 
     Args:
         shape: Shape of the weight, fan-in F last; one unit per row.
-        update: How parameters follow the gradient.
-        peer_strength: Strength of the pull of each unit's mean activity towards the mean of the layer, which revives
-            dead units (released code; 0 turns it off).
+        rule: How it learns.
+        threshold: The sum or mean of squares at which a row is as likely positive as negative; None for the number of
+            units.
         compute_dtype: Type of the matrix products. Parameters, goodness and updates stay float32.
         generator: Source of the initial weights, N(0, 1) / sqrt(F); zeros where there is none.
     """
@@ -42,23 +83,21 @@ class Layer(nn.Module, ABC):
         self,
         shape: tuple[int, ...],
         *,
-        update: Update = LAYER_UPDATE,
-        peer_strength: float = 0.03,
+        rule: Rule = RELEASE,
+        threshold: float | None = None,
         compute_dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.update, self.peer_strength, self.compute_dtype = update, peer_strength, compute_dtype
         units = math.prod(shape[:-1])
-        self.threshold = float(units)
         start = torch.randn(shape, generator=generator) if generator else torch.zeros(shape)
-        self.weight = nn.Parameter(start / math.sqrt(shape[-1]), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(units), requires_grad=False)
-        self.register_buffer("weight_gradient", torch.zeros_like(self.weight))
-        self.register_buffer("bias_gradient", torch.zeros_like(self.bias))
+        super().__init__(start / math.sqrt(shape[-1]), torch.zeros(units), rule.update)
+        self.rule, self.compute_dtype = rule, compute_dtype
+        self._goodness = GOODNESS[rule.goodness.removeprefix(MINUS)]
+        self._normalize = NORMALIZATIONS[rule.normalization]
+        self._is_minus = rule.goodness.startswith(MINUS)
+        size = float(units) if threshold is None else threshold
+        self.threshold = -size if self._is_minus else size
         self.register_buffer("mean_activity", torch.full_like(self.bias, PEER_START))
-        self.weight_gradient: Tensor
-        self.bias_gradient: Tensor
         self.mean_activity: Tensor
         self._compute_weight: Tensor
         self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
@@ -89,61 +128,88 @@ class Layer(nn.Module, ABC):
     def _activity(self, inputs: Tensor) -> Tensor:
         return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
 
+    def _look(self, activity: Tensor) -> _Look:
+        squares = squared_length(activity)
+        goodness, slope = self._goodness(activity, squares)
+        return _Look(activity, squares, *((-goodness, -slope) if self._is_minus else (goodness, slope)))
+
+    def _pass_on(self, look: _Look) -> Passed:
+        return Passed(self._normalize(look.activity, look.squares).to(self.compute_dtype), look.goodness)
+
     def forward(self, rows: Tensor) -> Passed:
         """Passes rows `[..., D]` of the compute type on, at the present weights."""
         activity = self._activity(self._inputs(rows.reshape(-1, rows.shape[-1])))
-        return self._pass_on(activity.reshape(*rows.shape[:-1], -1))
-
-    def _pass_on(self, activity: Tensor) -> Passed:
-        goodness = sum_of_squares(activity)
-        return Passed(normalize(activity, goodness).to(self.compute_dtype), goodness)
+        return self._pass_on(self._look(activity.reshape(*rows.shape[:-1], -1)))
 
     def train_minibatch(
-        self, rows: Tensor, *, batch: int, negatives: int = 1, gain: float = 1.0, measure_weights: bool = False
+        self,
+        rows: Tensor,
+        *,
+        batch: int,
+        negatives: int = 1,
+        gain: float | None = 1.0,
+        measure_weights: bool = False,
     ) -> tuple[Passed, Tensor]:
-        """Passes a minibatch on and makes one update, all passes at the same weights.
-
-        The gradient of the log-likelihood with respect to the total input is `(1 - p) h` on positive and `-p h` on
-        negative rows; the factor 2 of the square is in the learning rate. Where a sample has several negatives, each
-        weighs its share of one. Further rows, such as the neutral ones, only pass.
+        """Passes a minibatch on and learns from it, all passes at the same weights.
 
         Args:
             rows: B positive, then `negatives` times B negative rows, then others `[R, D]`, in the compute type.
+                Those others, such as the neutral ones, only pass.
             batch: Number of samples B.
-            negatives: Negative rows of each sample.
-            gain: Factor on the learning rate.
+            negatives: Negative rows of each sample; each weighs its share of one.
+            gain: Factor on the learning rate; None leaves the layer as it is.
             measure_weights: Whether to take the root mean square of the weights as well (a pass over all of them).
 
         Returns:
             What goes on, `[R, H]` and `[R]`, computed at the weights before the update; and METRICS `[6]`, float32.
         """
-        num_trained = batch * (1 + negatives)
         inputs = self._inputs(rows)
-        activity = self._activity(inputs)
-        passed = self._pass_on(activity)
-        positive, negative = passed.goodness[:batch], passed.goodness[batch:num_trained]
-        loss, pull = logistic_loss(positive, negative, self.threshold)
-        trained = activity[:num_trained]
+        look = self._look(self._activity(inputs))
+        passed = self._pass_on(look)
+        trained = slice(batch * (1 + negatives))
+        inputs, look = inputs[trained], _Look(*(part[trained] for part in look))
+        positive, negative = look.goodness[:batch], look.goodness[batch:]
+        loss, pull = self._loss(look.goodness, batch)
         metrics = torch.stack(
             (
                 (loss[:batch].mean() + loss[batch:].mean()) / 2,
                 positive.mean(),
                 negative.mean(),
                 (negative.view(negatives, batch) >= positive).float().mean(),
-                (trained > 0).float().mean(),
+                (look.activity > 0).float().mean(),
                 self.weight.square().mean().sqrt() if measure_weights else loss.new_tensor(math.nan),
             )
         ).float()
-
-        pull[batch:] /= negatives
-        self.mean_activity.lerp_(trained[:batch].mean(0), 1 - PEER_SMOOTHING)
-        direction = trained * pull.unsqueeze(1)
-        direction[:batch] += self.peer_strength * (self.mean_activity.mean() - self.mean_activity)
-        gradient = self._gradient(direction.to(self.compute_dtype), inputs[:num_trained])
-        self.update.ascend(self.weight, self.weight_gradient, gradient, gain=gain, batch=batch, decay=True)
-        self.update.ascend(self.bias, self.bias_gradient, direction.sum(0), gain=gain, batch=batch, decay=False)
-        self._renew()
+        if gain is not None:
+            self._learn(inputs, look, pull, batch, gain)
         return passed, metrics
+
+    def _loss(self, goodness: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Returns each row's loss and how hard it pulls at its goodness, both `[R]`."""
+        margin = self.rule.alpha * (goodness - self.threshold)
+        loss, pull = LOSSES[self.rule.loss](margin[:batch], margin[batch:])
+        pull[batch:] /= len(pull) // batch - 1
+        return loss, self.rule.alpha * pull
+
+    def _learn(self, inputs: Tensor, look: _Look, pull: Tensor, batch: int, gain: float) -> None:
+        """Makes the updates of a minibatch, the first by what was seen already.
+
+        The gradient with respect to the total input is that of the loss by way of the goodness (on positive rows
+        `(1 - p) h`, on negative ones `-p h`, by default), and on positive rows the pull of peer normalization, which
+        the ReLU does not stop.
+        """
+        turns = [slice(0, batch), slice(batch, None)] if self.rule.alternating else [slice(0, None)]
+        for number, turn in enumerate(turns * self.rule.repeats):
+            if number:
+                look = self._look(self._activity(inputs))
+                _, pull = self._loss(look.goodness, batch)
+            direction = look.slope[turn] * pull[turn].unsqueeze(1)
+            if turn.start == 0:
+                self.mean_activity.lerp_(look.activity[:batch].mean(0), 1 - PEER_SMOOTHING)
+                direction[:batch] += self.rule.peer_strength * (self.mean_activity.mean() - self.mean_activity)
+            gradient = self._gradient(direction.to(self.compute_dtype), inputs[turn])
+            self.ascend(gradient, direction.sum(0), gain=gain, batch=batch)
+            self._renew()
 
 
 class Dense(Layer):

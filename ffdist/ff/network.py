@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ffdist.ff.classify import goodness_prediction
-from ffdist.ff.goodness import normalize
+from ffdist.ff.goodness import NORMALIZATIONS, squared_length
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import LABELS, neutral, one_hot
-from ffdist.ff.layers import Dense, Layer
+from ffdist.ff.layers import RELEASE, Dense, Layer, Rule
 from ffdist.ff.local import Fields, Local, Map
 from ffdist.ff.readout import Readout
-from ffdist.ff.update import LAYER_UPDATE, READOUT_UPDATE, Update
+from ffdist.ff.update import READOUT_UPDATE, Update
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Architecture:
     """First layer, counted from 1, that goodness and readout look at when they predict."""
     seed: int = 0
     """Key of the initial weights."""
-    update: Update = LAYER_UPDATE
-    peer_strength: float = 0.03
+    rule: Rule = RELEASE
+    """How the layers learn."""
+    thresholds: tuple[float | None, ...] = ()
+    """Of each layer's goodness, None for the number of its units; empty where that is all layers'."""
     readout_update: Update = READOUT_UPDATE
     precision: str = "float32"
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
@@ -114,8 +116,8 @@ class Architecture:
     def layer(self, index: int) -> Layer:
         """Builds hidden layer `index`, counted from 0, with its initial weights."""
         settings = {
-            "update": self.update,
-            "peer_strength": self.peer_strength,
+            "rule": self.rule,
+            "threshold": self.thresholds[index] if self.thresholds else None,
             "compute_dtype": self.compute_dtype,
             "generator": generator(self.seed, "layer", index),
         }
@@ -142,7 +144,7 @@ class Architecture:
         rows = images.to(torch.float32) / 255
         if values is not None:
             rows = LABELS[self.label](rows, values * self.label_scale)
-        return normalize(rows).to(self.compute_dtype)
+        return NORMALIZATIONS[self.rule.normalization](rows, squared_length(rows)).to(self.compute_dtype)
 
 
 class Prediction(NamedTuple):

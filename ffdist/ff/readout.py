@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ffdist.ff.update import READOUT_UPDATE, Update
+from ffdist.ff.update import READOUT_UPDATE, Learner, Update
 
 FITTED = 1e-5
 """Slope of the cross-entropy, in nats, at which a fit is done."""
 
 
-class Readout(nn.Module):
+class Readout(Learner):
     """One linear layer and a softmax (Hinton 2022, section 3.3), in float32. No gradient goes back to the layers.
 
     Args:
@@ -22,14 +22,7 @@ class Readout(nn.Module):
     """
 
     def __init__(self, features: int, classes: int, *, update: Update = READOUT_UPDATE) -> None:
-        super().__init__()
-        self.update = update
-        self.weight = nn.Parameter(torch.zeros(classes, features), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(classes), requires_grad=False)
-        self.register_buffer("weight_gradient", torch.zeros_like(self.weight))
-        self.register_buffer("bias_gradient", torch.zeros_like(self.bias))
-        self.weight_gradient: Tensor
-        self.bias_gradient: Tensor
+        super().__init__(torch.zeros(classes, features), torch.zeros(classes), update)
 
     def forward(self, activities: list[Tensor]) -> Tensor:
         """Returns logits `[..., C]` from each read layer's normalized activities `[..., H]`, lowest layer first."""
@@ -53,10 +46,7 @@ class Readout(nn.Module):
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
         direction = F.one_hot(labels, len(self.bias)) - logits.softmax(1)
-        self.update.ascend(
-            self.weight, self.weight_gradient, direction.t() @ rows, gain=gain, batch=len(rows), decay=True
-        )
-        self.update.ascend(self.bias, self.bias_gradient, direction.sum(0), gain=gain, batch=len(rows), decay=False)
+        self.ascend(direction.t() @ rows, direction.sum(0), gain=gain, batch=len(rows))
         return logits, metrics
 
     def fit(

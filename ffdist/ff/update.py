@@ -1,8 +1,19 @@
-"""The release's update rule, shared by layers and readout, and its schedule."""
+"""How parameters follow their gradient: the optimizers, shared by layers and readout, and the fall of their rate."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam as torch_adam
+from torch.optim.sgd import sgd as torch_sgd
+
+SECOND_SMOOTHING, EPSILON = 0.999, 1e-8
+"""Adam's smoothing of squared gradients, and what keeps it from dividing by zero."""
+
+Memory = dict[str, Tensor]
+"""What an optimizer keeps of a parameter, by slot; changed in place."""
 
 
 @dataclass(frozen=True)
@@ -10,39 +21,127 @@ class Update:
     """How parameters follow their gradient."""
 
     learning_rate: float
-    """Step along the smoothed gradient, before the schedule's gain."""
+    """Step along the gradient, or what the optimizer makes of it, before the schedule's gain."""
     weight_decay: float
-    """Share of a weight taken off per unit of learning rate, apart from the gradient; biases have none."""
+    """Share of a weight taken off per unit of learning rate; biases have none."""
     smoothing: float = 0.9
-    """Weight of the past in the running mean of gradients, in [0, 1)."""
-
-    def ascend(
-        self, parameter: Tensor, smoothed: Tensor, gradient: Tensor, *, gain: float, batch: int, decay: bool
-    ) -> None:
-        """Moves a parameter up its gradient, in place.
-
-        `smoothed <- smoothing * smoothed + (1 - smoothing) * gradient / batch`, then
-        `parameter <- parameter + gain * learning_rate * (smoothed - weight_decay * parameter)`.
-
-        Args:
-            parameter: Changed in place.
-            smoothed: Running mean of the gradient, same shape, changed in place.
-            gradient: Sum of the rows' gradients, same shape, of any floating type.
-            gain: The schedule's factor on the learning rate.
-            batch: Number of samples in the minibatch.
-            decay: Whether weight decay applies.
-        """
-        rate = gain * self.learning_rate
-        smoothed.mul_(self.smoothing).add_(gradient, alpha=(1 - self.smoothing) / batch)
-        if decay:
-            parameter.mul_(1 - rate * self.weight_decay)
-        parameter.add_(smoothed, alpha=rate)
+    """Weight of the past in the running mean of gradients, in [0, 1); momentum or beta 1 by other names."""
+    optimizer: str = "release"
+    """A key of `OPTIMIZERS`."""
 
 
 LAYER_UPDATE = Update(learning_rate=0.01, weight_decay=0.001)
 """A layer's, in the paper's released code."""
 READOUT_UPDATE = Update(learning_rate=0.1, weight_decay=0.003)
 """The readout's, in the paper's released code."""
+
+
+def release(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update) -> None:
+    """The paper's released code, whose decay is apart from the gradient.
+
+    `mean <- smoothing * mean + (1 - smoothing) * gradient / batch`, then
+    `parameter <- parameter + learning_rate * (mean - weight_decay * parameter)`.
+    """
+    memory["gradient"].mul_(update.smoothing).add_(gradient, alpha=(1 - update.smoothing) / batch)
+    if update.weight_decay:
+        parameter.mul_(1 - update.learning_rate * update.weight_decay)
+    parameter.add_(memory["gradient"], alpha=update.learning_rate)
+
+
+def sgd(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update) -> None:
+    """SGD of torch, with momentum, whose decay is part of the gradient."""
+    torch_sgd(
+        [parameter],
+        [gradient.to(parameter.dtype) / batch],
+        [memory["momentum"]],
+        weight_decay=update.weight_decay,
+        momentum=update.smoothing,
+        lr=update.learning_rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+    )
+
+
+def adam(
+    parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update, decoupled: bool = False
+) -> None:
+    """Adam of torch, whose decay is part of the gradient."""
+    torch_adam(
+        [parameter],
+        [gradient.to(parameter.dtype) / batch],
+        [memory["mean"]],
+        [memory["mean_square"]],
+        [],
+        [memory["steps"]],
+        fused=True,
+        decoupled_weight_decay=decoupled,
+        amsgrad=False,
+        beta1=update.smoothing,
+        beta2=SECOND_SMOOTHING,
+        lr=update.learning_rate,
+        weight_decay=update.weight_decay,
+        eps=EPSILON,
+        maximize=True,
+    )
+
+
+def adamw(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update) -> None:
+    """AdamW of torch, whose decay is apart from the gradient."""
+    adam(parameter, memory, gradient, batch, update, decoupled=True)
+
+
+class Optimizer(NamedTuple):
+    """A way to move a parameter."""
+
+    ascend: Callable[[Tensor, Memory, Tensor, int, Update], None]
+    """Moves a parameter up its gradient, the sum over the `batch` samples of a minibatch, of any floating type."""
+    slots: tuple[str, ...]
+    """What it keeps of a parameter, each of its shape and zero at first; `steps` is one number."""
+
+
+OPTIMIZERS = {
+    "release": Optimizer(release, ("gradient",)),
+    "sgd": Optimizer(sgd, ("momentum",)),
+    "adam": Optimizer(adam, ("mean", "mean_square", "steps")),
+    "adamw": Optimizer(adamw, ("mean", "mean_square", "steps")),
+}
+"""By the name that `training.optimizer` gives."""
+
+
+class Learner(nn.Module):
+    """A weight and a bias that learn without autograd.
+
+    Args:
+        weight: Initial weight, of any shape.
+        bias: Initial bias.
+        update: How they follow their gradients. What the optimizer keeps of them is in `weight_SLOT`, `bias_SLOT`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, update: Update) -> None:
+        super().__init__()
+        self.update = update
+        self.weight, self.bias = (nn.Parameter(start, requires_grad=False) for start in (weight, bias))
+        for slot in OPTIMIZERS[update.optimizer].slots:
+            for name, start in (("weight", weight), ("bias", bias)):
+                zeros = torch.zeros(()) if slot == "steps" else torch.zeros_like(start)
+                self.register_buffer(f"{name}_{slot}", zeros)
+
+    def ascend(self, weight_gradient: Tensor, bias_gradient: Tensor, *, gain: float, batch: int) -> None:
+        """Moves both up their gradients, in place.
+
+        Args:
+            weight_gradient: Sum over samples, of the weight's shape and any floating type.
+            bias_gradient: The same of the bias.
+            gain: The schedule's factor on the learning rate.
+            batch: Number of samples in the minibatch.
+        """
+        step = replace(self.update, learning_rate=gain * self.update.learning_rate)
+        optimizer = OPTIMIZERS[step.optimizer]
+        for name, gradient in (("weight", weight_gradient), ("bias", bias_gradient)):
+            memory = {slot: self.get_buffer(f"{name}_{slot}") for slot in optimizer.slots}
+            optimizer.ascend(self.get_parameter(name), memory, gradient, batch, step)
+            step = replace(step, weight_decay=0.0)
 
 
 def rate_gain(epoch: int, epochs: int) -> float:

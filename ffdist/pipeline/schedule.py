@@ -6,8 +6,10 @@ trained in chunks; cut at    validation, then a   test set, then
 epoch ends                   state at its cut     the last state
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from ffdist.ff.update import rate_gain
 
 EVALUATION_ROWS = 2200
 """Most rows of an evaluation block; fixed, because the shape of a product decides the order of its sums."""
@@ -24,6 +26,8 @@ class Train(NamedTuple):
     """First minibatch, counted from the start of training."""
     gain: float
     """The schedule's factor on the learning rates."""
+    layer: int | None = None
+    """The only hidden layer that learns, counted from 0; None for all."""
 
 
 class Evaluate(NamedTuple):
@@ -59,7 +63,7 @@ def schedule(
     epochs: int,
     minibatches: int,
     chunk_size: int,
-    gain: Callable[[int], float],
+    greedy_layers: int | None = None,
     validation_samples: int,
     test_samples: int,
     evaluate_every: int,
@@ -68,23 +72,27 @@ def schedule(
     """Yields everything that a run asks of its stages, in order.
 
     Args:
-        epochs: Length of the run.
+        epochs: Passes over the training set in which a layer learns.
         minibatches: Minibatches an epoch.
         chunk_size: Most minibatches a chunk; changes speed and nothing else.
-        gain: Factor on the learning rates by epoch, counted from 0.
+        greedy_layers: Number of layers that learn one after the other, each for all its epochs; None where all learn
+            at every minibatch.
         validation_samples: Size of the validation split; 0 evaluates nothing before the end.
         test_samples: Size of the test split.
         evaluate_every: Epochs from one validation to the next; the last epoch is always validated.
         evaluation_block: Samples an evaluation block; the same for every run, so that sums are.
     """
-    for epoch in range(epochs):
+    length = epochs * (greedy_layers or 1)
+    for epoch in range(length):
+        layer = epoch // epochs if greedy_layers else None
+        gain = rate_gain(epoch % epochs, epochs)
         for first in range(0, minibatches, chunk_size):
             count = min(chunk_size, minibatches - first)
-            yield Train(epoch, first, count, epoch * minibatches + first, gain(epoch))
-        done, last = epoch + 1, epoch + 1 == epochs
+            yield Train(epoch, first, count, epoch * minibatches + first, gain, layer)
+        done, last = epoch + 1, epoch + 1 == length
         if validation_samples and (last or done % evaluate_every == 0):
             yield from evaluation("validation", validation_samples, evaluation_block)
             if not last:
                 yield Snapshot(done, done * minibatches)
     yield from evaluation("test", test_samples, evaluation_block)
-    yield Snapshot(epochs, epochs * minibatches)
+    yield Snapshot(length, length * minibatches)

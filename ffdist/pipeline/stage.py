@@ -90,7 +90,7 @@ class Stage:
         self._read_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
 
     def train(self, chunk: Train, *message: Any) -> list[Report | Tensor | None]:
-        """Trains on a chunk, one update a minibatch.
+        """Trains on a chunk, minibatch after minibatch.
 
         Args:
             chunk: What to train on.
@@ -111,9 +111,13 @@ class Stage:
             parts = (read[minibatch], signal[minibatch])
             rows = torch.cat(parts if self._read_first else parts[::-1]).to(self._device)
             measure = (chunk.step + minibatch + 1) % self._measure_every == 0
-            for output, layer in zip(outputs, self._layers.values(), strict=True):
+            for output, (index, layer) in zip(outputs, self._layers.items(), strict=True):
                 (rows, _), layer_metrics = layer.train_minibatch(
-                    rows, batch=batch, negatives=negatives, gain=chunk.gain, measure_weights=measure
+                    rows,
+                    batch=batch,
+                    negatives=negatives,
+                    gain=chunk.gain if chunk.layer in (None, index) else None,
+                    measure_weights=measure,
                 )
                 output.append(rows)
                 metrics.append(layer_metrics)
