@@ -26,6 +26,10 @@ runs_option = click.option(
     help="Runs folder.",
 )
 
+summary_option = click.option(
+    "--summary", type=click.Path(path_type=Path, dir_okay=False), help="File for the final figures, as JSON."
+)
+
 
 class Refused(click.ClickException):
     """A wrong setting or input, told in one paragraph."""
@@ -72,7 +76,7 @@ def main() -> None:
 )
 @click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of the run's own.")
 @runs_option
-@click.option("--summary", type=click.Path(path_type=Path, dir_okay=False), help="File for the final figures, as JSON.")
+@summary_option
 @click.pass_context
 def train(
     context: click.Context,
@@ -87,19 +91,26 @@ def train(
     SECTION.KEY=VALUE sets a value over the file's, such as training.epochs=10.
     """
     default = context.obj.get("address", "local") if context.obj else "local"
+    _train(words, runs, summary, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or default)
+
+
+@click.command()
+@words_argument
+@runs_option
+@summary_option
+def baseline(words: tuple[str, ...], runs: Path, summary: Path | None) -> None:
+    """Train the layers of CONFIG by backpropagation end to end, on the same data in the same order, as a reference."""
+    _train(words, runs, summary, runner="backpropagation")
+
+
+def _train(words: tuple[str, ...], runs: Path, summary: Path | None, **how: Any) -> None:
     with told():
         if summary:
             _check_writable(summary)
         config, name = _load(words)
         from ffdist.trainer import train as run_training
 
-        run = run_training(
-            config,
-            runner=runner,
-            address=address or os.environ.get("RAY_ADDRESS") or default,
-            runs=runs,
-            name=name,
-        )
+        run = run_training(config, runs=runs, name=name, **how)
         if summary:
             summary.write_text(json.dumps(run.summary, indent=2) + "\n")
 
@@ -116,6 +127,7 @@ def _check_writable(summary: Path) -> None:
 
 
 main.add_command(train)
+main.add_command(baseline)
 
 
 @main.group()

@@ -45,8 +45,8 @@ class Section(BaseModel):
 class Data(Section):
     """What is learned."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "parquet", "image_folder"]
-    """The dataset; `parquet` and `image_folder` read `path`."""
+    name: Literal["xor", "digits", "mnist", "fashion_mnist", "cifar10", "parquet", "image_folder"]
+    """The dataset; `xor` has the four cases of two bits, `parquet` and `image_folder` read `path`."""
     path: Folder | None = None
     """Folder with `train*` and `test*` in it: Parquet files or folders of them, or one image folder per split."""
     root: Folder | None = None

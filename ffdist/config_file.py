@@ -23,7 +23,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: There is neither.
     """
-    shipped = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
+    shipped = {path.stem: path for path in sorted(config_folder().rglob("*.yaml"))}
     if Path(name).is_file():
         return Path(name)
     if name in shipped:

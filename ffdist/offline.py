@@ -124,7 +124,7 @@ def fit_readout(run: str, *, runs: Path) -> float:
     for split in ("train", "test"):
         parts = torch.split(dataset.images[split], ROWS)
         passed = [
-            torch.cat([activity.float() for activity in network.read(part)], 1)
+            torch.cat([activity.float() for activity in network.read(network.architecture.neutral_rows(part))], 1)
             for part in track(parts, f"passing {split} samples through the layers", transient=True)
         ]
         rows[split] = torch.cat(passed)

@@ -14,8 +14,9 @@ from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.negatives import NegativesError
+from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.partition import partition
-from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner
+from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner, torch_threads
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
 from ffdist.pipeline.stage import State
 from ffdist.prepare import prepare
@@ -26,7 +27,7 @@ from ffdist.tracking.plots import History, plot_confusion, plot_layers
 from ffdist.tracking.progress import Display, closing_words
 from ffdist.tracking.tracker import Tracker, how_to_look, tracking_uri
 
-RunnerName = Literal["ray", "serial"]
+RunnerName = Literal["ray", "serial", "backpropagation"]
 SUMMARY = "summary.json"
 """Final figures in the folder of a run."""
 
@@ -53,7 +54,8 @@ def train(
 
     Args:
         config: What to train.
-        runner: `ray` spreads the stages over actors; `serial` runs the same in this process.
+        runner: `ray` spreads the stages over actors; `serial` runs the same in this process; `backpropagation` trains
+            the same layers end to end in this process, as a reference.
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
         runs: Folder that gets the run's own folder, and the tracking database where nothing else is set.
         name: Start of the run's name.
@@ -98,6 +100,7 @@ def train(
         tracker.log_tags({"decided": decided, "folder": str(folder.resolve())})
         display.say(decided)
         images, labels = dataset.images, dataset.labels["train"]
+        pipeline: Runner | Backpropagation
         if runner == "ray":
             from ffdist.runtime.runner import ray_runner
 
@@ -105,8 +108,11 @@ def train(
             opened = ray_runner(blueprint, group, config.pipeline, images=images, labels=labels)
             pipeline = stack.enter_context(opened)
         else:
-            threads = config.pipeline.threads_per_stage
-            pipeline = stack.enter_context(serial_runner(blueprint, images, labels, threads=threads))
+            stack.enter_context(torch_threads(config.pipeline.threads_per_stage))
+            if runner == "serial":
+                pipeline = serial_runner(blueprint, images, labels)
+            else:
+                pipeline = Backpropagation(blueprint, images, labels)
         try:
             figures = _Loop(config, dataset, order, folder, tracker, display).run(pipeline)
         except NegativesError as error:
@@ -138,7 +144,7 @@ class _Loop:
         self._history: History = {}
         self._best: tuple[float, Path | None] = (float("inf"), None)
 
-    def run(self, pipeline: Runner) -> dict[str, Any]:
+    def run(self, pipeline: Runner | Backpropagation) -> dict[str, Any]:
         """Runs the whole schedule and returns the figures that it ends with."""
         config, order = self._config, self._order
         tried = self._dataset.classes if config.data.label != "none" else 0
@@ -175,10 +181,10 @@ class _Loop:
         for samples, metrics in averages.rest(steps):
             self._log(metrics, samples)
         test = evaluations["test"]
-        self._tracker.log_artifact(plot_layers(self._history, self._folder / "layers.png"))
-        self._tracker.log_artifact(
-            plot_confusion(test.confusion, "goodness" if tried else "readout", self._folder / "confusion.png")
-        )
+        if "layer_1/loss" in self._history:
+            self._tracker.log_artifact(plot_layers(self._history, self._folder / "layers.png"))
+        by = "readout" if test.goodness_error is None else "goodness"
+        self._tracker.log_artifact(plot_confusion(test.confusion, by, self._folder / "confusion.png"))
         return {
             "weights_sha256": weights_sha256(state),
             "test_goodness_error": test.goodness_error,

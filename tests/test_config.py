@@ -12,14 +12,14 @@ from ffdist.ff.losses import LOSSES
 from ffdist.ff.update import OPTIMIZERS
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in config_folder().glob("*.yaml")))
-def test_shipped_configurations_are_found_by_their_bare_name(name):
-    assert load_config(name) == load_config(str(config_folder() / f"{name}.yaml"))
+@pytest.mark.parametrize("path", sorted(config_folder().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_found_by_their_bare_name(path):
+    assert load_config(path.stem) == load_config(str(path))
 
 
 def test_the_readme_names_every_shipped_configuration():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for path in config_folder().glob("*.yaml"):
+    for path in config_folder().rglob("*.yaml"):
         assert f"`{path.stem}`" in readme
 
 

@@ -208,3 +208,10 @@ def test_cifar10_reads_as_a_users_parquet_files():
     assert len(dataset.images["train"]) == 50_000
     mean = dataset.images["train"].view(-1, 3, 1024).double().mean((0, 2)) / 255
     assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=2e-4)
+
+
+def test_xor_has_its_four_cases():
+    dataset = load_dataset(Data(name="xor", label="none"), seed=0, validation_samples=0)
+    cases = dict(zip(map(tuple, dataset.images["test"].tolist()), dataset.labels["test"].tolist(), strict=True))
+    assert cases == {(0, 0): 0, (0, 255): 1, (255, 0): 1, (255, 255): 0}
+    assert torch.bincount(dataset.labels["train"]).tolist() == [500, 500]

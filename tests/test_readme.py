@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
-TRAINING = [line for line in COMMANDS if line.startswith(("ffdist train", "python ffdist/run.py"))]
+TRAINING = [line for line in COMMANDS if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py"))]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
 CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
 

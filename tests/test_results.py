@@ -8,6 +8,7 @@ LOCAL = "[{'kind': 'local', 'grid': 4, 'stride': 6, 'field': 10, 'units': 128}, 
 def a_run(name, seed, goodness, readout, *, train_s=60.0, **changes):
     params = {
         "seed": str(seed),
+        "runner": "ray",
         "data.name": "mnist",
         "data.label": "overwrite",
         "data.jitter": "0",
@@ -51,3 +52,13 @@ def test_without_labels_there_is_a_fitted_readout_and_no_goodness():
     (row,) = cells(run)
     assert (row["by goodness"], row["by readout"], row["paper"]) == ("", "2.00%; 1.23% fitted", "")
     assert (row["network"], row["seconds"]) == ("4x4x128-500", "")
+
+
+def test_backpropagation_stands_beside_the_runs_that_it_is_the_reference_of():
+    rows = cells(
+        a_run("ff-20261122-101010", 0, 0.02, 0.03),
+        a_run("long-20261122-101010", 0, 0.015, 0.02, training__epochs="80"),
+        *(a_run(f"ff-20261122-1010{n}", n, None, 0.01 + n / 1000, runner="backpropagation") for n in range(3)),
+        a_run("other-20261122-101014", 0, None, 0.5, runner="backpropagation", model__layers="[9]"),
+    )
+    assert {row["run"]: row["backprop"] for row in rows} == {"ff": "1.10% (1.00% to 1.20%, 3 seeds)", "long": ""}

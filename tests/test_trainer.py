@@ -87,3 +87,9 @@ def test_every_rule_learns(rule, tmp_path):
     summary = train(load_config("digits", changes), runner="serial", runs=tmp_path).summary
     assert summary["test_goodness_error"] < 0.3
     assert summary["test_readout_error"] < 0.3
+
+
+def test_xor_is_learned_without_labels_from_any_seed(tmp_path):
+    for seed in range(10):
+        summary = train(load_config("xor", [f"seed={seed}"]), runner="serial", runs=tmp_path).summary
+        assert summary["test_readout_error"] == 0

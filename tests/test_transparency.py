@@ -15,7 +15,7 @@ from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update
 from ffdist.pipeline.partition import partition
-from ffdist.pipeline.runner import Blueprint, Runner, serial_runner
+from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Evaluate, Train, schedule
 from ffdist.pipeline.source import NegativePlan
 
@@ -100,7 +100,8 @@ def results(runner: Runner, digits: Dataset, chunk_size: int, greedy_layers: int
 
 def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, greedy=None, **changes) -> Results:
     blueprint = a_blueprint(digits, stages, precision, **changes)
-    with serial_runner(blueprint, digits.images, digits.labels["train"], threads=threads) as runner:
+    with torch_threads(threads):
+        runner = serial_runner(blueprint, digits.images, digits.labels["train"])
         return results(runner, digits, chunk_size, greedy)
 
 

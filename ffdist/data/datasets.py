@@ -16,6 +16,9 @@ from ffdist.data.images import read_image_folder, read_parquet
 DIGITS_TEST_SAMPLES = 360
 """A fifth of scikit-learn's digits, which come without a test set; always the same."""
 
+XOR_REPEATS = 250
+"""Times that each of the four cases of XOR is in its training set."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -48,7 +51,9 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     Raises:
         ConfigError: It is missing, damaged or does not fit together; the text names file, row and rule.
     """
-    if config.name == "digits":
+    if config.name == "xor":
+        images, labels = _xor()
+    elif config.name == "digits":
         images, labels = _digits()
     elif config.name == "parquet":
         images, labels = read_parquet(config)
@@ -69,7 +74,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
         )
     channels, height, width = images["train"].shape[1:]
     shape = (channels, height, width)
-    if config.label == "overwrite" and classes > channels * height * width:
+    if config.label == "overwrite" and classes >= channels * height * width:
         raise ConfigError(
             f"data.label=overwrite puts {classes} label values in place of the first pixels, and an image has only "
             f"{channels * height * width}; set data.label to append"
@@ -86,6 +91,15 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
 
 Splits = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Images `[N, channels, height, width]` and labels `[N]`, by split."""
+
+
+def _xor() -> Splits:
+    images = torch.tensor([[0, 0], [0, 255], [255, 0], [255, 255]], dtype=torch.uint8).view(4, 1, 1, 2)
+    labels = torch.tensor([0, 1, 1, 0])
+    return (
+        {"train": images.repeat(XOR_REPEATS, 1, 1, 1), "test": images},
+        {"train": labels.repeat(XOR_REPEATS), "test": labels},
+    )
 
 
 def _digits() -> Splits:

@@ -105,8 +105,11 @@ class Layer(Learner, ABC):
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
-        """Renews the copy of the weights that the products use; due when weights were set or moved from outside."""
-        self._compute_weight = self.weight.detach().to(self.compute_dtype)
+        """Renews the copy of the weights that the products use; due when weights were set or moved from outside.
+
+        Where the weights ask for a gradient, it finds its way through the copy.
+        """
+        self._compute_weight = self.weight.to(self.compute_dtype).view_as(self.weight)
 
     def _renew(self) -> None:
         """Brings the copy up to the weights, in place."""

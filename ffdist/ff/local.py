@@ -147,7 +147,7 @@ class Local(Layer):
     def _renew(self) -> None:
         if not self._by_bands:
             return super()._renew()
-        weight = self.weight.detach().to(self.compute_dtype).view(*self._index.shape)
+        weight = self.weight.to(self.compute_dtype).view(*self._index.shape)
         self._compute_weight.scatter_(3, self._index, weight)
 
     def _product(self, inputs: Tensor) -> Tensor:

@@ -146,6 +146,10 @@ class Architecture:
             rows = LABELS[self.label](rows, values * self.label_scale)
         return NORMALIZATIONS[self.rule.normalization](rows, squared_length(rows)).to(self.compute_dtype)
 
+    def neutral_rows(self, images: Tensor) -> Tensor:
+        """Turns images `[..., D]` into the rows that the readout's pass reads: with the neutral label, or none."""
+        return self.rows(images, neutral(images.shape[:-1], self.classes) if self.labels_shown else None)
+
 
 class Prediction(NamedTuple):
     """What the network makes of images."""
@@ -171,19 +175,17 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(architecture.layer(index) for index in range(len(architecture.layers)))
         self.readout = architecture.readout()
 
-    def read(self, images: Tensor) -> list[Tensor]:
-        """Returns what the readout reads of uint8 images `[B, D]`, each layer's normalized activities `[B, H]`."""
-        architecture = self.architecture
-        values = neutral(images.shape[:-1], architecture.classes) if architecture.labels_shown else None
-        rows, activities = architecture.rows(images, values), []
+    def read(self, rows: Tensor) -> list[Tensor]:
+        """Returns what the readout reads of neutral rows `[B, D]`, each layer's normalized activities `[B, H]`."""
+        activities = []
         for layer in self.layers:
             rows = layer(rows).activity
             activities.append(rows)
-        return activities[architecture.predict_from - 1 :]
+        return activities[self.architecture.predict_from - 1 :]
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the readout's logits `[B, C]` for uint8 images `[B, D]`, from one pass without a claim."""
-        logits: Tensor = self.readout(self.read(images))
+        logits: Tensor = self.readout(self.read(self.architecture.neutral_rows(images)))
         return logits
 
     def predict(self, images: Tensor) -> Prediction:

@@ -200,19 +200,16 @@ def call_directly(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
     return getattr(part, method)(*args)
 
 
-@contextmanager
-def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, *, threads: int) -> Iterator[Runner]:
-    """Opens the runner that is the truth: one process, one order at a time.
+def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Runner:
+    """Makes the runner that is the truth: one process, one order at a time.
 
     Args:
         blueprint: What to make.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
-        threads: torch's threads while the `with` block lasts.
     """
-    with torch_threads(threads):
-        parts = blueprint.assemble(lambda part, *args: part(*args), images, labels)
-        yield Runner(blueprint, parts, call=call_directly, collect=list)
+    parts = blueprint.assemble(lambda part, *args: part(*args), images, labels)
+    return Runner(blueprint, parts, call=call_directly, collect=list)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
-from ffdist.ff.labels import neutral, one_hot
+from ffdist.ff.labels import one_hot
 from ffdist.ff.negatives import TrainingSet, find_kind, make_checked
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Evaluate, Train
@@ -205,11 +205,17 @@ class Source:
             others = None if others is None else self._shifted(others, shift)
         if not architecture.labels_shown:
             assert others is not None, "the configuration holds this"
-            return architecture.rows(others, None), architecture.rows(images, None)
+            return architecture.rows(others, None), architecture.neutral_rows(images)
         wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
         claims = one_hot(torch.cat((labels, wrong.transpose(1, 2).flatten(1)), 1), architecture.classes)
         shown = torch.cat((images, *[images if others is None else others] * wrong.shape[-1]), 1)
-        return architecture.rows(shown, claims), architecture.rows(images, neutral(samples.shape, architecture.classes))
+        return architecture.rows(shown, claims), architecture.neutral_rows(images)
+
+    def read(self, chunk: Train) -> Tensor:
+        """Makes what the readout's pass reads of a chunk alone `[K, B, D]`."""
+        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
+        images = self._images["train"][samples]
+        return self._architecture.neutral_rows(self._shifted(images, self._shifts(chunk)) if self._jitter else images)
 
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
         """Returns a block's rows with every label `[n, C, D]`, and those that the readout reads `[n, D]`."""
@@ -219,8 +225,7 @@ class Source:
             rows = architecture.rows(images, None)
             return rows.unsqueeze(1)[:, :0], rows
         claims = one_hot(torch.arange(architecture.classes).expand(len(images), -1), architecture.classes)
-        rows = architecture.rows(images.unsqueeze(1), claims)
-        return rows, architecture.rows(images, neutral((len(images),), architecture.classes))
+        return architecture.rows(images.unsqueeze(1), claims), architecture.neutral_rows(images)
 
     def _shifts(self, chunk: Train) -> Tensor:
         """Draws how far down and right each sample's image is shifted `[K, 2, B]`, in [0, 2 * jitter]."""

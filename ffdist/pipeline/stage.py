@@ -51,7 +51,8 @@ class _Clock:
         return self._free_since
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of everything that a module keeps, in main memory."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
@@ -156,7 +157,7 @@ class Stage:
 
     def state(self) -> State:
         """Returns a copy of everything that the layers learned."""
-        state = {f"layer_{index + 1}": _state(layer) for index, layer in self._layers.items()}
+        state = {f"layer_{index + 1}": state_of(layer) for index, layer in self._layers.items()}
         self._clock.free()
         return state
 
@@ -203,4 +204,4 @@ class ReadoutStage:
 
     def state(self) -> State:
         """Returns a copy of everything that the readout learned."""
-        return {"readout": _state(self._readout)}
+        return {"readout": state_of(self._readout)}

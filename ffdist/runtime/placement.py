@@ -61,6 +61,8 @@ def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
     """Returns a line that says what was decided."""
     layers = ", ".join("-".join(dict.fromkeys((str(cut.start + 1), str(cut.stop)))) for cut in blueprint.stage_layers)
     stages = f"{runner}: {placement.stages} stages on {placement.device} with layers {layers}"
+    if runner == "backpropagation":
+        return f"{runner}: all layers on {placement.device}, in this process"
     if runner == "serial":
         return f"{stages}, in this process"
     share = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"

@@ -70,8 +70,9 @@ class Display:
         self.doing(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
         if not self.console.is_terminal and self._metrics and time.monotonic() > self._plain_at + PLAIN_EVERY_S:
             self._plain_at = time.monotonic()
-            layers = "; ".join(f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows())
-            self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {layers}")
+            layers = [f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows()]
+            told = "; ".join(layers or [f"loss {self._metrics['readout/loss']:.4f}"])
+            self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {told}")
 
     def _rows(self) -> list[list[str]]:
         rows, layer = [], 1

@@ -13,8 +13,10 @@ DECIDES_NOTHING = (
     *("negatives.actors", "negatives.ahead", "negatives.store"),
 )
 """Parameters, by the start of their name, in which runs of one row may differ."""
+REFERENCE = ("data.name", "data.path", "data.jitter", "model.layers", "training.epochs", "training.validation_samples")
+"""Parameters in which a run by backpropagation must be equal to those that it is the reference of."""
 FINISHED = "attributes.status = 'FINISHED'"
-HEAD = ("run", "network", "label", "negatives", "epochs", "by goodness", "by readout", "paper", "seconds")
+HEAD = ("run", "network", "label", "negatives", "epochs", "by goodness", "by readout", "backprop", "paper", "seconds")
 
 
 def results_table(uri: str, experiment: str) -> str:
@@ -44,7 +46,11 @@ def _finished(uri: str, experiment: str) -> list[Any]:
 
 def _rows(runs: list[Any]) -> Iterator[list[str]]:
     groups: dict[str, dict[str, Any]] = {}
+    references: dict[str, dict[str, Any]] = {}
     for run in runs:
+        if run.data.params["runner"] == "backpropagation":
+            references.setdefault(_reference(run), {}).setdefault(run.data.params["seed"], run)
+            continue
         decides = {key: value for key, value in run.data.params.items() if not key.startswith(DECIDES_NOTHING)}
         by_seed = groups.setdefault(repr(sorted(decides.items())), {})
         by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
@@ -59,11 +65,16 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
             params["training.epochs"],
             _errors(runs, "test/goodness_error"),
             _errors(runs, "test/readout_error") + _fitted(runs),
+            _errors(list(references.get(_reference(runs[0]), {}).values()), "test/readout_error"),
             "" if paper == "None" else f"{float(paper):.2%}",
             f"{median(times):,.0f}"
             if (times := [run.data.metrics["train_s"] for run in runs if "train_s" in run.data.metrics])
             else "",
         ]
+
+
+def _reference(run: Any) -> str:
+    return repr([run.data.params.get(name) for name in REFERENCE])
 
 
 def _order(run: Any) -> tuple[str, str]:

@@ -1,0 +1,94 @@
+"""The reference: the same layers, data and order, trained end to end by backpropagation, in one process."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ffdist.ff.layers import METRICS, Layer
+from ffdist.ff.network import Network
+from ffdist.ff.update import Learner
+from ffdist.pipeline.runner import Blueprint, Evaluated, Result, Trained
+from ffdist.pipeline.schedule import Evaluate, Order, Train
+from ffdist.pipeline.source import Source
+from ffdist.pipeline.stage import Report, state_of
+
+
+class Backpropagation:
+    """Does what a runner does, with one network that learns as a whole.
+
+    It reads what the readout's pass reads, images with the neutral label or none. Activities are normalized between
+    layers, and the readout sees the same layers as ever; its cross-entropy teaches them all, every parameter by the
+    readout's update rule.
+
+    Args:
+        blueprint: What the network and its data are.
+        images: uint8 images of each split `[N, D]`.
+        labels: Labels of the training set `[N]`.
+    """
+
+    def __init__(self, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
+        architecture = blueprint.architecture
+        rule = replace(architecture.rule, update=architecture.readout_update)
+        self._network = Network(replace(architecture, rule=rule)).to(blueprint.device)
+        self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
+        self._device = blueprint.device
+        self._refresh()
+        self._source = Source(architecture, blueprint.order, blueprint.negatives, blueprint.jitter, images, labels)
+        self._order, self._images, self._labels = blueprint.order, images, labels
+
+    def run(self, orders: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
+        """Yields every order with its result, as `Runner.run` does; layers report nothing, and no label is tried."""
+        for order in orders:
+            if isinstance(order, Train):
+                yield order, self._train(order)
+            elif isinstance(order, Evaluate):
+                images = self._images[order.split][order.first : order.first + order.num_samples]
+                none = torch.empty(len(self._network.layers), len(images), 0)
+                rows = self._network.architecture.neutral_rows(images)
+                yield order, Evaluated([none], self._logits(rows).argmax(-1).cpu())
+            else:
+                yield order, self._state
+
+    def _train(self, chunk: Train) -> Trained:
+        start = time.perf_counter()
+        labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
+        metrics = torch.stack(
+            [
+                self._train_minibatch(rows, of.to(self._device), chunk.gain)
+                for rows, of in zip(self._source.read(chunk), labels, strict=True)
+            ]
+        ).cpu()
+        took_s = time.perf_counter() - start
+        of_layers = torch.empty(chunk.num_minibatches, 0, len(METRICS))
+        return Trained([Report(of_layers, took_s, 0.0)], Report(metrics, took_s, 0.0))
+
+    def _train_minibatch(self, rows: Tensor, labels: Tensor, gain: float) -> Tensor:
+        """Makes one update and returns loss and error before it `[2]`."""
+        self._network.requires_grad_()
+        self._refresh()
+        logits = self._logits(rows)
+        loss = F.cross_entropy(logits, labels)
+        parameters = [parameter for learner in self._learners for parameter in (learner.weight, learner.bias)]
+        gradients = iter(torch.autograd.grad(-loss, parameters))
+        self._network.requires_grad_(False)
+        for learner in self._learners:
+            learner.ascend(next(gradients), next(gradients), gain=gain, batch=1)  # the loss is a mean
+        self._refresh()
+        return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self._network.readout(self._network.read(rows.to(self._device)))
+        return logits
+
+    def _refresh(self) -> None:
+        for learner in self._learners:
+            if isinstance(learner, Layer):
+                learner.refresh()
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        layers = {f"layer_{number}": state_of(layer) for number, layer in enumerate(self._network.layers, 1)}
+        return layers | {"readout": state_of(self._network.readout)}

@@ -1,0 +1,91 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ffdist.ff.local
+from ffdist import load_config, train
+from ffdist.checkpoint import commits
+from ffdist.data.datasets import load_dataset
+from ffdist.data.order import SampleOrder
+from ffdist.ff.local import Fields
+from ffdist.ff.network import Architecture
+from ffdist.ff.update import Update
+from ffdist.offline import load_network
+from ffdist.pipeline.backpropagation import Backpropagation
+from ffdist.pipeline.runner import Blueprint
+from ffdist.pipeline.schedule import Snapshot, Train
+from ffdist.pipeline.source import NegativePlan
+from ffdist.prepare import build_architecture
+
+SAMPLES, BATCH, SHAPE, CLASSES = 30, 10, (1, 6, 6), 3
+DRAW = torch.Generator().manual_seed(0)
+IMAGES = torch.randint(0, 256, (SAMPLES, 36), dtype=torch.uint8, generator=DRAW)
+LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=DRAW)
+ORDER = SampleOrder(0, SAMPLES, BATCH)
+PLAIN = Architecture(SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=Update(0.5, 0.0, smoothing=0.0))
+START = Snapshot(0, 0)
+
+
+def states(architecture, *orders, jitter=0):
+    blueprint = Blueprint(architecture, ORDER, NegativePlan("wrong_label"), jitter, [range(2)], 1, "cpu")
+    pipeline = Backpropagation(blueprint, {"train": IMAGES}, LABELS)
+    for order, result in pipeline.run(orders):
+        if isinstance(order, Snapshot):
+            yield result()
+
+
+def test_an_update_follows_the_gradient_of_the_cross_entropy_through_all_layers():
+    before, first, second = states(PLAIN, START, Train(0, 0, 1, 0, 1.0), START, Train(0, 1, 1, 1, 0.5), START)
+    for minibatch, (old, new, gain) in enumerate([(before, first, 1.0), (first, second, 0.5)]):
+        samples = ORDER.indices(0, minibatch, 1)[0]
+        parameters = {
+            (layer, name): old[layer][name].clone().requires_grad_() for layer in old for name in ("weight", "bias")
+        }
+        rows, read = PLAIN.neutral_rows(IMAGES[samples]), []
+        for layer in ("layer_1", "layer_2"):
+            rows = F.linear(rows, parameters[layer, "weight"], parameters[layer, "bias"]).relu()
+            rows = rows / (rows.square().mean(1, keepdim=True) + 1e-12).sqrt()
+            read.append(rows)
+        logits = F.linear(torch.cat(read, 1), parameters["readout", "weight"], parameters["readout", "bias"])
+        F.cross_entropy(logits, LABELS[samples]).backward()
+        for (layer, name), parameter in parameters.items():
+            torch.testing.assert_close(new[layer][name], parameter.detach() - gain * 0.5 * parameter.grad)
+    assert not torch.equal(second["layer_1"]["weight"], first["layer_1"]["weight"])
+
+
+def test_fields_learn_the_same_however_they_are_multiplied(monkeypatch):
+    """By bands the product's copy of the weights is scattered, and the gradient must come back through it."""
+    fields = (Fields(grid=2, stride=2, field=3, units=4), Fields(grid=3, stride=1, field=2, units=3))
+    learned = []
+    for threshold in (0, 100):
+        monkeypatch.setattr(ffdist.ff.local, "BAND_UNITS", threshold)
+        architecture = replace(PLAIN, layers=fields, label="everywhere")
+        learned += states(architecture, Train(0, 0, 3, 0, 1.0), START)
+    for layer, tensors in learned[0].items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(learned[1][layer][name], tensor)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_chunks_change_no_bit(precision):
+    architecture = replace(PLAIN, precision=precision)
+    one, other = (
+        list(states(architecture, *chunks, START, jitter=1))[-1]
+        for chunks in ([Train(0, 0, 3, 0, 1.0)], [Train(0, first, 1, first, 1.0) for first in range(3)])
+    )
+    assert all(torch.equal(tensor, other[layer][name]) for layer in one for name, tensor in one[layer].items())
+
+
+def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
+    changes = ["training.epochs=10", "training.validation_samples=100", "model.layers=[100, 50]"]
+    config = load_config("digits", changes)
+    finished = train(config, runner="backpropagation", runs=tmp_path)
+    assert finished.summary["test_readout_error"] < 0.06
+    assert finished.summary["test_goodness_error"] is None
+    dataset = load_dataset(config.data, seed=0, validation_samples=100)
+    network = load_network(build_architecture(config, dataset), commits(finished.folder / "commits")[-1])
+    wrong = (network(dataset.images["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
+    assert wrong == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
+    assert finished.summary["best_commit"]
