@@ -108,13 +108,18 @@ class Model(Section):
 
     layers: Annotated[list[LayerEntry], Field(min_length=1)]
     """Each hidden layer, lowest first: the units of a dense one, or `{kind: local, grid, stride, field, units}`."""
-    goodness: Literal["sum_of_squares", "mean_of_squares", "minus_sum_of_squares", "minus_mean_of_squares"] = (
-        "sum_of_squares"
-    )
+    goodness: Literal[
+        "sum_of_squares",
+        "mean_of_squares",
+        "softmax",
+        "minus_sum_of_squares",
+        "minus_mean_of_squares",
+        "minus_softmax",
+    ] = "sum_of_squares"
     """What positives are to have much of, and with `minus_` little."""
     threshold: Threshold | list[Threshold] = "units"
-    """The sum or mean of squares at which a row is as likely positive as negative: a number, or as many as the layer
-    has units; one for all layers, or a list of one for each."""
+    """The goodness, before any minus, at which a row is as likely positive as negative: a number, or as many as the
+    layer has units; one for all layers, or a list of one for each."""
     normalization: Literal["rms", "l2", "none"] = "rms"
     """What every row is divided by before a layer reads it: its root mean square, its length, or nothing."""
     predict_from: Count | None = None
@@ -138,7 +143,8 @@ class Negatives(Section):
     """The negative data."""
 
     kind: str = "wrong_label"
-    """`wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `noise`, or one's own `package.module:function`."""
+    """`wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `noise`, `permuted`, or one's own
+    `package.module:function`."""
     options: dict[str, Any] = {}
     """What the kind takes, by name: `blurs` and `threshold` of `hybrid`, `distribution` of `noise`, one's own."""
     actors: Count = 1

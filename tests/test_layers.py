@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ffdist.ff.goodness import GOODNESS
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import METRICS, PEER_SMOOTHING, Dense, Rule
 from ffdist.ff.losses import LOSSES
@@ -26,8 +27,12 @@ def some_rows(blocks=3, dtype=torch.float64) -> torch.Tensor:
 def value(rows, weight, bias, rule, threshold, turn):
     """Minus the loss, halved, because the release's gradient leaves out a factor 2; by what papers write."""
     activity = F.linear(rows, weight, bias).relu()
-    squares = activity.square()
-    measured = squares.mean(1) if rule.goodness.endswith("mean_of_squares") else squares.sum(1)
+    measures = {
+        "sum_of_squares": activity.square().sum(1),
+        "mean_of_squares": activity.square().mean(1),
+        "softmax": activity.logsumexp(1),
+    }
+    measured = measures[rule.goodness.removeprefix("minus_")]
     margin = rule.alpha * (measured - threshold) * (-1 if rule.goodness.startswith("minus") else 1)
     positive, negative = margin[:B], margin[B:].view(-1, B)
     positive, negative = (
@@ -59,7 +64,7 @@ def reference(layer: Dense, rows):
 PLAIN = Update(0.01, 0.0, smoothing=0.0)
 RULES = [
     Rule(goodness, loss=loss, alpha=alpha, alternating=alternating, repeats=repeats, peer_strength=peers, update=PLAIN)
-    for goodness in ("sum_of_squares", "mean_of_squares", "minus_sum_of_squares", "minus_mean_of_squares")
+    for goodness in [sign + goodness for goodness in GOODNESS for sign in ("", "minus_")]
     for loss in LOSSES
     for alpha, alternating, repeats, peers in [(1.0, False, 1, 0.03), (4.0, True, 2, 0.03), (0.5, False, 3, 0.0)]
 ]

@@ -17,6 +17,7 @@ from ffdist.ff.negatives import (
     hybrid,
     make_checked,
     noise,
+    permuted,
     source_sha256,
     wrong_label,
 )
@@ -138,6 +139,13 @@ def test_hard_labels_follow_the_prediction_with_the_true_class_removed():
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
 
 
+def test_permuted_images_keep_what_each_pixel_has_and_nothing_else():
+    data, samples = a_set(), EVERY[:500]
+    negatives = permuted(data, samples, a_draw())
+    assert torch.equal(negatives.sort(0).values, data.images[samples].sort(0).values)
+    assert (negatives == negatives[:, :1]).double().mean() < 0.2  # every image was of one grey
+
+
 def test_a_certain_readout_still_has_wrong_labels_to_draw():
     logits = torch.tensor([[0.0, 500.0, -300.0]])
     assert draw_wrong_labels(logits, torch.tensor([1]), a_draw()).tolist() == [0]
@@ -168,7 +176,11 @@ def test_a_kind_of_ones_own_is_named_by_module_and_function():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("hard_lable", {}, "is none of wrong_label, fixed, hard_label, all_wrong, hybrid, noise, nor package.module"),
+        (
+            "hard_lable",
+            {},
+            "is none of wrong_label, fixed, hard_label, all_wrong, hybrid, noise, permuted, nor package.module",
+        ),
         ("nowhere:at_all", {}, "cannot be imported .*nowhere"),
         (f"{__name__}:missing", {}, "cannot be imported .*missing"),
         ("hybrid", {"blur": 3}, r"takes no option blur \(its options: blurs, threshold\)"),

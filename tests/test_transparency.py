@@ -150,6 +150,7 @@ RULES = {
     "mean of squares": {"rule": Rule("mean_of_squares", "l2"), "thresholds": (2.0, 1.5, 1.0)},
     "minus sum of squares": {"rule": Rule("minus_sum_of_squares", "none")},
     "minus mean of squares": {"rule": Rule("minus_mean_of_squares", loss="margin"), "thresholds": (1.0,) * 3},
+    "softmax": {"rule": Rule("softmax"), "thresholds": (5.0,) * 3, "kind": "permuted", "label": "none"},
     "symmetric": {"rule": Rule("mean_of_squares", loss="symmetric", alpha=4.0), "kind": "all_wrong"},
     "alternating": {"rule": Rule(alternating=True, repeats=2), "layers": MIXED, "label": "everywhere"},
     "sgd": {"rule": Rule(update=Update(0.01, 0.01, optimizer="sgd"))},

@@ -30,14 +30,21 @@ def mean_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     return squares / activity.shape[-1], activity / activity.shape[-1]
 
 
+def softmax(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """A smooth maximum, `log(sum(exp(activity)))`, whose slope is the softmax: the most active units learn most."""
+    return activity.logsumexp(-1), activity.softmax(-1) / 2 * (activity > 0)
+
+
 GOODNESS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "sum_of_squares": sum_of_squares,
     "mean_of_squares": mean_of_squares,
+    "softmax": softmax,
 }
 """Kinds of goodness, by the name that `model.goodness` gives.
 
 From activities `[..., H]` and their sums of squares `[...]`, each makes the goodness `[...]`, and half of its
-derivative `[..., H]`: the factor 2 of a square is in the learning rate (released code).
+derivative with respect to the total inputs `[..., H]`, 0 where a unit is silent: the factor 2 of a square is in the
+learning rate (released code).
 """
 
 MINUS = "minus_"

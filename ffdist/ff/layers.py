@@ -73,8 +73,8 @@ class Layer(Learner, ABC):
     Args:
         shape: Shape of the weight, fan-in F last; one unit per row.
         rule: How it learns.
-        threshold: The sum or mean of squares at which a row is as likely positive as negative; None for the number of
-            units.
+        threshold: The goodness, before any minus, at which a row is as likely positive as negative; None for the
+            number of units.
         compute_dtype: Type of the matrix products. Parameters, goodness and updates stay float32.
         generator: Source of the initial weights, N(0, 1) / sqrt(F); zeros where there is none.
     """

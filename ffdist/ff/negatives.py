@@ -133,6 +133,15 @@ def noise(data: TrainingSet, samples: Tensor, draw: torch.Generator, *, distribu
     raise NegativesError(f"distribution must be uniform or normal (distribution: {distribution!r})")
 
 
+def permuted(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
+    """Permutes every pixel across the samples that are asked for together, each in its own way: `[n, D]`.
+
+    What one pixel has stays as likely as it was; what pixels have to do with each other is lost.
+    """
+    images = data.images[samples]
+    return images.gather(0, torch.rand(images.shape, generator=draw).argsort(0))
+
+
 KINDS: dict[str, Callable[..., Tensor]] = {
     "wrong_label": wrong_label,
     "fixed": fixed,
@@ -140,6 +149,7 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "all_wrong": all_wrong,
     "hybrid": hybrid,
     "noise": noise,
+    "permuted": permuted,
 }
 """Kinds of negatives, by the name that `negatives.kind` gives."""
 
