@@ -45,6 +45,14 @@ def test_what_decides_the_result_makes_another_row():
     assert sorted(row["label"] for row in rows) == ["overwrite", "overwrite, jitter 2"]
 
 
+def test_settings_of_a_later_version_that_are_left_alone_make_no_other_row():
+    (row,) = cells(
+        a_run("a-20261122-101010", 0, 0.1, 0.2),
+        a_run("a-20261122-101011", 1, 0.1, 0.2, training__optimizer="release", model__threshold="units"),
+    )
+    assert "2 seeds" in row["by goodness"]
+
+
 def test_without_labels_there_is_a_fitted_readout_and_no_goodness():
     run = a_run("u-20261122-101010", 0, None, 0.02, train_s=None, model__layers=LOCAL, tracking__paper_error="None")
     run.data.metrics["test/fitted_readout_error"] = 0.0123

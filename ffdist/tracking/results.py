@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+from ffdist.config import Config, Section
 from ffdist.tracking.tracker import a_client
 
 DECIDES_NOTHING = (
@@ -13,6 +14,13 @@ DECIDES_NOTHING = (
     *("negatives.actors", "negatives.ahead", "negatives.store"),
 )
 """Parameters, by the start of their name, in which runs of one row may differ."""
+DEFAULTS = {
+    f"{section}.{key}": str(setting.default)
+    for section, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    for key, setting in field.annotation.model_fields.items()
+}
+"""Parameters that say nothing: runs of a version that did not have them stand in one row with those of later ones."""
 REFERENCE = ("data.name", "data.path", "data.jitter", "model.layers", "training.epochs", "training.validation_samples")
 """Parameters in which a run by backpropagation must be equal to those that it is the reference of."""
 FINISHED = "attributes.status = 'FINISHED'"
@@ -51,7 +59,11 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
         if run.data.params["runner"] == "backpropagation":
             references.setdefault(_reference(run), {}).setdefault(run.data.params["seed"], run)
             continue
-        decides = {key: value for key, value in run.data.params.items() if not key.startswith(DECIDES_NOTHING)}
+        decides = {
+            key: value
+            for key, value in run.data.params.items()
+            if not key.startswith(DECIDES_NOTHING) and value != DEFAULTS.get(key)
+        }
         by_seed = groups.setdefault(repr(sorted(decides.items())), {})
         by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
     for by_seed in sorted(groups.values(), key=lambda group: _order(next(iter(group.values())))):
