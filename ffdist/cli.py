@@ -99,7 +99,10 @@ def train(
 @runs_option
 @summary_option
 def baseline(words: tuple[str, ...], runs: Path, summary: Path | None) -> None:
-    """Train the layers of CONFIG by backpropagation end to end, on the same data in the same order, as a reference."""
+    """Train the layers of CONFIG by backpropagation end to end, on the same data in the same order, as a reference.
+
+    All of it learns by training.readout_learning_rate, readout_weight_decay and smoothing.
+    """
     _train(words, runs, summary, runner="backpropagation")
 
 

@@ -180,19 +180,20 @@ class Training(Section):
     """Of goodness above and below the threshold, or (`symmetric`) of the difference in each pair of a sample's rows;
     `margin` is the common PyTorch port's name for `logistic`."""
     alpha: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Sharpness of the loss, which is taken of `alpha` times the goodness."""
+    """Sharpness of the loss, which is taken of `alpha` times the margin, goodness minus threshold."""
     updates: Literal["joint", "alternating"] = "joint"
     """Whether positive and negative rows of a minibatch make one update, or one after the other one each."""
     schedule: Literal["simultaneous", "greedy"] = "simultaneous"
-    """Whether all layers learn at every minibatch, or layer after layer, each for all epochs."""
+    """Whether all layers learn at every minibatch, or layer after layer, each for all epochs; the readout always does,
+    and its rate begins anew with each layer's."""
     repeats: Count = 1
     """Times that a minibatch is learned from before the next."""
     optimizer: Literal["release", "sgd", "adam", "adamw"] = "release"
     """How the layers follow their gradient: as the paper's released code does, or torch's optimizer of that name."""
     learning_rate: NotNegative = 0.01
-    """Step of the layers along their gradient, falling in the second half of the run."""
+    """Step of the layers along their gradient, falling in the second half of their epochs."""
     weight_decay: NotNegative = 0.001
-    """Share of a layer's weight taken off per unit of learning rate."""
+    """Share of a layer's weight taken off per unit of learning rate; of `sgd` and `adam` a part of the gradient."""
     readout_learning_rate: NotNegative = 0.1
     """The same of the readout."""
     readout_weight_decay: NotNegative = 0.003
@@ -265,6 +266,33 @@ class Config(Section):
     def predict_from(self) -> int:
         """First layer, counted from 1, that goodness and readout look at."""
         return self.model.predict_from or min(2, len(self.model.layers))
+
+    @model_validator(mode="after")
+    def _threshold_fits(self) -> "Config":
+        given, symmetric = self.model.threshold, self.training.loss == "symmetric"
+        if symmetric and given != "units":
+            raise ValueError(
+                f"training.loss=symmetric compares goodnesses, not with a threshold; leave it out (threshold: {given})"
+            )
+        if None in self.thresholds and not symmetric and not self.model.goodness.endswith("sum_of_squares"):
+            raise ValueError(
+                "model.threshold=units is for sums of squares; set it to a number that the goodness can reach "
+                f"(goodness: {self.model.goodness})"
+            )
+        return self
+
+    def by_backpropagation(self) -> "Config":
+        """Returns the reference: the same layers, data and order, with the readout's update rule for all, no more."""
+        training, given = self.training, Training()
+        update = {
+            "learning_rate": training.readout_learning_rate,
+            "weight_decay": training.readout_weight_decay,
+            "peer_normalization": 0.0,
+        }
+        unused = ("loss", "alpha", "updates", "schedule", "repeats", "optimizer")
+        update |= {key: getattr(given, key) for key in unused}
+        negatives = Negatives(kind="noise")  # never made
+        return self.model_copy(update={"training": training.model_copy(update=update), "negatives": negatives})
 
     @property
     def passes(self) -> int:

@@ -1,4 +1,4 @@
-"""The training loop, from dataset to digest, on either runner."""
+"""The training loop, from dataset to digest, on any runner."""
 
 import json
 import time
@@ -64,6 +64,8 @@ def train(
         ConfigError: Something asked for cannot be; nothing was trained.
     """
     started = time.perf_counter()
+    if runner == "backpropagation":
+        config = config.by_backpropagation()
     dataset, order, architecture, plan = prepare(config)
     _make_folder(runs)
     with ExitStack() as stack:

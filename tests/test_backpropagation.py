@@ -9,6 +9,7 @@ from ffdist import load_config, train
 from ffdist.checkpoint import commits
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
+from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update
@@ -24,7 +25,8 @@ DRAW = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (SAMPLES, 36), dtype=torch.uint8, generator=DRAW)
 LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=DRAW)
 ORDER = SampleOrder(0, SAMPLES, BATCH)
-PLAIN = Architecture(SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=Update(0.5, 0.0, smoothing=0.0))
+DESCENT = Update(0.5, 0.0, smoothing=0.0)
+PLAIN = Architecture(SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=DESCENT, rule=Rule(update=DESCENT))
 START = Snapshot(0, 0)
 
 
@@ -80,8 +82,10 @@ def test_chunks_change_no_bit(precision):
 
 def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     changes = ["training.epochs=10", "training.validation_samples=100", "model.layers=[100, 50]"]
-    config = load_config("digits", changes)
+    config = load_config("digits", [*changes, "training.optimizer=adamw", "training.schedule=greedy"])
     finished = train(config, runner="backpropagation", runs=tmp_path)
+    assert finished.summary["epochs"] == 10
+    config = load_config(str(finished.folder / "config.yaml"))
     assert finished.summary["test_readout_error"] < 0.06
     assert finished.summary["test_goodness_error"] is None
     dataset = load_dataset(config.data, seed=0, validation_samples=100)

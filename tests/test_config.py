@@ -145,6 +145,27 @@ def test_thresholds_are_one_for_all_layers_or_one_for_each():
         load_config("digits", [layers, "model.threshold=[1, 2, 3]"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.goodness=mean_of_squares"], "threshold=units is for sums of squares; set it to a number"),
+        (["model.goodness=minus_softmax", "model.threshold=[8, units, 8]"], "threshold=units is for sums of squares"),
+        (["training.loss=symmetric", "model.threshold=7"], "leave it out .threshold: 7"),
+    ],
+)
+def test_thresholds_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("digits", changes)
+
+
+def test_the_reference_by_backpropagation_keeps_nothing_of_how_layers_learn_alone():
+    changes = ["training.schedule=greedy", "training.optimizer=adamw", "training.learning_rate=9", "training.epochs=7"]
+    config = load_config("digits", [*changes, "negatives.kind=hard_label"]).by_backpropagation()
+    assert config.passes == 7
+    assert config.training.learning_rate == config.training.readout_learning_rate
+    assert config == load_config("digits", ["training.epochs=7"]).by_backpropagation()
+
+
 def test_greedy_layers_each_have_all_epochs():
     assert load_config("digits", ["training.epochs=4"]).passes == 4
     assert load_config("digits", ["training.epochs=4", "training.schedule=greedy"]).passes == 12

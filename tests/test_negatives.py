@@ -139,11 +139,16 @@ def test_hard_labels_follow_the_prediction_with_the_true_class_removed():
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
 
 
-def test_permuted_images_keep_what_each_pixel_has_and_nothing_else():
-    data, samples = a_set(), EVERY[:500]
-    negatives = permuted(data, samples, a_draw())
-    assert torch.equal(negatives.sort(0).values, data.images[samples].sort(0).values)
-    assert (negatives == negatives[:, :1]).double().mean() < 0.2  # every image was of one grey
+def test_permuted_images_keep_what_each_pixel_shows_and_nothing_else():
+    """Even of a single sample: every image is of one grey, and the first pixel always white."""
+    data = a_set()
+    data.images[:, 0] = 255
+    negatives = permuted(data, EVERY[:3000], a_draw())
+    assert (negatives[:, 0] == 255).all()
+    counts = torch.stack([(negatives[:, 1:] == 20 * label).sum(0) for label in range(10)])
+    assert (counts - 300).abs().max() < 6 * 300**0.5
+    assert (negatives[:, 1] == negatives[:, 2]).double().mean() < 0.2
+    assert not torch.equal(permuted(data, EVERY[:1], a_draw()), data.images[:1])
 
 
 def test_a_certain_readout_still_has_wrong_labels_to_draw():

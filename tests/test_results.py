@@ -62,6 +62,14 @@ def test_without_labels_there_is_a_fitted_readout_and_no_goodness():
     assert (row["network"], row["seconds"]) == ("4x4x128-500", "")
 
 
+def test_rules_that_are_not_the_release_s_are_told():
+    rows = cells(
+        a_run("a-20261122-101010", 0, 0.1, 0.2),
+        a_run("b-20261122-101010", 0, 0.1, 0.2, training__loss="symmetric", training__alpha="4.0"),
+    )
+    assert {row["run"]: row["rule"] for row in rows} == {"a": "", "b": "loss symmetric, alpha 4.0"}
+
+
 def test_backpropagation_stands_beside_the_runs_that_it_is_the_reference_of():
     rows = cells(
         a_run("ff-20261122-101010", 0, 0.02, 0.03),

@@ -3,8 +3,14 @@ import time
 import pytest
 import torch
 
-from ffdist.pipeline.source import Shard
-from ffdist.pipeline.stage import _Clock
+from ffdist.data.order import SampleOrder
+from ffdist.ff.layers import Rule
+from ffdist.ff.network import Architecture
+from ffdist.ff.update import OPTIMIZERS, Update
+from ffdist.pipeline.runner import Blueprint
+from ffdist.pipeline.schedule import Train
+from ffdist.pipeline.source import NegativePlan, Shard
+from ffdist.pipeline.stage import Stage, _Clock
 
 
 def waited(make_s: float, made_ago_s: float, wait_s: float) -> float:
@@ -26,3 +32,32 @@ def waited(make_s: float, made_ago_s: float, wait_s: float) -> float:
 )
 def test_waiting_for_negatives_is_the_time_in_which_they_were_made(make_s, made_ago_s, wait_s, expected):
     assert waited(make_s, made_ago_s, wait_s) == pytest.approx(expected, abs=0.2)
+
+
+def test_only_the_layer_whose_turn_it_is_learns():
+    """Whatever runs compare, they compare with each other; this holds which layer a chunk is meant for."""
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (20, 20), dtype=torch.uint8, generator=draw), torch.arange(20) % 3
+    order, architecture = SampleOrder(0, 20, 5), Architecture((1, 4, 5), 3, (9, 8, 7))
+    plan = NegativePlan("wrong_label")
+    stage = Stage(architecture, range(3), order, 1, "cpu", plan, 0, {"train": images}, labels)
+    shard = Shard(0, (labels[order.shard(0, 0)] + 1) % 3, 0.0, 0.0)
+    for layer in (0, 1, 2, None):
+        before = stage.state()
+        stage.train(Train(0, 0, 4, 0, 1.0, layer), shard)
+        learned = [
+            not torch.equal(before[name]["weight"], now["weight"]) or not torch.equal(before[name]["bias"], now["bias"])
+            for name, now in stage.state().items()
+        ]
+        assert learned == [layer in (number, None) for number in range(3)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_bytes_in_flight_bound_what_a_snapshot_takes(optimizer):
+    rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
+    architecture = Architecture((1, 100, 100), 3, (60, 50), rule=rule)
+    order, plan = SampleOrder(0, 5, 5), NegativePlan("wrong_label")
+    blueprint = Blueprint(architecture, order, plan, 0, [range(2)], 1, "cpu")
+    snapshot = Stage(architecture, range(2), order, 1, "cpu").state()
+    size = sum(tensor.nbytes for tensors in snapshot.values() for tensor in tensors.values())
+    assert size <= blueprint.bytes_in_flight(1, 1) <= 1.5 * size

@@ -74,6 +74,10 @@ RULES = [
     "model.goodness=mean_of_squares model.threshold=1 training.alpha=10 training.learning_rate=0.3 "
     "training.peer_normalization=0",
     "model.goodness=minus_sum_of_squares",
+    "model.goodness=softmax model.threshold=8 training.optimizer=adam training.learning_rate=0.003 training.epochs=20 "
+    "training.weight_decay=0 training.peer_normalization=0",
+    "training.optimizer=sgd training.learning_rate=0.003 data.label_scale=3",
+    "training.optimizer=adam training.learning_rate=0.002 model.normalization=none data.label_scale=10",
     "training.loss=symmetric training.alpha=0.3 training.learning_rate=0.05",
     "training.optimizer=adamw training.learning_rate=0.002 model.threshold=[units,100,100]",
     "training.updates=alternating training.repeats=2 training.learning_rate=0.005",
@@ -81,7 +85,7 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_learns(rule, tmp_path):
+def test_rules_learn(rule, tmp_path):
     """Half as wrong as chance is nothing to be proud of, and more than any mistake in a sign allows."""
     changes = ["training.epochs=8", "model.layers=[100, 100, 100]", *rule.split()]
     summary = train(load_config("digits", changes), runner="serial", runs=tmp_path).summary

@@ -220,7 +220,7 @@ class Dense(Layer):
 
     Args:
         inputs: Width D of a row.
-        units: Number of units H; also the threshold of the goodness.
+        units: Number of units H.
         **settings: As `Layer` takes them.
     """
 

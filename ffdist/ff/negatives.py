@@ -134,12 +134,12 @@ def noise(data: TrainingSet, samples: Tensor, draw: torch.Generator, *, distribu
 
 
 def permuted(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Permutes every pixel across the samples that are asked for together, each in its own way: `[n, D]`.
+    """Takes every pixel from an image of its own, drawn from the whole training set: `[n, D]`.
 
-    What one pixel has stays as likely as it was; what pixels have to do with each other is lost.
+    What one pixel shows stays as likely as it was; what pixels have to do with each other is lost.
     """
-    images = data.images[samples]
-    return images.gather(0, torch.rand(images.shape, generator=draw).argsort(0))
+    shape = (len(samples), data.images.shape[1])
+    return data.images.gather(0, torch.randint(len(data.images), shape, generator=draw))
 
 
 KINDS: dict[str, Callable[..., Tensor]] = {
@@ -216,7 +216,9 @@ def make_checked(
             f"(n: {len(samples)}, returned: {list(made.shape)}, {str(made.dtype).removeprefix('torch.')})"
         )
     if labels and not labels_shown:
-        raise NegativesError("shows wrong labels and data.label=none shows none; set hybrid or noise, or data.label")
+        raise NegativesError(
+            "shows wrong labels and data.label=none shows none; set hybrid, noise or permuted, or data.label"
+        )
     true = data.labels[samples].view(-1, *[1] * (made.dim() - 1))
     if labels and not ((made >= 0) & (made < data.classes) & (made != true)).all():
         raise NegativesError(f"must return wrong labels, from 0 to below {data.classes}")

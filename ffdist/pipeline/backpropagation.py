@@ -1,8 +1,7 @@
 """The reference: the same layers, data and order, trained end to end by backpropagation, in one process."""
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +13,15 @@ from ffdist.ff.update import Learner
 from ffdist.pipeline.runner import Blueprint, Evaluated, Result, Trained
 from ffdist.pipeline.schedule import Evaluate, Order, Train
 from ffdist.pipeline.source import Source
-from ffdist.pipeline.stage import Report, state_of
+from ffdist.pipeline.stage import Report, State, state_of
 
 
 class Backpropagation:
     """Does what a runner does, with one network that learns as a whole.
 
     It reads what the readout's pass reads, images with the neutral label or none. Activities are normalized between
-    layers, and the readout sees the same layers as ever; its cross-entropy teaches them all, every parameter by the
-    readout's update rule.
+    layers, and the readout sees the same layers as ever; its cross-entropy teaches them all, layers by their update
+    rule and the readout by its own.
 
     Args:
         blueprint: What the network and its data are.
@@ -32,8 +31,7 @@ class Backpropagation:
 
     def __init__(self, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
         architecture = blueprint.architecture
-        rule = replace(architecture.rule, update=architecture.readout_update)
-        self._network = Network(replace(architecture, rule=rule)).to(blueprint.device)
+        self._network = Network(architecture).to(blueprint.device)
         self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
         self._device = blueprint.device
         self._refresh()
@@ -51,7 +49,7 @@ class Backpropagation:
                 rows = self._network.architecture.neutral_rows(images)
                 yield order, Evaluated([none], self._logits(rows).argmax(-1).cpu())
             else:
-                yield order, self._state
+                yield order, self._snapshot()
 
     def _train(self, chunk: Train) -> Trained:
         start = time.perf_counter()
@@ -89,6 +87,7 @@ class Backpropagation:
             if isinstance(learner, Layer):
                 learner.refresh()
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        layers = {f"layer_{number}": state_of(layer) for number, layer in enumerate(self._network.layers, 1)}
-        return layers | {"readout": state_of(self._network.readout)}
+    def _snapshot(self) -> Callable[[], State]:
+        state = {f"layer_{number}": state_of(layer) for number, layer in enumerate(self._network.layers, 1)}
+        state["readout"] = state_of(self._network.readout)
+        return lambda: state

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
+from ffdist.ff.update import OPTIMIZERS
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State
@@ -59,8 +60,9 @@ class Blueprint(NamedTuple):
         messages = max_in_flight * rows * sum(architecture.widths[1:]) * architecture.compute_dtype.itemsize
         ahead = (max_in_flight + negatives.ahead) * min(chunk_size, order.minibatches) * order.batch_size
         made = (ahead + 2 * min(SHARD_SAMPLES, order.samples)) * negatives.sample_bytes  # whole shards at both ends
-        parameters = sum(architecture.weights)
-        return messages + made + min(2, max_in_flight) * 2 * FLOAT32_BYTES * parameters
+        kept = 1 + len(OPTIMIZERS[architecture.rule.update.optimizer].slots)
+        states = min(2, max_in_flight) * kept * FLOAT32_BYTES * sum(architecture.weights)
+        return messages + made + states
 
     def assemble(self, make: Callable[..., Any], images: Any, labels: Any) -> Parts:
         """Makes all parts: the stages in order, the readout, the negatives.

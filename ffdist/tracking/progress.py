@@ -68,7 +68,11 @@ class Display:
         self._metrics.update(metrics or {})
         self._bar.update(self._task, completed=step, speed=self._metrics.get("samples_per_s", 0.0))
         self.doing(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
-        if not self.console.is_terminal and self._metrics and time.monotonic() > self._plain_at + PLAIN_EVERY_S:
+        if (
+            not self.console.is_terminal
+            and "readout/loss" in self._metrics
+            and time.monotonic() > self._plain_at + PLAIN_EVERY_S
+        ):
             self._plain_at = time.monotonic()
             layers = [f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows()]
             told = "; ".join(layers or [f"loss {self._metrics['readout/loss']:.4f}"])
@@ -80,7 +84,7 @@ class Display:
             names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction")
             loss, positive, negative, pairwise, active = (self._metrics[f"layer_{layer}/{name}"] for name in names)
             rows.append(
-                [str(layer), f"{loss:.3f}", f"{positive:.0f}", f"{negative:.0f}", f"{pairwise:.4f}", f"{active:.2f}"]
+                [str(layer), f"{loss:.3f}", f"{positive:.4g}", f"{negative:.4g}", f"{pairwise:.4f}", f"{active:.2f}"]
             )
             layer += 1
         return rows

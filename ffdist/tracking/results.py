@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -21,10 +21,30 @@ DEFAULTS = {
     for key, setting in field.annotation.model_fields.items()
 }
 """Parameters that say nothing: runs of a version that did not have them stand in one row with those of later ones."""
-REFERENCE = ("data.name", "data.path", "data.jitter", "model.layers", "training.epochs", "training.validation_samples")
-"""Parameters in which a run by backpropagation must be equal to those that it is the reference of."""
+REFERENCE = (
+    *("data.name", "data.path", "data.image_", "data.jitter", "model.layers", "model.normalization"),
+    *("model.predict_from", "training.epochs", "training.batch_size", "training.validation_samples"),
+)
+"""Parameters, by the start of their name, in which runs and their reference by backpropagation must be equal."""
+RULE = (
+    *("model.goodness", "model.threshold", "model.normalization", "training.loss", "training.alpha"),
+    *("training.updates", "training.schedule", "training.repeats", "training.optimizer"),
+)
+"""Parameters that the table tells where they are not the default."""
 FINISHED = "attributes.status = 'FINISHED'"
-HEAD = ("run", "network", "label", "negatives", "epochs", "by goodness", "by readout", "backprop", "paper", "seconds")
+HEAD = (
+    "run",
+    "network",
+    "label",
+    "negatives",
+    "rule",
+    "epochs",
+    "by goodness",
+    "by readout",
+    "backprop",
+    "paper",
+    "seconds",
+)
 
 
 def results_table(uri: str, experiment: str) -> str:
@@ -57,14 +77,10 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
     references: dict[str, dict[str, Any]] = {}
     for run in runs:
         if run.data.params["runner"] == "backpropagation":
-            references.setdefault(_reference(run), {}).setdefault(run.data.params["seed"], run)
-            continue
-        decides = {
-            key: value
-            for key, value in run.data.params.items()
-            if not key.startswith(DECIDES_NOTHING) and value != DEFAULTS.get(key)
-        }
-        by_seed = groups.setdefault(repr(sorted(decides.items())), {})
+            by_seed = references.setdefault(_told(run, REFERENCE), {})
+        else:
+            decides = [key for key in run.data.params if not key.startswith(DECIDES_NOTHING)]
+            by_seed = groups.setdefault(_told(run, decides), {})
         by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
     for by_seed in sorted(groups.values(), key=lambda group: _order(next(iter(group.values())))):
         runs, params = list(by_seed.values()), next(iter(by_seed.values())).data.params
@@ -74,10 +90,13 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
             _network(params),
             params["data.label"] + (f", jitter {jitter}" if (jitter := params.get("data.jitter", "0")) != "0" else ""),
             params["negatives.kind"],
+            ", ".join(
+                f"{key.split('.')[1]} {params[key]}" for key in RULE if params.get(key, DEFAULTS[key]) != DEFAULTS[key]
+            ),
             params["training.epochs"],
             _errors(runs, "test/goodness_error"),
             _errors(runs, "test/readout_error") + _fitted(runs),
-            _errors(list(references.get(_reference(runs[0]), {}).values()), "test/readout_error"),
+            _errors(list(references.get(_told(runs[0], REFERENCE), {}).values()), "test/readout_error"),
             "" if paper == "None" else f"{float(paper):.2%}",
             f"{median(times):,.0f}"
             if (times := [run.data.metrics["train_s"] for run in runs if "train_s" in run.data.metrics])
@@ -85,8 +104,15 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
         ]
 
 
-def _reference(run: Any) -> str:
-    return repr([run.data.params.get(name) for name in REFERENCE])
+def _told(run: Any, names: Iterable[str]) -> str:
+    """Returns those of a run's parameters, by the start of their name, that are not the default."""
+    return repr(
+        sorted(
+            item
+            for item in run.data.params.items()
+            if item[0].startswith(tuple(names)) and item not in DEFAULTS.items()
+        )
+    )
 
 
 def _order(run: Any) -> tuple[str, str]:
