@@ -86,7 +86,7 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_learn(rule, tmp_path):
-    """Half as wrong as chance is nothing to be proud of, and more than any mistake in a sign allows."""
+    """A third as wrong as chance is nothing to be proud of, and more than any mistake in a sign allows."""
     changes = ["training.epochs=8", "model.layers=[100, 100, 100]", *rule.split()]
     summary = train(load_config("digits", changes), runner="serial", runs=tmp_path).summary
     assert summary["test_goodness_error"] < 0.3
