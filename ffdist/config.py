@@ -283,16 +283,15 @@ class Config(Section):
 
     def by_backpropagation(self) -> "Config":
         """Returns the reference: the same layers, data and order, with the readout's update rule for all, no more."""
-        training, given = self.training, Training()
-        update = {
-            "learning_rate": training.readout_learning_rate,
-            "weight_decay": training.readout_weight_decay,
-            "peer_normalization": 0.0,
-        }
-        unused = ("loss", "alpha", "updates", "schedule", "repeats", "optimizer")
-        update |= {key: getattr(given, key) for key in unused}
-        negatives = Negatives(kind="noise")  # never made
-        return self.model_copy(update={"training": training.model_copy(update=update), "negatives": negatives})
+        kept = {"epochs", "batch_size", "precision", "validation_samples", "evaluate_every", "smoothing"}
+        readout = {"readout_learning_rate", "readout_weight_decay"}
+        training = Training(
+            **self.training.model_dump(include=kept | readout),
+            learning_rate=self.training.readout_learning_rate,
+            weight_decay=self.training.readout_weight_decay,
+            peer_normalization=0.0,
+        )
+        return self.model_copy(update={"training": training, "negatives": Negatives(kind="noise")})  # tried, never used
 
     @property
     def passes(self) -> int:

@@ -60,6 +60,7 @@ class Backpropagation:
                 for rows, of in zip(self._source.read(chunk), labels, strict=True)
             ]
         ).cpu()
+        self._refresh()
         took_s = time.perf_counter() - start
         of_layers = torch.empty(chunk.num_minibatches, 0, len(METRICS))
         return Trained([Report(of_layers, took_s, 0.0)], Report(metrics, took_s, 0.0))
@@ -75,7 +76,6 @@ class Backpropagation:
         self._network.requires_grad_(False)
         for learner in self._learners:
             learner.ascend(next(gradients), next(gradients), gain=gain, batch=1)  # the loss is a mean
-        self._refresh()
         return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
 
     def _logits(self, rows: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ class Backpropagation:
         return logits
 
     def _refresh(self) -> None:
-        for learner in self._learners:
-            if isinstance(learner, Layer):
-                learner.refresh()
+        for layer in self._network.layers:
+            assert isinstance(layer, Layer)
+            layer.refresh()
 
     def _snapshot(self) -> Callable[[], State]:
         state = {f"layer_{number}": state_of(layer) for number, layer in enumerate(self._network.layers, 1)}
