@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ffdist.config import Config, ConfigError, LocalLayer
+from ffdist.config import Config, ConfigError
+from ffdist.sections import LocalLayer
 
 
 def config_folder() -> Path:

@@ -4,12 +4,13 @@ from typing import get_args
 import pytest
 import yaml
 
-from ffdist.config import Config, ConfigError, Data, Model, Training
+from ffdist.config import Config, ConfigError
 from ffdist.config_file import config_folder, load_config, parse_config
 from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS
 from ffdist.ff.labels import LABELS
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.update import OPTIMIZERS
+from ffdist.sections import Data, Model, Training
 
 
 @pytest.mark.parametrize("path", sorted(config_folder().rglob("*.yaml")), ids=lambda path: path.stem)

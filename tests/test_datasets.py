@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ffdist.config import ConfigError, Data
+from ffdist.config import ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
+from ffdist.sections import Data
 
 
 def png(color, size=(4, 3), mode="RGB") -> bytes:

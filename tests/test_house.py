@@ -21,7 +21,7 @@ ROWS = [
     {"prepare"},
     {"runtime", "tracking"},
     {"pipeline", "checkpoint", "evaluation"},
-    {"ff", "data", "config", "config_file"},
+    {"ff", "data", "config", "config_file", "sections"},
 ]
 HOMES = {
     "ray": {"runtime"},
@@ -30,7 +30,7 @@ HOMES = {
     "pyarrow": {"data"},
     "torchvision": {"data"},
     "sklearn": {"data"},
-    "pydantic": {"config", "config_file"},
+    "pydantic": {"config", "config_file", "sections"},
     "yaml": {"config", "config_file"},
     "safetensors": {"checkpoint"},
     "click": {"cli"},
@@ -63,7 +63,9 @@ def test_arrows_point_down_and_libraries_stay_home(path):
             assert room(path) != "ff" or rest[0] == "ff", f"ff knows nothing but itself: {module}"
         elif top in HOMES:
             assert room(path) in HOMES[top], f"{top} is at home in {HOMES[top]}"
-    assert not (room(path) == "pipeline" and "ffdist.config" in imports(path)), "pipeline takes plain values"
+    assert not (room(path) == "pipeline" and {"ffdist.config", "ffdist.sections"} & imports(path)), (
+        "pipeline takes plain values"
+    )
 
 
 def test_no_module_is_named_like_one_of_the_standard_library():
@@ -111,7 +113,7 @@ def test_unknown_public_name_is_an_attribute_error():
 
 
 def test_files_stay_readable():
-    long = {str(path): count for path in MODULES if (count := len(path.read_text().splitlines())) > 320}
+    long = {str(path): count for path in MODULES if (count := len(path.read_text().splitlines())) > 300}
     assert not long
 
 

@@ -2,8 +2,9 @@ import time
 
 import pytest
 
-from ffdist.config import ConfigError, Pipeline
+from ffdist.config import ConfigError
 from ffdist.runtime.placement import decide, reserve
+from ffdist.sections import Pipeline
 
 
 def decided(layers=4, resources=None, negative_actors=1, **settings):

@@ -8,7 +8,8 @@ import urllib.request
 import pytest
 from mlflow import MlflowClient
 
-from ffdist.config import ConfigError, Tracking
+from ffdist.config import ConfigError
+from ffdist.sections import Tracking
 from ffdist.tracking import tracker as module
 from ffdist.tracking.tracker import Tracker, default_uri, tracking_uri
 
@@ -84,8 +85,8 @@ def test_a_deleted_experiment_is_told(tmp_path):
 def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_path):
     """Killed among MLflow's migrations, a database half made kept every later run from starting."""
     program = (
-        "import pathlib; from ffdist.config import Tracking; from ffdist.tracking.tracker import Tracker, default_uri\n"
-        f"runs = pathlib.Path({str(tmp_path)!r})\n"
+        "from ffdist.sections import Tracking; from ffdist.tracking.tracker import Tracker, default_uri\n"
+        f"import pathlib; runs = pathlib.Path({str(tmp_path)!r})\n"
         "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker: tracker.begin('first', {})"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ffdist.checkpoint import weights_sha256
-from ffdist.config import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.data.store import Store
@@ -18,6 +17,7 @@ from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Evaluate, Train, schedule
 from ffdist.pipeline.source import NegativePlan
+from ffdist.sections import Data, Pipeline
 
 EPOCHS, BATCH_SIZE = 2, 50
 MANY = {"train": 12_030, "validation": 200, "test": 360}

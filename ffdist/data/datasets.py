@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ffdist.config import ConfigError, Data
+from ffdist.config import ConfigError
 from ffdist.data import order
 from ffdist.data.images import read_image_folder, read_parquet
+from ffdist.sections import Data
 
 DIGITS_TEST_SAMPLES = 360
 """A fifth of scikit-learn's digits, which come without a test set; always the same."""

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ffdist.config import ConfigError, Data
+from ffdist.config import ConfigError
+from ffdist.sections import Data
 
 SPLITS = ("train", "test")
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from ffdist.config import ConfigError, Pipeline
+from ffdist.config import ConfigError
 from ffdist.pipeline.runner import Blueprint
+from ffdist.sections import Pipeline
 
 PLACEMENT_TIMEOUT_S = 8.0
 

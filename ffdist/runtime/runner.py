@@ -10,10 +10,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
-from ffdist.config import Pipeline
 from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.runner import Blueprint, Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
+from ffdist.sections import Pipeline
 
 
 class ActorFailure(RuntimeError):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from statistics import median
 from typing import Any
 
-from ffdist.config import Config, Section
+from ffdist.config import Config
+from ffdist.sections import Section
 from ffdist.tracking.tracker import a_client
 
 DECIDES_NOTHING = (

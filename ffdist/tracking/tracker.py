@@ -18,7 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from ffdist.config import ConfigError, Tracking
+from ffdist.config import ConfigError
+from ffdist.sections import Tracking
 
 SEND_EVERY_S = 2.0
 RETRY_EVERY_S = 0.5
