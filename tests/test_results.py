@@ -77,4 +77,14 @@ def test_backpropagation_stands_beside_the_runs_that_it_is_the_reference_of():
         *(a_run(f"ff-20261122-1010{n}", n, None, 0.01 + n / 1000, runner="backpropagation") for n in range(3)),
         a_run("other-20261122-101014", 0, None, 0.5, runner="backpropagation", model__layers="[9]"),
     )
-    assert {row["run"]: row["backprop"] for row in rows} == {"ff": "1.10% (1.00% to 1.20%, 3 seeds)", "long": ""}
+    assert {row["run"]: row["backprop"] for row in rows} == {
+        "ff": "1.10% (1.00% to 1.20%, 3 seeds)",
+        "long": "",
+        "other": "50.00%",
+    }
+
+
+def test_backpropagation_alone_has_a_row_of_its_own():
+    (row,) = cells(a_run("ff-20261122-101010", 0, None, 0.01, runner="backpropagation", negatives__kind="noise"))
+    assert (row["run"], row["backprop"], row["seconds"]) == ("ff", "1.00%", "60")
+    assert (row["negatives"], row["by goodness"], row["by readout"]) == ("", "", "")

@@ -83,26 +83,32 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
             decides = [key for key in run.data.params if not key.startswith(DECIDES_NOTHING)]
             by_seed = groups.setdefault(_told(run, decides), {})
         by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
-    for by_seed in sorted(groups.values(), key=lambda group: _order(next(iter(group.values())))):
-        runs, params = list(by_seed.values()), next(iter(by_seed.values())).data.params
-        paper = params.get("tracking.paper_error", "None")
-        yield [
-            re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", runs[0].info.run_name),
-            _network(params),
-            params["data.label"] + (f", jitter {jitter}" if (jitter := params.get("data.jitter", "0")) != "0" else ""),
-            params["negatives.kind"],
-            ", ".join(
-                f"{key.split('.')[1]} {params[key]}" for key in RULE if params.get(key, DEFAULTS[key]) != DEFAULTS[key]
-            ),
-            params["training.epochs"],
-            _errors(runs, "test/goodness_error"),
-            _errors(runs, "test/readout_error") + _fitted(runs),
-            _errors(list(references.get(_told(runs[0], REFERENCE), {}).values()), "test/readout_error"),
-            "" if paper == "None" else f"{float(paper):.2%}",
-            f"{median(times):,.0f}"
-            if (times := [run.data.metrics["train_s"] for run in runs if "train_s" in run.data.metrics])
-            else "",
-        ]
+    told = [(list(group.values()), _told(next(iter(group.values())), REFERENCE)) for group in groups.values()]
+    told += [([], alone) for alone in references.keys() - {reference for _, reference in told}]
+    rows = [(own, list(references.get(reference, {}).values())) for own, reference in told]
+    yield from (_row(own, reference) for own, reference in sorted(rows, key=lambda row: _order((row[0] or row[1])[0])))
+
+
+def _row(runs: list[Any], references: list[Any]) -> list[str]:
+    """Returns the row of runs that differ in their seeds alone, and of those by backpropagation that stand beside."""
+    first = (runs or references)[0]
+    params = first.data.params
+    paper, jitter = params.get("tracking.paper_error", "None"), params.get("data.jitter", "0")
+    rule = [f"{key.split('.')[1]} {params[key]}" for key in RULE if params.get(key, DEFAULTS[key]) != DEFAULTS[key]]
+    times = [run.data.metrics["train_s"] for run in runs or references if "train_s" in run.data.metrics]
+    return [
+        re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", first.info.run_name),
+        _network(params),
+        params["data.label"] + (f", jitter {jitter}" if jitter != "0" else ""),
+        params["negatives.kind"] if runs else "",
+        ", ".join(rule),
+        params["training.epochs"],
+        _errors(runs, "test/goodness_error"),
+        _errors(runs, "test/readout_error") + _fitted(runs),
+        _errors(references, "test/readout_error"),
+        "" if paper == "None" else f"{float(paper):.2%}",
+        f"{median(times):,.0f}" if times else "",
+    ]
 
 
 def _told(run: Any, names: Iterable[str]) -> str:
