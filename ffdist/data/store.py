@@ -4,23 +4,20 @@
     STORE/epoch_0003/shard_000007.arrow          the negatives of one shard
     STORE/epoch_0003/shard_000007.json           its samples, size and SHA-256, and which store it belongs to
 
-A shard is written under another name, synced and renamed; its entry follows in the same way. Without its entry a shard
-does not exist. Folders are local, or any URI that `pyarrow.fs` knows, such as s3://bucket/negatives.
+A shard is written first, its entry after it. Without its entry a shard does not exist.
 """
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ffdist.data.folder import Folder
 from ffdist.data.order import SHARD_SAMPLES
 from ffdist.ff.negatives import NegativesError
 
@@ -80,9 +77,7 @@ class Store:
         if different:
             told = "; ".join(f"{key}: store {there.get(key)!r}, run {needed[key]!r}" for key in different)
             raise NegativesError(f"{self.uri} holds other negatives than this run needs ({told}); set another store")
-        probe = f".{uuid.uuid4().hex[:8]}"
-        self._put(probe, b"")
-        self._filesystem.delete_file(self._path(probe))
+        self._folder.check_writable()
 
     def entries(self) -> Iterator[Entry]:
         """Yields what is known of every whole shard, in order.
@@ -90,13 +85,7 @@ class Store:
         Raises:
             NegativesError: One of them is damaged.
         """
-        from pyarrow.fs import FileSelector
-
-        try:
-            files = self._filesystem.get_file_info(FileSelector(self._root, recursive=True))
-        except OSError as error:
-            raise NegativesError(f"{self._root} cannot be read ({_brief(error)})") from error
-        for name in sorted(info.path[len(self._root) :].lstrip("/") for info in files):
+        for name in self._folder.names():
             if name.endswith(".json") and name != MANIFEST and (entry := self._entry(name)):
                 yield entry
 
@@ -110,8 +99,8 @@ class Store:
         entry = self._entry(f"{name}.json")
         if entry is None:
             return None
-        content, path = self._get(f"{name}.arrow"), self._path(f"{name}.arrow")
-        way_out = f"remove {self._path(name)}.json to have it made anew"
+        content, path = self._folder.get(f"{name}.arrow"), self._folder.path(f"{name}.arrow")
+        way_out = f"remove {self._folder.path(name)}.json to have it made anew"
         if content is None:
             raise NegativesError(f"{path} is missing; {way_out}")
         if len(content) != entry.num_bytes:
@@ -133,16 +122,16 @@ class Store:
         Raises:
             NegativesError: It cannot be written.
         """
-        if self._get(MANIFEST) is None:
+        if self._folder.get(MANIFEST) is None:
             manifest = {"facts": self._needed, "config": self.config}
-            self._put(MANIFEST, json.dumps(manifest, indent=2).encode())
+            self._folder.put(MANIFEST, json.dumps(manifest, indent=2).encode())
         content = _encode(negatives)
         digest = hashlib.sha256(content).hexdigest()
         first = number * SHARD_SAMPLES
         entry = Entry(epoch, number, first, len(negatives), len(content), digest, self._identity)
         name = _name(epoch, number)
-        self._put(f"{name}.arrow", content)
-        self._put(f"{name}.json", json.dumps(entry._asdict()).encode())  # last: now the shard exists
+        self._folder.put(f"{name}.arrow", content)
+        self._folder.put(f"{name}.json", json.dumps(entry._asdict()).encode())  # last: now the shard exists
 
     @property
     def _needed(self) -> dict[str, Any]:
@@ -150,20 +139,24 @@ class Store:
         return facts
 
     @cached_property
+    def _folder(self) -> Folder:
+        return Folder(self.uri, NegativesError)
+
+    @cached_property
     def _identity(self) -> str:
         return hashlib.sha256(json.dumps(self._needed, sort_keys=True).encode()).hexdigest()
 
     def _manifest(self) -> dict[str, Any] | None:
-        content = self._get(MANIFEST)
+        content = self._folder.get(MANIFEST)
         if content is None:
             return None
         found = _json(content)
         if not (isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in ("facts", "config"))):
-            raise NegativesError(f"{self._path(MANIFEST)} is damaged; remove the store and make it anew")
+            raise NegativesError(f"{self._folder.path(MANIFEST)} is damaged; remove the store and make it anew")
         return found
 
     def _entry(self, name: str) -> Entry | None:
-        content = self._get(name)
+        content = self._folder.get(name)
         if content is None:
             return None
         found = _json(content)
@@ -173,55 +166,8 @@ class Store:
             and found.keys() == kinds.keys()
             and all(isinstance(found[key], kind) for key, kind in kinds.items())
         ):
-            raise NegativesError(f"{self._path(name)} is damaged; remove it to have its shard made anew")
+            raise NegativesError(f"{self._folder.path(name)} is damaged; remove it to have its shard made anew")
         return Entry(**found)
-
-    @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        from pyarrow.fs import FileSystem, LocalFileSystem
-
-        if "://" not in self.uri:
-            return LocalFileSystem(), str(Path(self.uri).expanduser().resolve())
-        try:
-            filesystem, root = FileSystem.from_uri(self.uri)
-        except (ValueError, OSError) as error:
-            raise NegativesError(f"{self.uri} cannot be opened ({_brief(error)})") from error
-        return filesystem, root
-
-    @property
-    def _filesystem(self) -> Any:
-        return self._opened[0]
-
-    @property
-    def _root(self) -> str:
-        return self._opened[1]
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _get(self, name: str) -> bytes | None:
-        try:
-            with self._filesystem.open_input_stream(self._path(name)) as stream:
-                content: bytes = stream.read()
-            return content
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise NegativesError(f"{self._path(name)} cannot be read ({_brief(error)})") from error
-
-    def _put(self, name: str, content: bytes) -> None:
-        path = self._path(name)
-        part = f"{path}.{uuid.uuid4().hex[:8]}.part"  # another process may be writing the same
-        try:
-            self._filesystem.create_dir(os.path.dirname(path), recursive=True)  # noqa: PTH120, not always a local path
-            with self._filesystem.open_output_stream(part) as stream:
-                stream.write(content)
-            if self._filesystem.type_name == "local":
-                with open(part, "rb") as file:  # noqa: PTH123
-                    os.fsync(file.fileno())
-            self._filesystem.move(part, path)
-        except OSError as error:
-            raise NegativesError(f"{path} cannot be written ({_brief(error)})") from error
 
 
 def _encode(negatives: Tensor) -> bytes:
@@ -258,7 +204,3 @@ def _json(content: bytes) -> Any:
         return json.loads(content)
     except ValueError:
         return None
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

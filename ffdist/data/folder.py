@@ -1,0 +1,113 @@
+"""A folder that files are kept in, local or far: whole or not at all.
+
+A file is written under another name, synced and renamed, so that whoever reads it finds all of it or none.
+"""
+
+import os
+import uuid
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+
+class Folder:
+    """A local folder, or any URI that `pyarrow.fs` knows, such as s3://bucket/runs. Nothing is opened before its use.
+
+    Args:
+        uri: Path or URI.
+        error: Raised, with a text that says what and why, where it cannot be opened, read or written.
+    """
+
+    def __init__(self, uri: str, error: type[Exception]) -> None:
+        self.uri, self._error = uri, error
+
+    def get(self, name: str) -> bytes | None:
+        """Returns what a file holds; None where there is none."""
+        try:
+            with self._filesystem.open_input_stream(self.path(name)) as stream:
+                content: bytes = stream.read()
+            return content
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._error(f"{self.path(name)} cannot be read ({_brief(error)})") from error
+
+    def put(self, name: str, content: bytes) -> None:
+        """Writes a file, folders included; what was there under its name stays until all of the new one is."""
+        path = self.path(name)
+        part = f"{path}.{uuid.uuid4().hex[:8]}.part"  # another process may be writing the same
+        try:
+            self._filesystem.create_dir(os.path.dirname(path), recursive=True)  # noqa: PTH120, not always a local path
+            with self._filesystem.open_output_stream(part) as stream:
+                stream.write(content)
+            self._sync(part)
+            self._filesystem.move(part, path)
+            self._sync(os.path.dirname(path))  # noqa: PTH120
+        except OSError as error:
+            with suppress(OSError):
+                self._filesystem.delete_file(part)  # a full disk wants it back
+            raise self._error(f"{path} cannot be written ({_brief(error)})") from error
+
+    def names(self) -> list[str]:
+        """Returns the names of all files, those in folders as `folder/file`, sorted."""
+        from pyarrow.fs import FileSelector
+
+        try:
+            found = self._filesystem.get_file_info(FileSelector(self._root, recursive=True, allow_not_found=True))
+        except OSError as error:
+            raise self._error(f"{self._root} cannot be read ({_brief(error)})") from error
+        return sorted(info.path[len(self._root) :].lstrip("/") for info in found if info.is_file)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, or a folder with all that is in it."""
+        try:
+            if self._filesystem.get_file_info(self.path(name)).is_file:
+                self._filesystem.delete_file(self.path(name))
+            else:
+                self._filesystem.delete_dir(self.path(name))
+        except OSError as error:
+            raise self._error(f"{self.path(name)} cannot be removed ({_brief(error)})") from error
+
+    def check_writable(self) -> None:
+        """Makes sure that something can be added."""
+        probe = f".{uuid.uuid4().hex[:8]}"
+        self.put(probe, b"")
+        self.remove(probe)
+
+    def path(self, name: str) -> str:
+        """Returns where a file lies, in words that a user can look for."""
+        return f"{self._root}/{name}"
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        from pyarrow.fs import FileSystem, LocalFileSystem
+
+        if "://" not in self.uri:
+            return LocalFileSystem(), str(Path(self.uri).expanduser().resolve())
+        try:
+            filesystem, root = FileSystem.from_uri(self.uri)
+        except (ValueError, OSError) as error:
+            raise self._error(f"{self.uri} cannot be opened ({_brief(error)})") from error
+        return filesystem, root
+
+    @property
+    def _filesystem(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
+
+    def _sync(self, path: str) -> None:
+        """Has what was written outlive a loss of power, where that is ours to ask."""
+        if self._filesystem.type_name == "local":
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
