@@ -1,66 +1,231 @@
-"""Commits: one safetensors file per layer and for the readout, and a manifest that makes them one.
+"""Commits: one safetensors file per layer and for the rest of what a run keeps, and a manifest that makes them one.
 
-    RUN/commits/000042/layer_1.safetensors ... readout.safetensors manifest.json
+    COMMITS/0003-000120/layer_1.safetensors ... readout.safetensors      what they learned; loading can run no code
+                        negatives.safetensors                            labels drawn and still to be used
+                        position.safetensors                             where the run stands
+                        manifest.json
 
-A commit is whole or invisible: the files are written and synced first, the manifest is renamed into place last.
+A commit is whole or invisible: one writer puts the states there beside the training, and the driver renames the
+manifest into place when all that led to them was found good.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from pathlib import Path
-from typing import Any
+import re
+from importlib.metadata import version
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
+from ffdist.data.folder import Folder
+from ffdist.pipeline.schedule import Position, Snapshot
+from ffdist.pipeline.source import Drawn
 from ffdist.pipeline.stage import State
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+POSITION = "position"
+WHOLE = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}")
+WAY_OUT = "add --resume-from-older to go on from the commit before it"
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+\.safetensors$")]  # and so never out of its folder
 
 
-def write_commit(folder: Path, state: State, *, step: int, **facts: Any) -> Path:
-    """Writes a commit under `folder` and returns its own folder, named by the step.
+class CommitError(Exception):
+    """A commit that cannot be written or read; the text says which, why, and what can be done."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileFacts(_Strict):
+    """What a file must be."""
+
+    sha256: str
+    num_bytes: int
+
+
+class Manifest(_Strict):
+    """What is known of a commit."""
+
+    schema_version: int
+    ffdist_version: str
+    epoch: int
+    minibatch: int
+    """Of that epoch, the first that is still to be learned from; past its end while it is not evaluated."""
+    step: int
+    """Minibatches done."""
+    validation_error: float | None
+    """Of these very weights, in [0, 1]; None where they were not evaluated."""
+    best_commit: str | None
+    """The commit that did best on validation so far."""
+    best_error: float | None
+    train_s: float
+    """Time that it took so far."""
+    mlflow_run_id: str
+    dataset_sha256: str
+    """Of the training samples."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    made_with: dict[str, str | int]
+    """What the last bits depend on beside it."""
+    files: dict[FileName, FileFacts]
+
+
+def commit_name(position: Position) -> str:
+    """Names a commit by where it was taken."""
+    return f"{position.epoch:04d}-{position.minibatch:06d}"
+
+
+class Written(NamedTuple):
+    """What a writer did."""
+
+    files: dict[str, FileFacts]
+    not_finite: str | None
+    """A tensor that holds infinities or NaNs, if there is one."""
+
+
+class CommitWriter:
+    """Writes states as they come; the only part of a run that writes much.
 
     Args:
-        folder: Holds a run's commits; made where it is missing.
-        state: What to write.
-        step: Minibatches done.
-        **facts: What the manifest tells beside the files, as JSON.
+        uri: Folder of the run's commits.
     """
-    commit = folder / f"{step:06d}"
-    commit.mkdir(parents=True, exist_ok=True)
-    described = {}
-    for name, tensors in state.items():
-        content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        _write(commit / f"{name}.safetensors", content)
-        described[f"{name}.safetensors"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    # Renamed last: without its manifest a commit does not exist, whatever lies in its folder.
-    manifest = {"schema": SCHEMA, "step": step, **facts, "files": described}
-    _write(commit / f"{MANIFEST}.part", json.dumps(manifest, indent=2).encode())
-    (commit / f"{MANIFEST}.part").rename(commit / MANIFEST)
-    return commit
+
+    def __init__(self, uri: str) -> None:
+        self._folder = Folder(uri, CommitError)
+
+    def write(self, snapshot: Snapshot, *parts: State | Drawn) -> Written:
+        """Writes all files of a commit but its position and manifest.
+
+        Args:
+            snapshot: Where the states were taken.
+            *parts: States of parts, and drawn labels that are still to be delivered.
+
+        Raises:
+            CommitError: Something cannot be written.
+        """
+        name, state = commit_name(snapshot.position), dict[str, dict[str, Tensor]]()
+        for part in parts:
+            if isinstance(part, Drawn):
+                state["negatives"] = part.added_to(state["negatives"])
+            else:
+                state |= part
+        files = {f"{key}.safetensors": self.put(name, key, tensors) for key, tensors in state.items()}
+        not_finite = next(
+            (
+                f"{key}/{tensor_name}"
+                for key, tensors in state.items()
+                for tensor_name, tensor in tensors.items()
+                if not tensor.isfinite().all()
+            ),
+            None,
+        )
+        return Written(files, not_finite)
+
+    def put(self, name: str, key: str, tensors: dict[str, Tensor]) -> FileFacts:
+        """Writes one file of a commit, `KEY.safetensors`."""
+        content = save({tensor_name: tensor.contiguous() for tensor_name, tensor in tensors.items()})
+        self._folder.put(f"{name}/{key}.safetensors", content)
+        return FileFacts(sha256=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
 
 
-def commits(folder: Path) -> list[Path]:
-    """Returns the whole commits under a folder, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"*/{MANIFEST}")), key=lambda path: int(path.name))
+class Commits:
+    """The commits of a run.
 
+    Args:
+        uri: Their folder.
+    """
 
-def read_commit(commit: Path) -> State:
-    """Reads the state of a commit."""
-    manifest = json.loads((commit / MANIFEST).read_text())
-    return {name.removesuffix(".safetensors"): load_file(commit / name) for name in manifest["files"]}
+    def __init__(self, uri: str) -> None:
+        self.uri, self._folder = uri, Folder(uri, CommitError)
 
+    def names(self) -> list[str]:
+        """Returns the names of all whole commits, oldest first."""
+        found = [WHOLE.fullmatch(name) for name in self._folder.names()]
+        return [commit_name(place) for place in sorted(Position(*map(int, match.groups())) for match in found if match)]
 
-def prune(folder: Path, *, keep: int, spare: Path | None) -> None:
-    """Removes all whole commits but the `keep` newest and `spare`; due after a newer one is whole, never before."""
-    for commit in commits(folder)[:-keep]:
-        if commit != spare:
-            (commit / MANIFEST).unlink()
-            shutil.rmtree(commit)
+    def path(self, name: str) -> str:
+        """Returns where a commit lies."""
+        return self._folder.path(name)
+
+    def finish(self, name: str, written: Written, position: dict[str, Tensor], **facts: Any) -> Manifest:
+        """Makes a commit of what was written.
+
+        Args:
+            name: As `commit_name` returns it.
+            written: By the writer.
+            position: Where the run stands.
+            **facts: What the manifest tells beside.
+
+        Raises:
+            CommitError: It cannot be written.
+        """
+        facts_of_position = CommitWriter(self.uri).put(name, POSITION, position)
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            ffdist_version=version("ffdist"),
+            files={**written.files, f"{POSITION}.safetensors": facts_of_position},
+            **facts,
+        )
+        # Last: without its manifest a commit does not exist, whatever lies in its folder.
+        self._folder.put(f"{name}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+        return manifest
+
+    def read(self, name: str) -> tuple[Manifest, State]:
+        """Returns a commit, every file of it checked.
+
+        Raises:
+            CommitError: It is damaged, or of another version.
+        """
+        manifest = self.read_manifest(name)
+        state = {file.removesuffix(".safetensors"): self._read(name, file, manifest) for file in manifest.files}
+        return manifest, state
+
+    def read_manifest(self, name: str) -> Manifest:
+        """Returns what is known of a commit.
+
+        Raises:
+            CommitError: It is damaged, or of another version.
+        """
+        path = self._folder.path(f"{name}/{MANIFEST}")
+        try:
+            found = json.loads(self._folder.get(f"{name}/{MANIFEST}") or b"")
+            schema = found.get("schema_version", 1)
+            if schema != SCHEMA:
+                raise CommitError(
+                    f"{path} has schema {schema}, and this ffdist reads {SCHEMA}; use the one that wrote it"
+                )
+            return Manifest.model_validate_json(json.dumps(found))
+        except (ValueError, AttributeError, ValidationError) as error:
+            raise CommitError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {WAY_OUT}") from error
+
+    def prune(self, *, keep: int, spare: str | None) -> None:
+        """Removes all whole commits but the `keep` newest and `spare`; due after a newer one is whole, never before."""
+        for name in self.names()[:-keep]:
+            if name != spare:
+                self._folder.remove(f"{name}/{MANIFEST}")
+                self._folder.remove(name)
+
+    def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
+        path, facts = self._folder.path(f"{name}/{file}"), manifest.files[file]
+        content = self._folder.get(f"{name}/{file}")
+        if content is None:
+            raise CommitError(f"{path} is missing; {WAY_OUT}")
+        if len(content) != facts.num_bytes:
+            raise CommitError(f"{path} is cut or grown (bytes: {len(content)}, written: {facts.num_bytes}); {WAY_OUT}")
+        if hashlib.sha256(content).hexdigest() != facts.sha256:
+            raise CommitError(f"{path} is not what was written there (its SHA-256 differs); {WAY_OUT}")
+        try:
+            tensors: dict[str, Tensor] = load(content)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise CommitError(f"{path} is no file of tensors ({error}); {WAY_OUT}") from error
+        return tensors
 
 
 def weights_sha256(state: State) -> str:
@@ -70,16 +235,10 @@ def weights_sha256(state: State) -> str:
     `layer_1/bias float32 [1000]` with a line feed, then the values, little-endian float32, in row order.
     """
     digest = hashlib.sha256()
-    for layer in sorted(state, key=lambda name: (name == "readout", len(name), name)):
+    parts = [name for name in state if name.startswith("layer_") or name == "readout"]
+    for part in sorted(parts, key=lambda name: (name == "readout", len(name), name)):
         for name in ("bias", "weight"):
-            tensor = state[layer][name].to("cpu", torch.float32).contiguous()
-            digest.update(f"{layer}/{name} float32 {list(tensor.shape)}\n".encode())
+            tensor = state[part][name].to("cpu", torch.float32).contiguous()
+            digest.update(f"{part}/{name} float32 {list(tensor.shape)}\n".encode())
             digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ffdist.config import Config, ConfigError
+from ffdist.config import Config, ConfigError, RunFailed
 from ffdist.config_file import find_config, load_config
 
 INTERRUPTED = 130
@@ -26,15 +26,32 @@ runs_option = click.option(
     help="Runs folder.",
 )
 
-summary_option = click.option(
-    "--summary", type=click.Path(path_type=Path, dir_okay=False), help="File for the final figures, as JSON."
+RUN_OPTIONS = (
+    runs_option,
+    click.option(
+        "--summary", type=click.Path(path_type=Path, dir_okay=False), help="File for the final figures, as JSON."
+    ),
+    click.option("--resume", metavar="RUN", help="Go on with RUN, a folder or MLflow run id, where it stopped."),
+    click.option("--resume-from-older", is_flag=True, help="Pass over damaged commits of RUN."),
+    click.option("--from", "origin", metavar="RUN", help="Start from the weights of RUN."),
 )
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds what every command that trains takes."""
+    for option in reversed(RUN_OPTIONS):
+        command = option(command)
+    return command
 
 
 class Refused(click.ClickException):
     """A wrong setting or input, told in one paragraph."""
 
     exit_code = 2
+
+
+class Stopped(click.ClickException):
+    """A run that had to stop, told in one paragraph."""
 
 
 @contextmanager
@@ -45,8 +62,10 @@ def told() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise Refused(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo("interrupted; a run that had begun is marked as killed", err=True)
+    except RunFailed as error:
+        raise Stopped(str(error)) from error
+    except KeyboardInterrupt as interrupt:
+        click.echo(str(interrupt) or "interrupted; a run that had begun is marked as killed", err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -75,45 +94,58 @@ def main() -> None:
     "--runner", type=click.Choice(["ray", "serial"]), default="ray", show_default=True, help="Where stages run."
 )
 @click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of the run's own.")
-@runs_option
-@summary_option
+@run_options
 @click.pass_context
-def train(
-    context: click.Context,
-    words: tuple[str, ...],
-    runner: Any,
-    address: str | None,
-    runs: Path,
-    summary: Path | None,
-) -> None:
+def train(context: click.Context, /, words: tuple[str, ...], runner: Any, address: str | None, **run: Any) -> None:
     """Train CONFIG, a YAML file or the name of a shipped one (digits, mnist, ...).
 
     SECTION.KEY=VALUE sets a value over the file's, such as training.epochs=10.
     """
     default = context.obj.get("address", "local") if context.obj else "local"
-    _train(words, runs, summary, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or default)
+    _train(words, **run, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or default)
 
 
 @click.command()
 @words_argument
-@runs_option
-@summary_option
-def baseline(words: tuple[str, ...], runs: Path, summary: Path | None) -> None:
+@run_options
+def baseline(words: tuple[str, ...], **run: Any) -> None:
     """Train the layers of CONFIG by backpropagation end to end, on the same data in the same order, as a reference.
 
     All of it learns by training.readout_learning_rate, readout_weight_decay and smoothing.
     """
-    _train(words, runs, summary, runner="backpropagation")
+    _train(words, **run, runner="backpropagation")
 
 
-def _train(words: tuple[str, ...], runs: Path, summary: Path | None, **how: Any) -> None:
+def _train(
+    words: tuple[str, ...],
+    *,
+    runs: Path,
+    summary: Path | None,
+    resume: str | None,
+    resume_from_older: bool,
+    origin: str | None,
+    **how: Any,
+) -> None:
     with told():
         if summary:
             _check_writable(summary)
         config, name = _load(words)
+        if resume and origin:
+            raise ConfigError(
+                f"a run goes on or starts from another's weights, not both (--resume {resume}, --from {origin})"
+            )
+        from ffdist.start import find_run
         from ffdist.trainer import train as run_training
 
-        run = run_training(config, runs=runs, name=name, **how)
+        run = run_training(
+            config,
+            runs=runs,
+            name=name,
+            resumed=find_run(resume, runs, config) if resume else None,
+            from_older=resume_from_older,
+            origin=find_run(origin, runs, config) if origin else None,
+            **how,
+        )
         if summary:
             summary.write_text(json.dumps(run.summary, indent=2) + "\n")
 
@@ -200,7 +232,7 @@ def ui(runs: Path, port: int) -> None:
 
 
 def _database(runs: Path) -> str:
-    from ffdist.tracking.tracker import default_uri
+    from ffdist.tracking.server import default_uri
 
     if not (runs / "mlflow.db").is_file():
         raise ConfigError(f"{runs} holds no tracked run; train one first, or set --runs DIR")

@@ -7,9 +7,19 @@ from pydantic import Field, model_validator
 
 from ffdist.sections import Checkpoint, Data, Model, Negatives, Number, Pipeline, Section, Tracking, Training
 
+DECIDES_NOTHING = (
+    *("pipeline.", "tracking.", "checkpoint.", "data.root", "training.evaluate_every"),
+    *("negatives.actors", "negatives.ahead", "negatives.store"),
+)
+"""Settings, by the start of their name, in which runs of the same weights may differ."""
+
 
 class ConfigError(ValueError):
     """A user's setting or input that cannot work; its text states the rule, the value and the way out."""
+
+
+class RunFailed(RuntimeError):
+    """A run that had to stop; its text says why, and what was kept."""
 
 
 class Config(Section):

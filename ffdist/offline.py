@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from ffdist.checkpoint import commits, read_commit
 from ffdist.config import Config, ConfigError
 from ffdist.config_file import load_config, parse_config
 from ffdist.data.datasets import load_dataset
@@ -21,10 +20,11 @@ from ffdist.ff.negatives import NegativesError
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.source import NegativeSource
+from ffdist.pipeline.stage import State, layer_name
 from ffdist.prepare import build_architecture, prepare
+from ffdist.start import CONFIG, SUMMARY, commits_of, find_run, newest
 from ffdist.tracking.plots import plot_negatives
-from ffdist.tracking.tracker import log_to_run
-from ffdist.trainer import SUMMARY
+from ffdist.tracking.server import log_to_run
 
 ROWS = 1000
 """Images that pass through the layers together."""
@@ -113,13 +113,16 @@ def fit_readout(run: str, *, runs: Path) -> float:
         ConfigError: There is no such run, or it has no commit.
     """
     folder = find_run(run, runs)
-    config = load_config(str(folder / "config.yaml"))
-    summary = json.loads((folder / SUMMARY).read_text())
-    found = commits(folder / "commits")
-    if not found:
-        raise ConfigError(f"{folder} has no commit to take layers from; train it again")
+    if not (folder / SUMMARY).is_file():
+        raise ConfigError(f"{folder} is not finished; go on with it by `ffdist train CONFIG --resume {folder}`")
+    config = load_config(str(folder / CONFIG))
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{folder / SUMMARY} is damaged ({error}); train the run again") from error
+    _, state = newest(commits_of(config, folder))
     dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
-    network = load_network(build_architecture(config, dataset), found[-1])
+    network = load_network(build_architecture(config, dataset), state)
     rows: dict[str, Any] = {}
     for split in ("train", "test"):
         parts = torch.split(dataset.images[split], ROWS)
@@ -144,24 +147,10 @@ def fit_readout(run: str, *, runs: Path) -> float:
     return wrong
 
 
-def load_network(architecture: Architecture, commit: Path) -> Network:
-    """Returns the network of a commit."""
+def load_network(architecture: Architecture, state: State) -> Network:
+    """Returns the network of a state."""
     network = Network(architecture)
-    for name, state in read_commit(commit).items():
-        part = network.readout if name == "readout" else network.layers[int(name.removeprefix("layer_")) - 1]
-        part.load_state_dict(state)
+    for index, layer in enumerate(network.layers):
+        layer.load_state_dict(state[layer_name(index)])
+    network.readout.load_state_dict(state["readout"])
     return network
-
-
-def find_run(run: str, runs: Path) -> Path:
-    """Returns the folder of a finished run, given by its folder or by its MLflow run id.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if (Path(run) / SUMMARY).is_file():
-        return Path(run)
-    for path in sorted(runs.glob(f"*/{SUMMARY}")):
-        if f'"mlflow_run_id": "{run}"' in path.read_text():
-            return path.parent
-    raise ConfigError(f"a run is the folder of a finished one, or an MLflow run id of one in {runs} (given: {run})")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -22,9 +23,28 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
+def hold_no_secret(uri: str) -> str:
+    """Returns a URI, which will be written to files and to MLflow, if it may be.
+
+    Raises:
+        ValueError: There is a password or a key in it, which the text does not repeat.
+    """
+    parts = urlsplit(uri)
+    named = {name.lower() for name, _ in parse_qsl(parts.query)}
+    if parts.password or any(word in name for name in named for word in ("key", "token", "secret", "password")):
+        raise ValueError(
+            f"a URI must hold no password or key, because it is written down (scheme: {parts.scheme}, host: "
+            f"{parts.hostname}); give it by the environment, such as MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"
+        )
+    return uri
+
+
 Number = BeforeValidator(_no_boolean)
 Count = Annotated[int, Number, Field(ge=1)]
+
+Uri = Annotated[str, AfterValidator(hold_no_secret)]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
+Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -49,7 +69,7 @@ class Data(Section):
     label: Literal["overwrite", "append", "everywhere", "none"] = "overwrite"
     """How the input shows the label: in place of the first C values, as C more, as C more in each local field of the
     first layer, or not at all (unsupervised: only the readout learns labels)."""
-    label_scale: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 1.0
+    label_scale: Positive = 1.0
     """Value that stands for the label, as pixels count from 0 to 1."""
     jitter: Annotated[int, Number, Field(ge=0)] = 0
     """Most pixels that each training image is shifted, down or up and right or left, afresh every epoch."""
@@ -75,7 +95,7 @@ class Data(Section):
         return self
 
 
-Threshold = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] | Literal["units"]
+Threshold = Positive | Literal["units"]
 
 
 class LocalLayer(Section):
@@ -148,7 +168,7 @@ class Negatives(Section):
     """Chunks whose negatives are asked for before the chunk is."""
     prediction_delay: Count = 200
     """Minibatches after which a label that the readout drew becomes a sample's `hard_label`."""
-    store: str | None = None
+    store: Uri | None = None
     """Folder, or URI of one, that negatives are read from and, where it lacks them, added to."""
 
     @model_validator(mode="after")
@@ -174,7 +194,7 @@ class Training(Section):
     loss: Literal["logistic", "margin", "symmetric"] = "logistic"
     """Of goodness above and below the threshold, or (`symmetric`) of the difference in each pair of a sample's rows;
     `margin` is the common PyTorch port's name for `logistic`."""
-    alpha: Annotated[float, Number, Field(gt=0, allow_inf_nan=False)] = 1.0
+    alpha: Positive = 1.0
     """Sharpness of the loss, which is taken of `alpha` times the margin, goodness minus threshold."""
     updates: Literal["joint", "alternating"] = "joint"
     """Whether positive and negative rows of a minibatch make one update, or one after the other one each."""
@@ -212,6 +232,12 @@ class Pipeline(Section):
     """torch's threads in a stage, and in the readout; part of the order of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto`: on GPUs where the cluster has some."""
+    max_failures: Annotated[int, Number, Field(ge=0)] = 5
+    """Lost actors or nodes, within `failure_window_s`, after which the run goes on from its last commit."""
+    failure_window_s: Positive = 3600.0
+    """Time after which a failure is forgotten."""
+    stall_timeout_s: Positive = 300.0
+    """Longest that an actor may do nothing before it counts as lost."""
 
 
 class Checkpoint(Section):
@@ -219,16 +245,26 @@ class Checkpoint(Section):
 
     keep: Count = 1
     """Newest commits kept, beside the one that did best on validation."""
+    every_minibatches: Count | None = None
+    """Minibatches from one commit to the next; without it time alone decides."""
+    every_s: Positive | None = 60.0
+    """Seconds from one commit to the next."""
+    uri: Uri | None = None
+    """Folder, or URI of one, that gets a folder of commits for each run; without it they lie in the run's own."""
 
 
 class Tracking(Section):
     """MLflow."""
 
-    uri: str | None = None
+    uri: Uri | None = None
     """Tracking server or database; without it MLFLOW_TRACKING_URI, else a database in the runs folder."""
     experiment: str = "ffdist"
     """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
+    outbox_bytes: Count = 100_000_000
+    """About how much may wait in the run's folder for a server that is away; beyond it points are thinned out."""
+    flush_timeout_s: NotNegative = 30.0
+    """Time that the end of a run waits for the server to take what is left."""
     paper_error: Fraction | None = None
     """Test error that the paper gives for the experiment, in [0, 1); stands in the table of results."""

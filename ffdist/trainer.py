@@ -1,35 +1,30 @@
 """The training loop, from dataset to digest, on any runner."""
 
 import json
+import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ffdist.checkpoint import prune, weights_sha256, write_commit
-from ffdist.config import Config, ConfigError
-from ffdist.data.datasets import Dataset
-from ffdist.data.order import SampleOrder
-from ffdist.evaluation import Evaluation, evaluate
+from ffdist.checkpoint import CommitError
+from ffdist.config import Config, ConfigError, RunFailed
+from ffdist.failures import Failures, PartLost
 from ffdist.ff.negatives import NegativesError
-from ffdist.pipeline.backpropagation import Backpropagation
-from ffdist.pipeline.partition import partition
-from ffdist.pipeline.runner import Blueprint, Evaluated, Runner, Trained, serial_runner, torch_threads
-from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Snapshot, Train, schedule
-from ffdist.pipeline.stage import State
+from ffdist.interrupts import stop_requests
+from ffdist.launch import Placed, RunnerName, machine, place
+from ffdist.loop import Loop
 from ffdist.prepare import prepare
-from ffdist.runtime.cluster import check_object_store, cluster_resources, connect, machine_resources
-from ffdist.runtime.placement import decide, describe, reserve
-from ffdist.tracking.averages import Averages
-from ffdist.tracking.plots import History, plot_confusion, plot_layers
+from ffdist.start import CONFIG, SUMMARY, Start, commits_of, differences, go_on, made_with, resume, start_from
 from ffdist.tracking.progress import Display, closing_words
-from ffdist.tracking.tracker import Tracker, how_to_look, tracking_uri
+from ffdist.tracking.server import how_to_look, tracking_uri
+from ffdist.tracking.tracker import Tracker
 
-RunnerName = Literal["ray", "serial", "backpropagation"]
-SUMMARY = "summary.json"
-"""Final figures in the folder of a run."""
+PLACING_AGAIN_S = 60.0
+"""Longest that a run waits for places after a loss."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,9 @@ def train(
     address: str | None = "local",
     runs: Path = Path("runs"),
     name: str = "run",
+    resumed: Path | None = None,
+    from_older: bool = False,
+    origin: Path | None = None,
 ) -> Run:
     """Trains a network, evaluates it and keeps it.
 
@@ -59,170 +57,119 @@ def train(
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
         runs: Folder that gets the run's own folder, and the tracking database where nothing else is set.
         name: Start of the run's name.
+        resumed: Folder of a run that goes on from its newest commit, and ends as if it had never stopped.
+        from_older: Whether a damaged commit is passed over.
+        origin: Folder of a run from whose weights this one starts.
 
     Raises:
         ConfigError: Something asked for cannot be; nothing was trained.
+        RunFailed: The run had to stop; what was committed is kept.
+        KeyboardInterrupt: The run was asked to stop; it can go on from its last commit.
     """
     started = time.perf_counter()
     if runner == "backpropagation":
         config = config.by_backpropagation()
-    dataset, order, architecture, plan = prepare(config)
+    prepared = prepare(config)
+    start = Start({})
+    if resumed:
+        start = resume(config, prepared.dataset, resumed, from_older=from_older)
+    elif origin:
+        start = start_from(config, prepared.architecture, origin)
     _make_folder(runs)
     with ExitStack() as stack:
         uri = tracking_uri(config.tracking, runs)
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens while Ray starts
-        display = stack.enter_context(Display(config.passes, order.minibatches))
-        if runner == "ray":
-            display.doing("starting Ray")
-            stack.enter_context(connect(address))
-        placement = decide(
-            config.pipeline,
-            layers=len(architecture.layers),
-            negative_actors=plan.num_parts,
-            resources=cluster_resources() if runner == "ray" else machine_resources(),
-        )
-        blueprint = Blueprint(
-            architecture,
-            order,
-            negatives=plan,
-            jitter=config.data.jitter,
-            stage_layers=partition(architecture.weights, placement.stages),
-            measure_every=config.tracking.every_minibatches,
-            device=placement.device,
-        )
-        if runner == "ray":
-            in_flight = blueprint.bytes_in_flight(config.pipeline.chunk_size, config.pipeline.max_in_flight)
-            check_object_store(images=sum(split.nbytes for split in dataset.images.values()), in_flight=in_flight)
-            group = stack.enter_context(reserve(placement.bundles(plan.num_parts)))
-        folder = _new_folder(runs, name)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        tracker.begin(folder.name, config.flat() | {"runner": runner})
-        tracker.log_artifact(folder / "config.yaml")
-        decided = describe(runner, placement, blueprint)
-        tracker.log_tags({"decided": decided, "folder": str(folder.resolve())})
-        display.say(decided)
-        images, labels = dataset.images, dataset.labels["train"]
-        pipeline: Runner | Backpropagation
-        if runner == "ray":
-            from ffdist.runtime.runner import ray_runner
-
-            display.doing("starting actors")
-            opened = ray_runner(blueprint, group, config.pipeline, images=images, labels=labels)
-            pipeline = stack.enter_context(opened)
-        else:
-            stack.enter_context(torch_threads(config.pipeline.threads_per_stage))
-            if runner == "serial":
-                pipeline = serial_runner(blueprint, images, labels)
-            else:
-                pipeline = Backpropagation(blueprint, images, labels)
+        display = stack.enter_context(Display(config.passes, prepared.order.minibatches))
+        display.doing("starting")
+        resources = stack.enter_context(machine(runner, address))
+        failures = Failures(config.pipeline.max_failures, config.pipeline.failure_window_s)
+        asked_to_stop = stack.enter_context(stop_requests())
+        attempt = stack.enter_context(ExitStack())
+        placed = attempt.enter_context(place(runner, prepared, config, resources))
+        folder = resumed or _new_folder(runs, name)
+        made = made_with(config, placed.blueprint.device)
+        _begin(tracker, display, config, folder, start, made, {"runner": runner})
+        commits = commits_of(config, folder)
         try:
-            figures = _Loop(config, dataset, order, folder, tracker, display).run(pipeline)
+            while True:
+                display.say(placed.in_words)
+                display.doing("starting the pipeline")
+                loop = Loop(config, prepared, commits, start, tracker, display, made, failures.mark)
+                try:
+                    with attempt:
+                        loop.run(attempt.enter_context(placed.start(commits.uri)), asked_to_stop)
+                    break
+                except PartLost as lost:
+                    failures.take(lost)
+                    display.say(f"{lost}; {loop.kept}")
+                    start = go_on(commits, start)
+                    attempt = stack.enter_context(ExitStack())
+                    placed = _place_again(attempt, asked_to_stop, runner, prepared, config, resources)
+                    failures.mark("placed")
+            if loop.stopped:
+                raise KeyboardInterrupt(f"stopped in order; go on by --resume {folder}")
+            summary = {
+                **loop.figures(folder),
+                "epochs": config.passes,
+                "wall_s": time.perf_counter() - started,
+                "runner": runner,
+                "stages": len(placed.blueprint.stage_layers),
+                "mlflow_run_id": tracker.run_id,
+                "mlflow_tracking_uri": tracker.uri,
+                "recoveries": failures.recoveries,
+            }
+            tracker.log_tags({"weights_sha256": summary["weights_sha256"], "decided": placed.in_words})
+            tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
+            (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
         except NegativesError as error:
-            raise ConfigError(f"negatives.kind={plan.kind}: {error}") from error
-        summary = {
-            **figures,
-            "epochs": config.passes,
-            "wall_s": time.perf_counter() - started,
-            "runner": runner,
-            "stages": placement.stages,
-            "mlflow_run_id": tracker.run_id,
-            "mlflow_tracking_uri": tracker.uri,
-        }
-        tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
-        tracker.log_metrics({"train_s": summary["train_s"]}, config.passes * order.minibatches * order.batch_size)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
+            raise ConfigError(f"negatives.kind={prepared.negatives.kind}: {error}") from error
+        except (CommitError, OSError, sqlite3.Error) as error:  # a disk is full or gone
+            raise RunFailed(f"{error}; the run stopped, and {loop.kept}") from error
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
     return Run(folder, summary)
 
 
-class _Loop:
-    """Feeds the schedule to a runner and takes its results in, in order."""
+def _begin(
+    tracker: Tracker,
+    display: Display,
+    config: Config,
+    folder: Path,
+    start: Start,
+    made: dict[str, str | int],
+    parameters: dict[str, Any],
+) -> None:
+    """Begins the run in its folder and in MLflow, or goes on with it."""
+    remarks = [*start.remarks, *differences(start, made)]
+    if start.manifest:
+        folder.mkdir(parents=True, exist_ok=True)  # the commits may lie elsewhere
+        tracker.resume(folder, start.manifest.mlflow_run_id)
+        tracker.log_tags({"resumed": "; ".join(remarks)})
+    else:
+        (folder / CONFIG).write_text(config.to_yaml())
+        tracker.begin(folder, config.flat() | parameters)
+        tracker.log_artifact(folder / CONFIG)
+    tracker.log_tags({"folder": str(folder.resolve())})
+    for remark in remarks:
+        display.say(remark)
 
-    def __init__(
-        self, config: Config, dataset: Dataset, order: SampleOrder, folder: Path, tracker: Tracker, display: Display
-    ) -> None:
-        self._config, self._dataset, self._order, self._folder = config, dataset, order, folder
-        self._tracker, self._display = tracker, display
-        self._history: History = {}
-        self._best: tuple[float, Path | None] = (float("inf"), None)
 
-    def run(self, pipeline: Runner | Backpropagation) -> dict[str, Any]:
-        """Runs the whole schedule and returns the figures that it ends with."""
-        config, order = self._config, self._order
-        tried = self._dataset.classes if config.data.label != "none" else 0
-        orders = schedule(
-            epochs=config.training.epochs,
-            minibatches=order.minibatches,
-            chunk_size=config.pipeline.chunk_size,
-            greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
-            validation_samples=len(self._dataset.labels["validation"]),
-            test_samples=len(self._dataset.labels["test"]),
-            evaluate_every=config.training.evaluate_every,
-            evaluation_block=max(1, EVALUATION_ROWS // (1 + tried)),
-        )
-        averages = Averages(config.tracking.every_minibatches, order.batch_size)
-        blocks: list[Evaluated] = []
-        evaluations: dict[str, Evaluation] = {}
-        steps, train_s, train_start = 0, 0.0, time.perf_counter()
-        state: State = {}
-        for ordered, result in pipeline.run(orders):
-            if isinstance(ordered, Train) and isinstance(result, Trained):
-                steps, train_s = ordered.step + ordered.num_minibatches, time.perf_counter() - train_start
-                self._display.update(steps)
-                for samples, metrics in averages.add(ordered, result):
-                    self._log(metrics, samples)
-            elif isinstance(ordered, Evaluate) and isinstance(result, Evaluated):
-                self._display.doing(f"evaluating, {ordered.split}")
-                blocks.append(result)
-                if ordered.last:
-                    evaluations[ordered.split] = self._evaluate(ordered.split, blocks, steps)
-                    blocks = []
-            elif isinstance(ordered, Snapshot) and callable(result):
-                state = result()
-                self._commit(state, ordered, evaluations.get("validation"))
-        for samples, metrics in averages.rest(steps):
-            self._log(metrics, samples)
-        test = evaluations["test"]
-        if "layer_1/loss" in self._history:
-            self._tracker.log_artifact(plot_layers(self._history, self._folder / "layers.png"))
-        by = "readout" if test.goodness_error is None else "goodness"
-        self._tracker.log_artifact(plot_confusion(test.confusion, by, self._folder / "confusion.png"))
-        return {
-            "weights_sha256": weights_sha256(state),
-            "test_goodness_error": test.goodness_error,
-            "test_readout_error": test.readout_error,
-            "layer_errors": test.layer_errors,
-            "samples_per_s": steps * order.batch_size / train_s,
-            "train_s": train_s,
-            "best_commit": str(self._best[1]) if self._best[1] else None,
-        }
+def _place_again(attempt: ExitStack, asked_to_stop: Callable[[], bool], *how: Any) -> Placed:
+    """Places the pipeline on what is left; a cluster needs a while to know what that is.
 
-    def _log(self, metrics: dict[str, float], samples: int) -> None:
-        self._tracker.log_metrics(metrics, samples)
-        self._display.update(samples // self._order.batch_size, metrics)
-        for name, value in metrics.items():
-            self._history.setdefault(name, []).append((samples, value))
-
-    def _evaluate(self, split: str, blocks: list[Evaluated], steps: int) -> Evaluation:
-        labels, classes = self._dataset.labels[split], self._dataset.classes
-        found = evaluate(blocks, labels, classes=classes, predict_from=self._config.predict_from)
-        metrics = {f"{split}/readout_error": found.readout_error}
-        if found.goodness_error is not None:
-            metrics[f"{split}/goodness_error"] = found.goodness_error
-        metrics |= {f"{split}/layer_{layer}_error": value for layer, value in enumerate(found.layer_errors or [], 1)}
-        self._log(metrics, steps * self._order.batch_size)
-        if split == "validation":
-            epoch = steps // self._order.minibatches
-            self._display.say(f"epoch {epoch}: validation error {found.in_words()}")
-        return found
-
-    def _commit(self, state: State, at: Snapshot, validation: Evaluation | None) -> None:
-        folder = self._folder / "commits"
-        error = validation.chief_error if validation else None
-        commit = write_commit(folder, state, step=at.step, epochs=at.epochs, validation_error=error)
-        if error is not None and error < self._best[0]:
-            self._best = (error, commit)
-        prune(folder, keep=self._config.checkpoint.keep, spare=self._best[1])
+    Raises:
+        RunFailed: It cannot be placed.
+        KeyboardInterrupt: The run was asked to stop.
+    """
+    deadline = time.monotonic() + PLACING_AGAIN_S
+    while True:
+        try:
+            return attempt.enter_context(place(*how))
+        except ConfigError as error:
+            if time.monotonic() > deadline:
+                raise RunFailed(f"what was lost cannot be replaced: {error}") from error
+        if asked_to_stop():
+            raise KeyboardInterrupt
+        time.sleep(1)
 
 
 def _new_folder(runs: Path, name: str) -> Path:

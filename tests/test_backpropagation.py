@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 import ffdist.ff.local
 from ffdist import load_config, train
-from ffdist.checkpoint import commits
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.ff.layers import Rule
@@ -16,9 +15,10 @@ from ffdist.ff.update import Update
 from ffdist.offline import load_network
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.runner import Blueprint
-from ffdist.pipeline.schedule import Snapshot, Train
+from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import NegativePlan
 from ffdist.prepare import build_architecture
+from ffdist.start import commits_of, newest
 
 SAMPLES, BATCH, SHAPE, CLASSES = 30, 10, (1, 6, 6), 3
 DRAW = torch.Generator().manual_seed(0)
@@ -27,15 +27,22 @@ LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=DRAW)
 ORDER = SampleOrder(0, SAMPLES, BATCH)
 DESCENT = Update(0.5, 0.0, smoothing=0.0)
 PLAIN = Architecture(SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=DESCENT, rule=Rule(update=DESCENT))
-START = Snapshot(0, 0)
+START = Snapshot(Position(), 0)
+
+
+class Keeper:
+    """Writes nothing, and gives back what it was to write."""
+
+    def write(self, snapshot, state):
+        return state
 
 
 def states(architecture, *orders, jitter=0):
     blueprint = Blueprint(architecture, ORDER, NegativePlan("wrong_label"), jitter, [range(2)], 1, "cpu")
-    pipeline = Backpropagation(blueprint, {"train": IMAGES}, LABELS)
+    pipeline = Backpropagation(blueprint, {"train": IMAGES}, LABELS, Keeper())
     for order, result in pipeline.run(orders):
         if isinstance(order, Snapshot):
-            yield result()
+            yield result(True)
 
 
 def test_an_update_follows_the_gradient_of_the_cross_entropy_through_all_layers():
@@ -89,7 +96,7 @@ def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     assert finished.summary["test_readout_error"] < 0.06
     assert finished.summary["test_goodness_error"] is None
     dataset = load_dataset(config.data, seed=0, validation_samples=100)
-    network = load_network(build_architecture(config, dataset), commits(finished.folder / "commits")[-1])
+    network = load_network(build_architecture(config, dataset), newest(commits_of(config, finished.folder))[1])
     wrong = (network(dataset.images["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
     assert wrong == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
     assert finished.summary["best_commit"]

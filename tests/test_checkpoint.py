@@ -1,11 +1,20 @@
 import hashlib
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ffdist.checkpoint import MANIFEST, commits, prune, read_commit, weights_sha256, write_commit
+from ffdist.checkpoint import MANIFEST, CommitError, Commits, CommitWriter, commit_name, weights_sha256
+from ffdist.pipeline.schedule import Position, Snapshot, Train
+from ffdist.pipeline.source import Drawn
+
+FACTS = {
+    **{"validation_error": None, "best_commit": None, "best_error": None, "train_s": 1.5, "mlflow_run_id": "run"},
+    **{"dataset_sha256": "", "config": {"seed": 0}, "made_with": {"torch": "2"}},
+}
 
 
 def a_state(seed=0, layers=2):
@@ -21,32 +30,138 @@ def a_state(seed=0, layers=2):
     }
 
 
-def test_a_commit_comes_back_as_it_was(tmp_path):
+@pytest.fixture
+def commits(tmp_path) -> Commits:
+    return Commits(str(tmp_path))
+
+
+def commit(commits, state=None, at=Position(3, 20)) -> str:  # noqa: B008, a tuple
+    name = commit_name(at)
+    written = CommitWriter(commits.uri).write(Snapshot(at, 320), state or a_state())
+    commits.finish(name, written, {"epoch": torch.tensor(at.epoch)}, **FACTS, **at._asdict(), step=320)
+    return name
+
+
+def test_a_commit_comes_back_as_it_was(commits):
     state = a_state()
-    read = read_commit(write_commit(tmp_path, state, step=12, epochs=1))
+    manifest, read = commits.read(commit(commits, state))
+    assert (manifest.epoch, manifest.minibatch, manifest.step, manifest.train_s) == (3, 20, 320, 1.5)
+    assert read.pop("position")["epoch"] == 3
     assert read.keys() == state.keys()
     assert all(torch.equal(read[layer][name], state[layer][name]) for layer in state for name in state[layer])
 
 
-def test_interrupted_commit_is_invisible(tmp_path, monkeypatch):
-    whole = write_commit(tmp_path, a_state(), step=1)
-    monkeypatch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space"):
-        write_commit(tmp_path, a_state(), step=2)
-    assert commits(tmp_path) == [whole]
+def test_commits_are_in_order_and_without_a_manifest_there_is_none(commits):
+    made = [commit(commits, at=Position(*at)) for at in ((0, 5), (0, 1_000_000), (2, 0), (12_345, 3))]
+    CommitWriter(commits.uri).write(Snapshot(Position(99_999, 0), 1), a_state())
+    assert commits.names() == made
 
 
-def test_manifest_describes_every_file(tmp_path):
-    commit = write_commit(tmp_path, a_state(), step=1)
-    for name, facts in json.loads((commit / MANIFEST).read_text())["files"].items():
-        content = (commit / name).read_bytes()
-        assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+def test_labels_still_to_be_delivered_are_part_of_a_commit(tmp_path):
+    held = {
+        "newest": torch.tensor([-1, 4]),
+        "pending_steps": torch.tensor([6]),
+        "pending_labels": torch.tensor([[1, 2]]),
+    }
+    drawn = Drawn(Train(0, 7, 2, 7, 1.0), torch.tensor([[3, 4], [5, 6]]))
+    written = CommitWriter(str(tmp_path)).write(Snapshot(Position(0, 9), 9), a_state(), {"negatives": held}, drawn)
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "0000-000009" / "negatives.safetensors")
+    assert kept["pending_steps"].tolist() == [6, 7, 8]
+    assert kept["pending_labels"].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert written.not_finite is None
 
 
-def test_pruning_spares_the_newest_and_the_best(tmp_path):
-    made = [write_commit(tmp_path, a_state(), step=step) for step in (5, 10, 15, 100_000, 1_000_000)]
-    prune(tmp_path, keep=2, spare=made[1])
-    assert commits(tmp_path) == [made[1], *made[-2:]]
+def test_what_is_not_finite_is_named(tmp_path):
+    for bad in (torch.nan, torch.inf):
+        state = a_state()
+        state["layer_2"]["weight_gradient"][1, 2] = bad
+        written = CommitWriter(str(tmp_path)).write(Snapshot(Position(), 0), state)
+        assert written.not_finite == "layer_2/weight_gradient"
+
+
+def test_manifest_describes_every_file(commits):
+    folder = Path(commits.path(commit(commits)))
+    for name, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
+        content = (folder / name).read_bytes()
+        assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+
+
+def test_pruning_spares_the_newest_and_the_best(commits):
+    made = [commit(commits, at=Position(epoch)) for epoch in (5, 10, 15, 100_000, 1_000_000)]
+    commits.prune(keep=2, spare=made[1])
+    assert commits.names() == [made[1], *made[-2:]]
+
+
+class Code:
+    """What pickle would run."""
+
+    def __reduce__(self):
+        return (Path("pickled-code-ran").touch, ())
+
+
+def broken(change):
+    """Changes a manifest."""
+
+    def apply(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return apply
+
+
+def planted(content: bytes, name="layer_1.safetensors"):
+    """Puts a file in the place of another, and makes the manifest say so."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        facts = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+        broken(lambda manifest: manifest["files"].update({name: facts}))(folder)
+
+    return apply
+
+
+HOSTILE = {
+    "no manifest to speak of": (lambda folder: (folder / MANIFEST).write_text(""), "is damaged"),
+    "not JSON": (lambda folder: (folder / MANIFEST).write_bytes(b"\x80\x04\xff"), "is damaged"),
+    "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "is damaged"),
+    "an old schema": (
+        broken(lambda manifest: manifest.update(schema_version=1)),
+        "has schema 1, and this",
+    ),
+    "a missing key": (broken(lambda manifest: manifest.pop("step")), "is damaged.*step"),
+    "an unknown key": (broken(lambda manifest: manifest.update(run="rm")), "is damaged.*run"),
+    "a wrong type": (broken(lambda manifest: manifest.update(step="3")), "is damaged.*step"),
+    "a path out of the folder": (
+        broken(lambda manifest: manifest["files"].update({"../../x.safetensors": {"sha256": "", "num_bytes": 0}})),
+        "is damaged.*pattern",
+    ),
+    "a missing file": (lambda folder: (folder / "readout.safetensors").unlink(), "readout.safetensors is missing"),
+    "a cut file": (
+        lambda folder: (folder / "layer_1.safetensors").write_bytes((folder / "layer_1.safetensors").read_bytes()[:-1]),
+        "is cut or grown",
+    ),
+    "a flipped byte": (
+        lambda folder: (folder / "layer_1.safetensors").write_bytes(
+            (folder / "layer_1.safetensors").read_bytes()[:-1] + b"\x01"
+        ),
+        "is not what was written there",
+    ),
+    "pickled code": (planted(pickle.dumps(Code())), "is no file of tensors"),
+    "a header that lies": (planted(b"\xff" * 64), "is no file of tensors"),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), HOSTILE.values(), ids=HOSTILE)
+def test_a_damaged_commit_is_named_and_runs_no_code(commits, damage, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = commit(commits)
+    damage(Path(commits.path(name)))
+    with pytest.raises(CommitError, match=f"{name}.*{told}"):
+        commits.read(name)
+    assert not (tmp_path / "pickled-code-ran").exists()
 
 
 def test_digest_follows_its_description():
@@ -62,7 +177,7 @@ def test_digest_follows_its_description():
 def test_digest_sees_weights_alone():
     state = a_state()
     before = weights_sha256(dict(reversed(state.items())))
-    assert before == weights_sha256(state)
+    assert before == weights_sha256(state | {"negatives": {}, "position": {}})
     state["layer_1"]["weight_gradient"] += 1
     assert weights_sha256(state) == before
     state["readout"]["bias"][2] += 1e-6

@@ -254,6 +254,8 @@ def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_grou
         process.kill()
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
+    (commit,) = (tmp_path / "runs").glob("digits-*/commits/*/manifest.json")
+    assert f"stopped in order; go on by --resume {commit.parents[2].relative_to(tmp_path)}" in text
     while processes_of(mark) and time.monotonic() < start + 30:
         time.sleep(0.2)
     assert not processes_of(mark)

@@ -182,3 +182,17 @@ def test_a_missing_section_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("data: {name: digits}")
     with pytest.raises(ConfigError, match="model is missing"):
         load_config(str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking.uri=https://me:hush@server",
+        "checkpoint.uri=s3://id:hush@bucket/commits",
+        "negatives.store=gs://bucket/store?access_token=hush",
+    ],
+)
+def test_a_password_in_a_uri_is_refused_and_not_repeated(override):
+    with pytest.raises(ConfigError, match="must hold no password or key") as refused:
+        load_config("digits", [override])
+    assert "hush" not in str(refused.value)

@@ -18,8 +18,8 @@ def test_evaluation_through_stages_equals_the_whole_network(label):
     blueprint = Blueprint(
         architecture, SampleOrder(0, 37, 5), NegativePlan("hybrid"), 0, [range(2), range(2, 3)], 1, "cpu"
     )
-    runner = serial_runner(blueprint, {"train": images, "test": images}, labels)
-    blocks = [result for _, result in runner.run(evaluation("test", 37, 8))]
+    runner = serial_runner(blueprint, {"train": images, "test": images}, labels, None)
+    blocks = [result for _, result in runner.run(evaluation("test", 37, 8), [])]
     found = evaluate(blocks, labels, classes=4, predict_from=2)
 
     expected = Network(architecture).predict(images)

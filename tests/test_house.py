@@ -18,10 +18,12 @@ ROWS = [
     {"cli", "run"},
     {"offline"},
     {"trainer"},
+    {"loop"},
+    {"launch", "start"},
     {"prepare"},
     {"runtime", "tracking"},
     {"pipeline", "checkpoint", "evaluation"},
-    {"ff", "data", "config", "config_file", "sections"},
+    {"ff", "data", "config", "config_file", "sections", "failures", "interrupts"},
 ]
 HOMES = {
     "ray": {"runtime"},
@@ -30,7 +32,7 @@ HOMES = {
     "pyarrow": {"data"},
     "torchvision": {"data"},
     "sklearn": {"data"},
-    "pydantic": {"config", "config_file", "sections"},
+    "pydantic": {"config", "config_file", "sections", "checkpoint"},
     "yaml": {"config", "config_file"},
     "safetensors": {"checkpoint"},
     "click": {"cli"},

@@ -19,7 +19,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
-TRAINING = [line for line in COMMANDS if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py"))]
+GOING_ON = ["ffdist train digits --resume RUN", "ffdist train digits --from RUN"]
+TRAINING = [
+    line
+    for line in COMMANDS
+    if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py")) and line not in GOING_ON
+]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
 CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
 
@@ -71,6 +76,28 @@ def test_commands_around_a_run_in_their_order(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
         assert run.returncode == 0, run.stderr
     assert run.stdout.count("| digits |") == 1
+
+
+def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
+    short = ["--runner", "serial", "training.epochs=300", "model.layers=[40,30,20]", "checkpoint.every_minibatches=50"]
+    process = subprocess.Popen([*arguments("ffdist train digits"), *short], cwd=tmp_path)
+    while not (found := list(tmp_path.glob("runs/digits-*/commits/*/manifest.json"))):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 130
+    for line in GOING_ON:
+        assert line in COMMANDS
+        run = subprocess.run(
+            [*arguments(line.replace("RUN", str(found[0].parents[2]))), *short],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+        assert run.returncode == 0, run.stderr
+        assert ("going on from" if "--resume" in line else "starting from") in run.stdout
+    assert len(list(tmp_path.glob("runs/digits-*"))) == 2
 
 
 def test_a_kind_of_ones_own_beside_the_user(tmp_path):
@@ -135,7 +162,7 @@ def test_cluster_commands_name_files_that_exist(line):
 
 
 def test_no_command_is_left_untried():
-    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *CLUSTER, "ffdist ui"}
+    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *GOING_ON, *CLUSTER, "ffdist ui"}
     assert len(TRAINING) >= 4
 
 

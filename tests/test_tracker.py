@@ -11,7 +11,9 @@ from mlflow import MlflowClient
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
 from ffdist.tracking import tracker as module
-from ffdist.tracking.tracker import Tracker, default_uri, tracking_uri
+from ffdist.tracking.outbox import OUTBOX, Outbox
+from ffdist.tracking.server import default_uri, tracking_uri
+from ffdist.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,16 @@ def test_configuration_wins_over_environment_wins_over_runs_folder(tmp_path, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
     assert tracking_uri(Tracking(), tmp_path) == "http://there"
     assert tracking_uri(Tracking(uri="http://here"), tmp_path) == "http://here"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@there")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI: a URI must hold no password") as refused:
+        tracking_uri(Tracking(), tmp_path)
+    assert "hush" not in str(refused.value)
 
 
 def test_everything_logged_arrives_once_and_in_order(template, tmp_path):
     (tmp_path / "note.txt").write_text("a note")
     with a_tracker(template) as tracker:
-        tracker.begin("a run", {"seed": 3})
+        tracker.begin(tmp_path, {"seed": 3})
         for step in range(2500):  # more than one request holds
             tracker.log_metrics({"loss": step / 2}, step)
         tracker.log_artifact(tmp_path / "note.txt")
@@ -48,9 +54,9 @@ def test_everything_logged_arrives_once_and_in_order(template, tmp_path):
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
-def test_a_run_that_ends_early_is_marked_so(template, error, status):
+def test_a_run_that_ends_early_is_marked_so(template, error, status, tmp_path):
     with pytest.raises(error), a_tracker(template) as tracker:  # noqa: PT012
-        tracker.begin("a run", {})
+        tracker.begin(tmp_path, {})
         tracker.log_metrics({"loss": 1.0}, 1)
         raise error
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
@@ -65,7 +71,7 @@ def test_a_server_that_is_not_there_is_refused_at_once(tmp_path):
 def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "RETRY_EVERY_S", 0.01)
     with a_tracker(template) as tracker:
-        tracker.begin("a run", {})
+        tracker.begin(tmp_path, {})
         tracker.log_artifact(tmp_path / "missing.txt")
         tracker.log_metrics({"loss": 1.0}, 1)
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
@@ -75,19 +81,20 @@ def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch
 
 def test_a_deleted_experiment_is_told(tmp_path):
     with a_tracker(tmp_path) as tracker:
-        tracker.begin("a run", {})
+        tracker.begin(tmp_path, {})
     client = MlflowClient(default_uri(tmp_path))
     client.delete_experiment(client.get_experiment_by_name("ffdist").experiment_id)
     with pytest.raises(ConfigError, match=r"not possible.*active"), a_tracker(tmp_path) as tracker:
-        tracker.begin("a run", {})
+        tracker.begin(tmp_path, {})
 
 
 def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_path):
     """Killed among MLflow's migrations, a database half made kept every later run from starting."""
     program = (
-        "from ffdist.sections import Tracking; from ffdist.tracking.tracker import Tracker, default_uri\n"
+        "from ffdist.sections import Tracking; from ffdist.tracking.server import default_uri\n"
+        "from ffdist.tracking.tracker import Tracker\n"
         f"import pathlib; runs = pathlib.Path({str(tmp_path)!r})\n"
-        "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker: tracker.begin('first', {})"
+        "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker: tracker.begin(runs, {})"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     part = tmp_path / ".mlflow.db.part"
@@ -98,7 +105,7 @@ def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_
     process.kill()
     process.wait()
     with a_tracker(tmp_path) as tracker:
-        tracker.begin("second", {})
+        tracker.begin(tmp_path, {})
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
 
 
@@ -109,23 +116,70 @@ def test_a_run_that_is_refused_before_it_begins_leaves_no_trace(template):
     assert len(MlflowClient(default_uri(template)).search_runs(["1"])) == before
 
 
-def test_a_server_that_goes_away_slows_nothing_and_is_told_at_the_end(template, free_port, monkeypatch, caplog):
-    monkeypatch.setattr(module, "FLUSH_TIMEOUT_S", 2.0)
+def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_from_the_next_run(
+    template, free_port, monkeypatch, caplog
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    uri = f"http://127.0.0.1:{free_port}"
+    uri, folder = f"http://127.0.0.1:{free_port}", template / "a run"
+    folder.mkdir()
     options = ["--backend-store-uri", default_uri(template), "--port", str(free_port), "--workers", "1"]
     command = [sys.executable, "-m", "mlflow", "server", *options]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    servers = [subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)]
     try:
         wait_for(f"{uri}/health")
-        with a_tracker(template, uri) as tracker:
-            tracker.begin("a run", {})
-            os.killpg(server.pid, signal.SIGKILL)
+        with Tracker(uri, Tracking(flush_timeout_s=2.0), runs=template) as tracker:
+            tracker.begin(folder, {})
+            os.killpg(servers[0].pid, signal.SIGKILL)
             for step in range(1000):  # none of these waits for the server; pytest's own limit would tell
                 tracker.log_metrics({"loss": 1.0}, step)
+        assert f"not everything was tracked at {uri}" in caplog.text
+        assert f"1000 points wait in {folder / OUTBOX}" in caplog.text
+        servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))
+        wait_for(f"{uri}/health")
+        with Tracker(uri, Tracking(), runs=template):
+            pass
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-    assert f"not everything was tracked at {uri}" in caplog.text
+        for server in servers:
+            os.killpg(server.pid, signal.SIGKILL)
+    client = MlflowClient(default_uri(template))
+    history = client.get_metric_history(tracker.run_id, "loss")
+    assert sorted(point.step for point in history) == list(range(1000))
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_run_goes_on_with_what_the_server_has_even_without_its_outbox(template, tmp_path):
+    """The node's disk is gone: what comes again has other times, and must not stand there twice."""
+    with a_tracker(template) as tracker:
+        tracker.begin(tmp_path, {})
+        tracker.log_metrics({"loss": 2.0}, 1)
+        tracker.log_metrics({"loss": 1.0}, 2)
+    (tmp_path / OUTBOX).unlink()
+    with a_tracker(template) as again:
+        again.resume(tmp_path, tracker.run_id)
+        again.log_metrics({"loss": 1.0}, 2)
+        again.log_metrics({"loss": 0.5}, 3)
+        assert again.history() == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)]}
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 2.0), (2, 1.0), (3, 0.5)]
+
+
+def test_a_folder_belongs_to_one_process(template, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
+    with a_tracker(template) as tracker, a_tracker(template) as other:
+        tracker.begin(tmp_path, {})
+        with pytest.raises(ConfigError, match="is being trained by another process"):
+            other.resume(tmp_path, tracker.run_id)
+
+
+def test_a_full_outbox_keeps_every_other_point(tmp_path):
+    outbox = Outbox(tmp_path / OUTBOX, limit_bytes=100 * 100)
+    for step in range(300):
+        outbox.add({"loss": step / 2, "error": 0.1}, step)
+    assert outbox.thinned
+    assert outbox.num_waiting <= 100
+    steps = [step for step, _ in outbox.history()["loss"]]
+    assert (steps[0], steps[-1]) == (0, 299)
+    assert all(value == step / 2 for step, value in outbox.history()["loss"])
 
 
 def wait_for(url: str, timeout_s: float = 90) -> str:

@@ -1,13 +1,11 @@
-import json
-
 import pytest
 import torch
 
 from ffdist import load_config, train
-from ffdist.checkpoint import commits, read_commit
 from ffdist.data.datasets import load_dataset
 from ffdist.offline import load_network
 from ffdist.prepare import build_architecture
+from ffdist.start import commits_of, newest
 
 SHORT = ["model.layers=[40,30]", "training.epochs=6", "training.validation_samples=200", "training.evaluate_every=1"]
 
@@ -19,26 +17,21 @@ def run(tmp_path_factory):
     return config, train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
 
 
-def validation_errors(folder):
-    manifests = [json.loads((commit / "manifest.json").read_text()) for commit in commits(folder / "commits")]
-    return {manifest["step"]: manifest["validation_error"] for manifest in manifests}
-
-
 def test_the_best_commit_is_kept_beside_the_newest(run):
-    _, finished = run
-    best = finished.summary["best_commit"]
-    errors = validation_errors(finished.folder)
-    kept = [commit.name for commit in commits(finished.folder / "commits")]
-    assert kept[-1] == f"{6 * (1237 // 50):06d}"
-    assert best.endswith(kept[0])
-    assert errors[int(kept[0])] == min(errors.values())
-    assert len(kept) == (1 if best.endswith(kept[-1]) else 2)
+    config, finished = run
+    best, commits = finished.summary["best_commit"], commits_of(config, finished.folder)
+    errors = {name: commits.read_manifest(name).validation_error for name in commits.names()}
+    kept = list(errors)
+    assert kept[-1] == "0006-000000"
+    assert best == commits.path(kept[0])
+    assert errors[kept[0]] == min(errors.values())
+    assert len(kept) == (1 if best == commits.path(kept[-1]) else 2)
 
 
 def test_a_commit_is_a_network_that_predicts_as_the_run_says(run):
     config, finished = run
     dataset = load_dataset(config.data, seed=0, validation_samples=200)
-    network = load_network(build_architecture(config, dataset), commits(finished.folder / "commits")[-1])
+    network = load_network(build_architecture(config, dataset), newest(commits_of(config, finished.folder))[1])
     prediction, labels = network.predict(dataset.images["test"]), dataset.labels["test"]
     error = (prediction.label != labels).double().mean().item()
     assert error == pytest.approx(finished.summary["test_goodness_error"], abs=1.5 / 360)
@@ -66,8 +59,9 @@ def test_greedy_layers_are_trained_one_after_the_other(tmp_path):
     short = ["training.epochs=2", "training.schedule=greedy"]
     weights = []
     for layers in ("[20]", "[20, 15]"):
-        finished = train(load_config("digits", [*short, f"model.layers={layers}"]), runner="serial", runs=tmp_path)
-        weights.append(read_commit(commits(finished.folder / "commits")[-1])["layer_1"])
+        config = load_config("digits", [*short, f"model.layers={layers}"])
+        finished = train(config, runner="serial", runs=tmp_path)
+        weights.append(newest(commits_of(config, finished.folder))[1]["layer_1"])
     assert finished.summary["epochs"] == 4
     assert torch.equal(weights[0]["weight"], weights[1]["weight"])
 

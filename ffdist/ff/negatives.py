@@ -236,5 +236,7 @@ def draw_wrong_labels(logits: Tensor, labels: Tensor, draw: torch.Generator) -> 
     Returns:
         Labels `[B]`, int64, from the softmax over the C - 1 wrong classes.
     """
-    wrong = logits.scatter(1, labels.unsqueeze(1), -torch.inf).softmax(1)
+    wrong = (
+        logits.scatter(1, labels.unsqueeze(1), -torch.inf).softmax(1).nan_to_num(1.0)
+    )  # a run that has NaNs is stopped elsewhere
     return torch.multinomial(wrong, 1, generator=draw).squeeze(1)

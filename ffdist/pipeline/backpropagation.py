@@ -1,7 +1,8 @@
 """The reference: the same layers, data and order, trained end to end by backpropagation, in one process."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from ffdist.ff.update import Learner
 from ffdist.pipeline.runner import Blueprint, Evaluated, Result, Trained
 from ffdist.pipeline.schedule import Evaluate, Order, Train
 from ffdist.pipeline.source import Source
-from ffdist.pipeline.stage import Report, State, state_of
+from ffdist.pipeline.stage import Report, State, layer_name, state_of
 
 
 class Backpropagation:
@@ -27,18 +28,25 @@ class Backpropagation:
         blueprint: What the network and its data are.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
+        writer: Has `write(snapshot, *states)`.
     """
 
-    def __init__(self, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
+    def __init__(self, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, writer: Any) -> None:
         architecture = blueprint.architecture
         self._network = Network(architecture).to(blueprint.device)
         self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
         self._device = blueprint.device
         self._refresh()
         self._source = Source(architecture, blueprint.order, blueprint.negatives, blueprint.jitter, images, labels)
-        self._order, self._images, self._labels = blueprint.order, images, labels
+        self._order, self._images, self._labels, self._writer = blueprint.order, images, labels, writer
 
-    def run(self, orders: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
+    def restore(self, state: State) -> None:
+        """Takes up where a snapshot was taken."""
+        for index, layer in enumerate(self._network.layers):
+            layer.load_state_dict(state[layer_name(index)])
+        self._network.readout.load_state_dict(state["readout"])
+
+    def run(self, orders: Iterable[Order], coming: Iterable[Order] = ()) -> Iterator[tuple[Order, Result]]:
         """Yields every order with its result, as `Runner.run` does; layers report nothing, and no label is tried."""
         for order in orders:
             if isinstance(order, Train):
@@ -49,7 +57,8 @@ class Backpropagation:
                 rows = self._network.architecture.neutral_rows(images)
                 yield order, Evaluated([none], self._logits(rows).argmax(-1).cpu())
             else:
-                yield order, self._snapshot()
+                written = self._writer.write(order, self._state())
+                yield order, lambda wait, written=written: written  # type: ignore[misc]
 
     def _train(self, chunk: Train) -> Trained:
         start = time.perf_counter()
@@ -87,7 +96,6 @@ class Backpropagation:
             assert isinstance(layer, Layer)
             layer.refresh()
 
-    def _snapshot(self) -> Callable[[], State]:
-        state = {f"layer_{number}": state_of(layer) for number, layer in enumerate(self._network.layers, 1)}
-        state["readout"] = state_of(self._network.readout)
-        return lambda: state
+    def _state(self) -> State:
+        state = {layer_name(index): state_of(layer) for index, layer in enumerate(self._network.layers)}
+        return state | {"readout": state_of(self._network.readout)}

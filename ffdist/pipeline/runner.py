@@ -7,7 +7,7 @@ negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, cycle, repeat
+from itertools import chain, cycle, islice, repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from ffdist.ff.network import Architecture
 from ffdist.ff.update import OPTIMIZERS
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train
 from ffdist.pipeline.source import NegativePlan, NegativeSource
-from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State
+from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State, layer_name
 
 FLOAT32_BYTES = 4
 
@@ -30,12 +30,21 @@ class Call(Protocol):
         """Calls `part.method(*args)`."""
 
 
+class Collect(Protocol):
+    """Turns what calls returned into results."""
+
+    def __call__(self, returned: list[Any], wait: bool = True) -> Any:
+        """Returns the results in order; without waiting, None where one of them is not there yet."""
+
+
 class Parts(NamedTuple):
     """What a run consists of; plain objects or actors that hold them."""
 
     negatives: list[Any]
     stages: list[Any]
     readout: Any
+    writer: Any
+    """Has `write(snapshot, *states)`."""
 
 
 class Blueprint(NamedTuple):
@@ -64,13 +73,14 @@ class Blueprint(NamedTuple):
         states = min(2, max_in_flight) * kept * FLOAT32_BYTES * sum(architecture.weights)
         return messages + made + states
 
-    def assemble(self, make: Callable[..., Any], images: Any, labels: Any) -> Parts:
+    def assemble(self, make: Callable[..., Any], images: Any, labels: Any, writer: Any) -> Parts:
         """Makes all parts: the stages in order, the readout, the negatives.
 
         Args:
             make: Makes an object of a class from its arguments, or an actor that holds one.
             images: uint8 images of each split, or a reference to them.
             labels: Labels of the training set, or a reference to them.
+            writer: Of snapshots.
         """
         architecture, order, negatives = self.architecture, self.order, self.negatives
         source = (negatives, self.jitter, images, labels)
@@ -83,6 +93,7 @@ class Blueprint(NamedTuple):
             negatives=[
                 make(NegativeSource, negatives, images, labels, architecture, order) for _ in range(negatives.num_parts)
             ],
+            writer=writer,
         )
 
 
@@ -102,20 +113,21 @@ class Evaluated(NamedTuple):
     """The readout's labels `[n]`."""
 
 
-Result = Trained | Evaluated | Callable[[], State]
+Result = Trained | Evaluated | Callable[[bool], Any]
+"""A snapshot's is what its writer returned, as a function of whether to wait for it; None where it is not done."""
 
 
 class Runner:
     """Drives orders through the parts, submitting each part's calls in order.
 
     Args:
-        blueprint: What the parts were made from.
-        parts: Whom to call.
-        call: How to call.
-        collect: Turns a list of what `call` returned into values, waiting where it must.
-        max_in_flight: Orders admitted and not yet done. An order is done when everything that comes home of it is
+        blueprint: What the parts are.
+        parts: Plain objects, or actors that hold them.
+        call: Has a part run a method; returns what it returned, or references to that.
+        collect: Turns references into what they stand for; without waiting, None where that is not there yet.
+        max_in_flight: Orders submitted and not yet done. An order is done when everything that comes home of it is
             home; then nothing here refers to it any more.
-        ahead: Orders whose negatives are asked for before they are admitted.
+        ahead: Chunks whose negatives are asked for before they are submitted.
     """
 
     def __init__(
@@ -124,7 +136,7 @@ class Runner:
         parts: Parts,
         *,
         call: Call,
-        collect: Callable[[list[Any]], list[Any]],
+        collect: Collect,
         max_in_flight: int = 1,
         ahead: int = 0,
     ) -> None:
@@ -134,31 +146,41 @@ class Runner:
         self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number, asked for and still to be used
         self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch, still to be delivered
 
-    def run(self, orders: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
+    def restore(self, state: State) -> None:
+        """Has every part take up where a snapshot was taken, with however many stages."""
+        home = [self._call(self._parts.readout, "restore", {"readout": state["readout"]})]
+        for stage, layers in zip(self._parts.stages, self._blueprint.stage_layers, strict=True):
+            names = [layer_name(index) for index in layers] + ["negatives"] * (0 in layers)
+            home.append(self._call(stage, "restore", {name: state[name] for name in names if name in state}))
+        self._collect(home)
+
+    def run(self, orders: Iterable[Order], coming: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
         """Submits orders as the window admits them and yields each with its result, in order.
 
-        A snapshot's result is a function that fetches the state, so that a state nobody wants never travels.
+        A snapshot is yielded when all before it is home; writing it may go on for a while beside what follows.
+
+        Args:
+            orders: What to do. An order is asked for when it can be submitted, and not before.
+            coming: The schedule from the same place on, whose chunks' negatives are asked for ahead of need.
         """
+        chunks = (order for order in coming if isinstance(order, Train))
+        ahead = 1 + self._ahead
         in_flight: deque[tuple[Order, list[Any]]] = deque()
-        for order in self._with_negatives_ahead(orders):
+        for order in orders:
+            if isinstance(order, Train):
+                self._ask_for_negatives(islice(chunks, ahead))
+                ahead = 1
+            in_flight.append((order, self._submit(order)))
             if len(in_flight) == self._max_in_flight:
                 yield self._finish(*in_flight.popleft())
-            in_flight.append((order, self._submit(order)))
         while in_flight:
             yield self._finish(*in_flight.popleft())
 
-    def _with_negatives_ahead(self, orders: Iterable[Order]) -> Iterator[Order]:
-        coming: deque[Order] = deque()
-        for order in orders:
-            coming.append(order)
-            if isinstance(order, Train):
-                for number in self._blueprint.order.shards(order.first, order.num_minibatches):
-                    if (order.epoch, number) not in self._shards:
-                        made = self._call(next(self._makers), "make", order.epoch, number)
-                        self._shards[order.epoch, number] = made
-            if len(coming) > self._ahead:
-                yield coming.popleft()
-        yield from coming
+    def _ask_for_negatives(self, chunks: Iterable[Train]) -> None:
+        for chunk in chunks:
+            for number in self._blueprint.order.shards(chunk.first, chunk.num_minibatches):
+                if (chunk.epoch, number) not in self._shards:
+                    self._shards[chunk.epoch, number] = self._call(next(self._makers), "make", chunk.epoch, number)
 
     def _arriving(self, chunk: Train) -> list[Any]:
         """Returns what the first stage needs of a chunk: its shards, and labels that became old enough for it."""
@@ -173,7 +195,8 @@ class Runner:
 
     def _submit(self, order: Order) -> list[Any]:
         if isinstance(order, Snapshot):
-            return [self._call(part, "state") for part in (*self._parts.stages, self._parts.readout)]
+            states = [self._call(part, "state") for part in (*self._parts.stages, self._parts.readout)]
+            return [self._call(self._parts.writer, "write", order, *states, *(drawn for _, drawn in self._drawn))]
         message = self._arriving(order) if isinstance(order, Train) else []
         method = "train" if isinstance(order, Train) else "evaluate"
         home, read = [], []
@@ -192,7 +215,7 @@ class Runner:
 
     def _finish(self, order: Order, home: list[Any]) -> tuple[Order, Result]:
         if isinstance(order, Snapshot):
-            return order, lambda: {name: state for part in self._collect(home) for name, state in part.items()}
+            return order, lambda wait: (self._collect(home, wait) or [None])[0]
         *stages, readout = self._collect(home)
         return order, Evaluated(stages, readout) if isinstance(order, Evaluate) else Trained(stages, readout)
 
@@ -202,16 +225,22 @@ def call_directly(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
     return getattr(part, method)(*args)
 
 
-def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Runner:
+def collect_directly(returned: list[Any], wait: bool = True) -> list[Any]:
+    """Returns what direct calls returned, which is all there."""
+    return returned
+
+
+def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, writer: Any) -> Runner:
     """Makes the runner that is the truth: one process, one order at a time.
 
     Args:
         blueprint: What to make.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
+        writer: Has `write(snapshot, *states)`.
     """
-    parts = blueprint.assemble(lambda part, *args: part(*args), images, labels)
-    return Runner(blueprint, parts, call=call_directly, collect=list)
+    parts = blueprint.assemble(lambda part, *args: part(*args), images, labels, writer)
+    return Runner(blueprint, parts, call=call_directly, collect=collect_directly)
 
 
 @contextmanager

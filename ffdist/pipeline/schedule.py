@@ -1,9 +1,9 @@
 """What the driver orders, and in which order: a pure function of the run's shape.
 
 epoch 0             epoch 1                       end
-T0 T1 T2 .. Tn | T0 T1 T2 .. Tn E0 E1 .. Em S | ... E0 .. Ep S
-trained in chunks; cut at    validation, then a   test set, then
-epoch ends                   state at its cut     the last state
+T0 T1 T2 .. Tn | T0 T1 T2 .. Tn E0 E1 .. Em S | ... S E0 .. Ep
+trained in chunks; cut at    validation, then a     last state,
+epoch ends                   state at its cut       then test set
 """
 
 from collections.abc import Iterator
@@ -40,11 +40,18 @@ class Evaluate(NamedTuple):
     """Whether the split ends with this block."""
 
 
-class Snapshot(NamedTuple):
-    """The state of every layer and of the readout, exactly here in the stream."""
+class Position(NamedTuple):
+    """A place between two chunks, from which a run can go on."""
 
-    epochs: int
-    """Epochs done."""
+    epoch: int = 0
+    minibatch: int = 0
+    """Of that epoch, the first that is still to be learned from; past the last while the epoch is not evaluated."""
+
+
+class Snapshot(NamedTuple):
+    """The state of everything that a run keeps, exactly here in the stream."""
+
+    position: Position
     step: int
     """Minibatches done, counted from the start of training."""
 
@@ -68,6 +75,7 @@ def schedule(
     test_samples: int,
     evaluate_every: int,
     evaluation_block: int,
+    start: Position = Position(),  # noqa: B008, a tuple
 ) -> Iterator[Order]:
     """Yields everything that a run asks of its stages, in order.
 
@@ -81,18 +89,19 @@ def schedule(
         test_samples: Size of the test split.
         evaluate_every: Epochs from one validation to the next; the last epoch is always validated.
         evaluation_block: Samples an evaluation block; the same for every run, so that sums are.
+        start: Where the run stands.
     """
     length = epochs * (greedy_layers or 1)
-    for epoch in range(length):
+    for epoch in range(start.epoch, length):
         layer = epoch // epochs if greedy_layers else None
         gain = rate_gain(epoch % epochs, epochs)
-        for first in range(0, minibatches, chunk_size):
+        for first in range(start.minibatch if epoch == start.epoch else 0, minibatches, chunk_size):
             count = min(chunk_size, minibatches - first)
             yield Train(epoch, first, count, epoch * minibatches + first, gain, layer)
         done, last = epoch + 1, epoch + 1 == length
-        if validation_samples and (last or done % evaluate_every == 0):
+        due = bool(validation_samples) and (last or done % evaluate_every == 0)
+        if due:
             yield from evaluation("validation", validation_samples, evaluation_block)
-            if not last:
-                yield Snapshot(done, done * minibatches)
+        if due or last:
+            yield Snapshot(Position(done), done * minibatches)
     yield from evaluation("test", test_samples, evaluation_block)
-    yield Snapshot(length, length * minibatches)

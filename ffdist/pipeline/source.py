@@ -68,6 +68,14 @@ class Drawn(NamedTuple):
     labels: Tensor
     """`[K, B]`, int64."""
 
+    def added_to(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a state of `HardLabels` to which these labels came in last."""
+        steps = torch.arange(self.chunk.step, self.chunk.step + len(self.labels))
+        return state | {
+            "pending_steps": torch.cat((state["pending_steps"], steps)),
+            "pending_labels": torch.cat((state["pending_labels"], self.labels)),
+        }
+
 
 class NegativeSource:
     """Makes the negatives of whole shards, ahead of need.
@@ -123,24 +131,39 @@ class HardLabels:
     def __init__(self, order: SampleOrder, delay: int) -> None:
         self._order, self._delay = order, delay
         self._newest = torch.full((order.samples,), -1)
-        self._pending: deque[tuple[int, Tensor, Tensor]] = deque()
+        self._pending: deque[tuple[int, Tensor]] = deque()  # by minibatch
 
     def take(self, drawn: Drawn) -> None:
         """Takes the labels of a chunk in; chunks come in their order."""
-        chunk = drawn.chunk
-        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        self._pending += zip(range(chunk.step, chunk.step + len(samples)), samples, drawn.labels, strict=True)
+        self._pending += enumerate(drawn.labels, drawn.chunk.step)
 
     def replace(self, chunk: Train, samples: Tensor, others: Tensor) -> Tensor:
         """Returns the labels of a chunk's samples `[K, B]`, where there are none those of `others`."""
         labels = []
         for step, (these, other) in enumerate(zip(samples, others, strict=True), chunk.step):
             while self._pending and self._pending[0][0] <= step - self._delay:
-                _, seen, drawn = self._pending.popleft()
-                self._newest[seen] = drawn
+                drawn_at, drawn = self._pending.popleft()
+                epoch, first = divmod(drawn_at, self._order.minibatches)
+                self._newest[self._order.indices(epoch, first, 1)[0]] = drawn
             newest = self._newest[these]
             labels.append(torch.where(newest < 0, other, newest))
         return torch.stack(labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns a copy of all labels: each sample's newest `[N]`, and those that are still too new for use."""
+        steps, labels = zip(*self._pending, strict=True) if self._pending else ((), ())
+        return {
+            "newest": self._newest.clone(),
+            "pending_steps": torch.tensor(steps, dtype=torch.int64),
+            "pending_labels": torch.cat(
+                [torch.empty(0, self._order.batch_size, dtype=torch.int64), *(row.unsqueeze(0) for row in labels)]
+            ),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes up where a state was taken."""
+        self._newest = state["newest"].clone()
+        self._pending = deque(zip(state["pending_steps"].tolist(), state["pending_labels"], strict=True))
 
 
 class Source:
@@ -166,7 +189,7 @@ class Source:
     ) -> None:
         self._architecture, self._order, self._jitter = architecture, order, jitter
         self._images, self._labels = images, labels
-        self._hard = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
+        self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
     def train(self, chunk: Train, *arrived: Shard | Drawn) -> tuple[Tensor, Tensor]:
         """Makes the rows of a chunk.
@@ -191,11 +214,11 @@ class Source:
         ]
         made = torch.cat(cuts)
         negatives = made.view(*samples.shape, *made.shape[1:])
-        if self._hard:
+        if self.hard_labels:
             for part in arrived:
                 if isinstance(part, Drawn):
-                    self._hard.take(part)
-            negatives = self._hard.replace(chunk, samples, negatives)
+                    self.hard_labels.take(part)
+            negatives = self.hard_labels.replace(chunk, samples, negatives)
         others = None
         if negatives.dtype == torch.uint8:
             others, negatives = negatives, labels

@@ -16,7 +16,7 @@ from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Drawn, Shard, Source
 
 State = dict[str, dict[str, Tensor]]
-"""Tensors by layer (`layer_1`, ..., `readout`) and name."""
+"""Tensors by what they belong to (`layer_1`, ..., `readout`, `negatives`) and name."""
 
 
 class Report(NamedTuple):
@@ -49,6 +49,11 @@ class _Clock:
         """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
         self._free_since = time.perf_counter()
         return self._free_since
+
+
+def layer_name(index: int) -> str:
+    """Names a layer, counted from 0, as states and metrics do."""
+    return f"layer_{index + 1}"
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -156,10 +161,19 @@ class Stage:
         return [torch.stack(goodness).cpu(), passed, *reads]
 
     def state(self) -> State:
-        """Returns a copy of everything that the layers learned."""
-        state = {f"layer_{index + 1}": state_of(layer) for index, layer in self._layers.items()}
+        """Returns a copy of everything that the layers learned, and of the labels that negatives are to show."""
+        state = {layer_name(index): state_of(layer) for index, layer in self._layers.items()}
+        if self._source and self._source.hard_labels:
+            state["negatives"] = self._source.hard_labels.state()
         self._clock.free()
         return state
+
+    def restore(self, state: State) -> None:
+        """Takes up where a state was taken; of labels for negatives only where there are any."""
+        for index, layer in self._layers.items():
+            layer.load_state_dict(state[layer_name(index)])
+        if self._source and self._source.hard_labels and "negatives" in state:
+            self._source.hard_labels.restore(state["negatives"])
 
 
 class ReadoutStage:
@@ -205,3 +219,7 @@ class ReadoutStage:
     def state(self) -> State:
         """Returns a copy of everything that the readout learned."""
         return {"readout": state_of(self._readout)}
+
+    def restore(self, state: State) -> None:
+        """Takes up where a state was taken."""
+        self._readout.load_state_dict(state["readout"])

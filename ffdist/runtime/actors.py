@@ -8,8 +8,9 @@ import numpy as np
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from ffdist.checkpoint import CommitWriter
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
@@ -53,7 +54,13 @@ class NegativeActor(_Actor, NegativeSource):
     """A source of negatives in a process of its own."""
 
 
+class WriterActor(_Actor, CommitWriter):
+    """The writer of commits in a process of its own."""
+
+
 ACTORS = {Stage: StageActor, ReadoutStage: ReadoutActor, NegativeSource: NegativeActor}
+
+NAMES = {Stage: "stage", ReadoutStage: "the readout", NegativeSource: "negative actor"}
 
 
 class ActorMaker:
@@ -70,6 +77,8 @@ class ActorMaker:
     def __init__(self, group: PlacementGroup, threads: int) -> None:
         self._group, self._threads = group, threads
         self.made: list[Any] = []
+        self.names: dict[str, str] = {}
+        """What errors call an actor, by its id."""
 
     def __call__(self, part: type, *args: Any) -> Any:
         """Makes an actor that holds an object of class `part`; arguments may be references."""
@@ -85,5 +94,20 @@ class ActorMaker:
             )
             .remote(self._threads, sys.path, *args)
         )
+        number = 1 + sum(name.startswith(NAMES[part]) for name in self.names.values())
+        return self._note(handle, NAMES[part] if part is ReadoutStage else f"{NAMES[part]} {number}")
+
+    def make_writer(self, uri: str) -> Any:
+        """Makes the writer of commits on the driver's own node: a folder on each node's own disk would be no commit."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        handle = (
+            ray.remote(WriterActor)
+            .options(num_cpus=0, scheduling_strategy=here, max_restarts=0, max_task_retries=0)
+            .remote(self._threads, sys.path, uri)
+        )
+        return self._note(handle, "the writer of commits")
+
+    def _note(self, handle: Any, name: str) -> Any:
         self.made.append(handle)
+        self.names[handle._actor_id.hex()] = name
         return handle

@@ -6,18 +6,20 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
+from ffdist.checkpoint import CommitError
+from ffdist.config import RunFailed
+from ffdist.failures import PartLost
 from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.runner import Blueprint, Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
 from ffdist.sections import Pipeline
 
-
-class ActorFailure(RuntimeError):
-    """An actor died or raised; the text says which and why."""
+START_TIMEOUT_S = 300.0
+"""Longest that an actor may take to start; it imports torch, from whatever disk."""
 
 
 @contextmanager
@@ -25,34 +27,38 @@ def ray_runner(
     blueprint: Blueprint,
     group: PlacementGroup,
     pipeline: Pipeline,
-    *,
     images: dict[str, Tensor],
     labels: Tensor,
+    commits: str,
 ) -> Iterator[Runner]:
     """Starts the parts of a run as actors, and takes them down at the end of a `with` block.
 
     Args:
         blueprint: What to make.
         group: Resources of each actor, as `Placement.bundles` lists them.
-        pipeline: Window, chunks and threads.
+        pipeline: Window, chunks, threads, and the patience with parts that do nothing.
         images: uint8 images of each split `[N, D]`; they go into the object store once.
         labels: Labels of the training set `[N]`.
+        commits: Folder of the run's commits.
 
     Raises:
-        ActorFailure: An actor cannot start.
+        PartLost: An actor died or does nothing any more, here or in what the runner is asked to do.
+        RunFailed: An actor raised something.
     """
     send_tensors_as_arrays()
     make = ActorMaker(group, pipeline.threads_per_stage)
     try:
-        parts = blueprint.assemble(make, ray.put(images), ray.put(labels))
-        _collect([actor.__ray_ready__.remote() for actor in make.made])
+        parts = blueprint.assemble(make, ray.put(images), ray.put(labels), None)
+        needed = [actor.__ray_ready__.remote() for actor in make.made]
+        parts = parts._replace(writer=make.make_writer(commits))  # last, and not waited for: it has time
+        _Collector(make.names, START_TIMEOUT_S)(needed)
         chunk_size = min(pipeline.chunk_size, blueprint.order.minibatches)
         window = blueprint.negatives.max_in_flight(chunk_size, pipeline.max_in_flight)
         yield Runner(
             blueprint,
             parts,
             call=_call_remotely,
-            collect=_collect,
+            collect=_Collector(make.names, pipeline.stall_timeout_s),
             max_in_flight=window,
             ahead=blueprint.negatives.ahead,
         )
@@ -66,13 +72,41 @@ def _call_remotely(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
     return getattr(part, method).options(num_returns=returns).remote(*args)
 
 
-def _collect(references: list[Any]) -> list[Any]:
-    try:
-        values: list[Any] = ray.get(references)
-    except RayTaskError as error:
-        if isinstance(error.cause, NegativesError):
-            raise error.cause from error
-        raise ActorFailure(f"an actor failed: {error.cause!r}\n{error}") from error
-    except RayError as error:
-        raise ActorFailure(f"an actor is gone: {error}") from error
-    return values
+class _Collector:
+    """Fetches what calls returned, and tells who is to blame where that fails.
+
+    Args:
+        names: Of the actors, by id.
+        patience_s: Longest that nothing of what is waited for may come.
+    """
+
+    def __init__(self, names: dict[str, str], patience_s: float) -> None:
+        self._names, self._patience_s = names, patience_s
+
+    def __call__(self, returned: list[Any], wait: bool = True) -> list[Any] | None:
+        left = returned
+        while left:
+            waited_for = len(left)
+            _, left = ray.wait(left, num_returns=waited_for, timeout=self._patience_s if wait else 0)
+            if left and not wait:
+                return None
+            if len(left) == waited_for:
+                name = self._names.get(left[0].task_id().actor_id().hex(), "an actor")
+                raise PartLost(f"{name} did nothing for {self._patience_s:g} s (pipeline.stall_timeout_s)")
+        try:
+            values: list[Any] = ray.get(returned)
+        except RayError as error:
+            raise self._told(error) from error
+        return values
+
+    def _told(self, error: RayError) -> Exception:
+        cause: BaseException = error
+        while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+            cause = cause.cause
+        if isinstance(cause, NegativesError | CommitError):
+            return cause
+        if not isinstance(cause, RayError) or isinstance(cause, RayTaskError):
+            return RunFailed(f"an actor failed: {cause!r}\n{error}")
+        name = self._names.get(getattr(cause, "actor_id", None) or "", "a part of the pipeline")
+        what = "cannot be reached" if isinstance(cause, ActorUnavailableError) else "is gone"
+        return PartLost(f"{name} {what} ({' '.join(str(cause).split())[-300:]})")

@@ -51,6 +51,17 @@ class Averages:
         if self._layers:
             yield step * self._batch_size, self._learning() | self._speed()
 
+    def state(self) -> dict[str, Tensor]:
+        """Returns what is not averaged yet; times are not kept."""
+        if not self._layers:
+            return {}
+        return {"layer_metrics": torch.stack(self._layers), "readout_metrics": torch.stack(self._readout)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes up where a state was taken."""
+        self._layers = list(state.get("layer_metrics", []))
+        self._readout = list(state.get("readout_metrics", []))
+
     def _learning(self) -> dict[str, float]:
         stacked = torch.stack(self._layers).double()
         layers = stacked.mean(0)

@@ -6,15 +6,10 @@ from collections.abc import Iterable, Iterator
 from statistics import median
 from typing import Any
 
-from ffdist.config import Config
+from ffdist.config import DECIDES_NOTHING, Config
 from ffdist.sections import Section
-from ffdist.tracking.tracker import a_client
+from ffdist.tracking.server import a_client
 
-DECIDES_NOTHING = (
-    *("seed", "runner", "pipeline.", "tracking.", "checkpoint.", "data.root", "training.evaluate_every"),
-    *("negatives.actors", "negatives.ahead", "negatives.store"),
-)
-"""Parameters, by the start of their name, in which runs of one row may differ."""
 DEFAULTS = {
     f"{section}.{key}": str(setting.default)
     for section, field in Config.model_fields.items()
@@ -80,7 +75,7 @@ def _rows(runs: list[Any]) -> Iterator[list[str]]:
         if run.data.params["runner"] == "backpropagation":
             by_seed = references.setdefault(_told(run, REFERENCE), {})
         else:
-            decides = [key for key in run.data.params if not key.startswith(DECIDES_NOTHING)]
+            decides = [key for key in run.data.params if not key.startswith(("seed", "runner", *DECIDES_NOTHING))]
             by_seed = groups.setdefault(_told(run, decides), {})
         by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
     told = [(list(group.values()), _told(next(iter(group.values())), REFERENCE)) for group in groups.values()]

@@ -1,96 +1,53 @@
-"""The MLflow run of a training: everything is sent by a thread of its own, so that a slow server slows nothing."""
+"""The MLflow run of a training: everything is sent by a thread of its own, so that a slow server slows nothing.
+
+Metrics go by way of an outbox in the run's folder, so that none is lost or doubled, whoever dies.
+"""
 
 import logging
-import os
-import queue
 import sqlite3
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from http.client import HTTPException
-from itertools import count
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
+from ffdist.tracking.outbox import OUTBOX, Outbox, Point
+from ffdist.tracking.server import SQLITE, WAY_OUT, check_server, default_uri, make_database
 
 SEND_EVERY_S = 2.0
 RETRY_EVERY_S = 0.5
 OPEN_TIMEOUT_S = 60.0
-FLUSH_TIMEOUT_S = 30.0
-WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
+INTERRUPTED_FLUSH_S = 5.0
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open on runs and curves, not on its pages for language models."""
-SQLITE = "sqlite:///"
 TRIES = 3
 """Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 BATCH = 1000
 """Most metrics that MLflow takes in one request."""
+LOCK, LOCK_TIMEOUT_S = ".lock", 5.0
+"""In the folder of a run, held by the process that trains it, or for a moment by one that sends what it left."""
 
-
-def default_uri(runs: Path) -> str:
-    """Returns the database under a runs folder, as MLflow names it."""
-    return f"{SQLITE}{runs.resolve() / 'mlflow.db'}"
-
-
-def tracking_uri(config: Tracking, runs: Path) -> str:
-    """Returns where a run is tracked: the configuration's word, else the environment's, else the runs folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs)
-
-
-def how_to_look(uri: str, runs: Path) -> str:
-    """Returns the command or address that shows what was tracked."""
-    if uri == default_uri(runs):
-        return "ffdist ui" if runs == Path("runs") else f"ffdist ui --runs {runs}"
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-
-
-def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:
-    """Adds metrics to a run that has ended.
-
-    Raises:
-        ConfigError: It is not at `uri`, or cannot be reached there.
-    """
-    with a_client(uri) as client:
-        for name, value in metrics.items():
-            client.log_metric(run_id, name, value)
-
-
-@contextmanager
-def a_client(uri: str) -> Iterator[Any]:
-    """Opens MLflow's client for the length of a `with` block.
-
-    Raises:
-        ConfigError: What is asked of the server or database at `uri` is not there, or it cannot be reached.
-    """
-    _check_server(uri)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield MlflowClient(uri)
-    except MlflowException as error:
-        raise ConfigError(
-            f"tracking at {uri} does not give what is asked ({' '.join(str(error).split())[:300]})"
-        ) from error
+Call = Callable[[Any, str], Any]
+"""Something to be told to MLflow's client about a run."""
 
 
 class Tracker:
     """One MLflow run, open for the length of a `with` block.
 
     The store opens beside what follows, and `begin` makes the run in it. Leaving the block sends what is left and marks
-    the run finished, failed, or, after an interrupt, killed.
+    the run finished, failed, or, after an interrupt, killed. What cannot be sent stays in the run's folder, and the
+    next run there sends it.
 
     Args:
         uri: As `tracking_uri` returns it.
-        config: Name of the experiment.
+        config: Name of the experiment, and how much may wait how long.
         runs: Runs folder; artifacts of the default database lie in it.
 
     Raises:
@@ -102,10 +59,12 @@ class Tracker:
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id = ""
-        self._queue: queue.Queue[Any] = queue.Queue()
+        self._folder, self._lock = Path(), FileLock("")
+        self._outbox: Outbox | None = None
+        self._calls: deque[Call] = deque()
         self._opened, self._failure = threading.Event(), ""
         self._closing, self._deadline = threading.Event(), float("inf")
-        _check_server(uri)
+        check_server(uri)
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
 
     def __enter__(self) -> "Tracker":
@@ -117,88 +76,186 @@ class Tracker:
     ) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt)
         status = "FINISHED" if kind is None else "KILLED" if killed else "FAILED"
-        self._deadline = time.monotonic() + (5 if killed else FLUSH_TIMEOUT_S)
-        if self.run_id:
-            self._queue.put(lambda client, run: client.set_terminated(run, status))
-        self._queue.put(None)
+        self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if killed else self._config.flush_timeout_s)
+        if self._outbox:
+            with suppress(sqlite3.Error):  # on a full disk there is worse to tell
+                self._outbox.note(left=status)
+            self._calls.append(lambda client, run: client.set_terminated(run, status))
         self._closing.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
-        if self._thread.is_alive():
-            self._failure = "its time to flush is over"
-        if self._failure and kind is None:
-            logging.getLogger(__name__).warning("not everything was tracked at %s: %s", self.uri, self._failure)
+        if self._outbox:
+            with suppress(sqlite3.Error):
+                self._tell_what_is_left(self._outbox)
+            if not self._thread.is_alive():
+                self._outbox.close()
+            self._lock.release()
 
-    def begin(self, name: str, parameters: dict[str, Any]) -> None:
+    def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Makes the run, once the store is open.
 
         Args:
-            name: Name of the run.
+            folder: Of the run; its name is the run's.
             parameters: Logged once.
 
         Raises:
             ConfigError: The store cannot be opened.
         """
-        if not self._opened.wait(OPEN_TIMEOUT_S):
-            self._failure = f"no answer in {OPEN_TIMEOUT_S:g} s"
-        if not self._client:
-            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {WAY_OUT}")
+        self._wait_until_open()
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
         try:
-            self.run_id = self._client.create_run(self._experiment_id, run_name=name).info.run_id
+            self.run_id = self._client.create_run(self._experiment_id, run_name=folder.name).info.run_id
             self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
         except MlflowException as error:
             raise ConfigError(f"tracking at {self.uri} is not possible ({error}); {WAY_OUT}") from error
+        self._take(folder)
+
+    def resume(self, folder: Path, run_id: str) -> None:
+        """Goes on with a run, once the store is open; points that the server has are not sent again.
+
+        Args:
+            folder: Of the run.
+            run_id: Of MLflow.
+
+        Raises:
+            ConfigError: The store cannot be opened or lacks the run, or another process is training it.
+        """
+        self._wait_until_open()
+        from mlflow.exceptions import MlflowException
+
+        self.run_id = run_id
+        outbox = self._take(folder)
+        try:
+            for name in self._client.get_run(run_id).data.metrics:
+                history = self._client.get_metric_history(run_id, name)
+                outbox.add_sent(Point(name, point.value, point.timestamp, point.step) for point in history)
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            raise ConfigError(f"tracking at {self.uri} cannot go on with run {run_id} ({error}); {WAY_OUT}") from error
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Has metrics sent, with the number of samples seen as `step`; returns at once."""
-        now = time.time_ns() // 1_000_000
-        for name, value in metrics.items():
-            self._queue.put((name, value, now, step))
+        assert self._outbox, "the run has begun"
+        self._outbox.add(metrics, step)
+
+    def history(self) -> dict[str, list[tuple[int, float]]]:
+        """Returns all metrics of the run, as samples seen and value."""
+        assert self._outbox, "the run has begun"
+        return self._outbox.history()
 
     def log_tags(self, tags: dict[str, str]) -> None:
         """Has tags set; returns at once."""
-        self._queue.put(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
+        self._calls.append(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
 
     def log_artifact(self, path: Path) -> None:
         """Has a file kept with the run; returns at once, so the file must stay as it is."""
-        self._queue.put(lambda client, run: client.log_artifact(run, str(path)))
+        self._calls.append(lambda client, run: client.log_artifact(run, str(path)))
+
+    def _wait_until_open(self) -> None:
+        if not self._opened.wait(OPEN_TIMEOUT_S):
+            self._failure = f"no answer in {OPEN_TIMEOUT_S:g} s"
+        if not self._client:
+            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {WAY_OUT}")
+
+    def _take(self, folder: Path) -> Outbox:
+        """Takes the run's folder for this process alone."""
+        self._lock = FileLock(folder / LOCK)
+        try:
+            self._lock.acquire(timeout=LOCK_TIMEOUT_S)
+        except Timeout:
+            raise ConfigError(f"{folder} is being trained by another process; wait until it is done") from None
+        try:
+            outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
+            outbox.note(uri=self.uri, run_id=self.run_id, left="")
+        except sqlite3.DatabaseError as error:
+            self._lock.release()
+            raise ConfigError(
+                f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, and points that were not "
+                f"sent are lost"
+            ) from error
+        self._folder, self._outbox = folder, outbox
+        return outbox
+
+    def _tell_what_is_left(self, outbox: Outbox) -> None:
+        log, waiting = logging.getLogger(__name__), outbox.num_waiting
+        if waiting or outbox.fact("left"):
+            log.warning(
+                "not everything was tracked at %s (%s): %d points wait in %s; the next run in %s, or `--resume`, sends "
+                "them",
+                *(self.uri, self._failure or "its time to flush is over", waiting, self._folder / OUTBOX, self._runs),
+            )
+        elif self._failure:
+            log.warning("not everything was tracked at %s: %s", self.uri, self._failure)
+        if outbox.thinned:
+            log.warning("the server was away for so long that only every few points of each metric were kept")
 
     def _work(self) -> None:
         try:
             client = self._open()
         except Exception as error:  # whatever MLflow, its store or the network raises, `begin` tells it
-            self._failure = " ".join(str(error).split())[:300]
+            self._failure = _brief(error)
             return
         finally:
             self._opened.set()
+        self._send_leftovers(client)
+        while True:
+            closing = self._closing.wait(SEND_EVERY_S)
+            done = not self._outbox or (
+                self._send_points(client, self._outbox, self.run_id) and self._send_calls(client, self._outbox)
+            )
+            if closing and (done or time.monotonic() > self._deadline):
+                return
+            if not done:
+                time.sleep(RETRY_EVERY_S)
+
+    def _send_points(self, client: Any, outbox: Outbox, run_id: str) -> bool:
+        """Sends all that wait, in order; says whether it could."""
         from mlflow.entities import Metric
 
-        done = False
-        while not done:
-            items = [self._queue.get()]
-            self._closing.wait(SEND_EVERY_S)
-            while not self._queue.empty() and len(items) < BATCH:
-                items.append(self._queue.get())
-            done = items[-1] is None
-            if metrics := [Metric(*item) for item in items if isinstance(item, tuple)]:
-                self._send(lambda metrics=metrics: client.log_batch(self.run_id, metrics))  # type: ignore[misc]
-            for item in items:
-                if callable(item):
-                    self._send(lambda item=item: item(client, self.run_id), tries=TRIES)  # type: ignore[misc]
+        try:
+            while points := outbox.waiting(BATCH):
+                client.log_batch(run_id, metrics=[Metric(*point) for point in points])
+                outbox.mark_sent(points)
+        except Exception as error:  # whatever it is, the server may come back
+            self._failure = _brief(error)
+            return False
+        return True
 
-    def _send(self, call: Callable[[], Any], *, tries: int | None = None) -> None:
-        """Tries until it works, the run has ended and its time to flush is over, or `tries` are used up."""
-        for attempt in count(1):
-            try:
-                call()
-                return
-            except Exception as error:  # whatever it is, the server may come back
-                if attempt == tries or time.monotonic() > self._deadline:
-                    self._failure = " ".join(str(error).split())[:300]
-                    return
-                time.sleep(RETRY_EVERY_S)
+    def _send_calls(self, client: Any, outbox: Outbox) -> bool:
+        """Makes all calls that wait, in order; one that the server refuses must not hold up what follows."""
+        while self._calls:
+            for attempt in range(TRIES):
+                try:
+                    self._calls[0](client, self.run_id)
+                    break
+                except Exception as error:  # whatever it is, the server may come back
+                    self._failure = _brief(error)
+                    time.sleep(RETRY_EVERY_S * (attempt + 1 < TRIES))
+            else:
+                with suppress(ConfigError):
+                    check_server(self.uri)
+                    self._calls.popleft()  # it is there and refuses
+                    continue
+                return False
+            self._calls.popleft()
+        if self._closing.is_set():
+            with suppress(sqlite3.Error):
+                outbox.note(left="")
+        return True
+
+    def _send_leftovers(self, client: Any) -> None:
+        """Sends what earlier runs of the folder could not."""
+        for path in sorted(self._runs.glob(f"*/{OUTBOX}")):
+            with suppress(Timeout, sqlite3.Error), FileLock(path.parent / LOCK).acquire(timeout=0):
+                outbox = Outbox(path, self._config.outbox_bytes)
+                run_id, status = outbox.fact("run_id"), outbox.fact("left")
+                waits = outbox.fact("uri") == self.uri and (status or outbox.num_waiting)
+                if run_id and waits and self._send_points(client, outbox, run_id):
+                    if status:
+                        client.set_terminated(run_id, status)
+                    outbox.note(left="")
+                outbox.close()
 
     def _open(self) -> Any:
         from mlflow import MlflowClient
@@ -209,7 +266,7 @@ class Tracker:
         # Two runs that start at once must not both create the database, or the experiment.
         with FileLock(self._runs / ".mlflow.lock"):
             if self.uri.startswith(SQLITE):
-                _make_database(Path(self.uri.removeprefix(SQLITE)))
+                make_database(Path(self.uri.removeprefix(SQLITE)))
             client = MlflowClient(self.uri)
             experiment = client.get_experiment_by_name(self._config.experiment)
             artifacts = (self._runs.resolve() / "artifacts").as_uri() if local else None
@@ -222,30 +279,5 @@ class Tracker:
         return client
 
 
-def _make_database(path: Path) -> None:
-    """Makes a database where there is none, renamed into place when MLflow is done with its many tables.
-
-    An interrupt among them would leave one that no later run can open.
-    """
-    from mlflow import MlflowClient
-
-    if path.is_file() and path.stat().st_size:
-        return
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    MlflowClient(f"{SQLITE}{part.absolute()}").search_experiments()
-    part.rename(path)
-
-
-def _check_server(uri: str) -> None:
-    """Asks once, before MLflow does, which would go on asking for minutes."""
-    try:
-        if uri.startswith(SQLITE):
-            with closing(sqlite3.connect(uri.removeprefix(SQLITE))) as database:
-                database.execute("pragma schema_version")
-        elif uri.startswith(("http://", "https://")):
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, which is all that is asked here
-    except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
-        raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,264 @@
+"""The loop of a run: feeds the schedule to a pipeline, takes its results in, in order, and commits what is good."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ffdist.checkpoint import Commits, Written, commit_name, weights_sha256
+from ffdist.config import Config, RunFailed
+from ffdist.evaluation import Evaluation, evaluate
+from ffdist.ff.layers import METRICS
+from ffdist.launch import Pipeline
+from ffdist.pipeline.runner import Evaluated, Trained
+from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Position, Snapshot, Train, schedule
+from ffdist.pipeline.stage import layer_name
+from ffdist.prepare import Prepared
+from ffdist.start import Start
+from ffdist.tracking.averages import Averages
+from ffdist.tracking.plots import plot_confusion, plot_layers
+from ffdist.tracking.progress import Display
+from ffdist.tracking.tracker import Tracker
+
+ALWAYS_MEASURED = [name for name in METRICS if name != "weight_rms"]
+
+
+class _Cut(NamedTuple):
+    """A commit under way: what the driver knew where the states were taken."""
+
+    snapshot: Snapshot
+    written: Callable[[bool], Written | None]
+    position: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Loop:
+    """One run of a configuration, from where it starts.
+
+    Args:
+        config: What to train.
+        prepared: What that asks for.
+        commits: Of the run.
+        start: Where it starts.
+        tracker: Gets every metric.
+        display: Shows how far it is.
+        made_with: What the last bits depend on.
+        mark: Is told what was reached.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        commits: Commits,
+        start: Start,
+        tracker: Tracker,
+        display: Display,
+        made_with: dict[str, str | int],
+        mark: Callable[[str], None],
+    ) -> None:
+        self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
+        self._commits, self._start, self._tracker, self._display = commits, start, tracker, display
+        self._mark = mark
+        self._same = {
+            "config": config.model_dump(mode="json"),
+            "dataset_sha256": prepared.dataset.sha256("train"),
+            "mlflow_run_id": tracker.run_id,
+            "made_with": made_with,
+        }
+        self._averages = Averages(config.tracking.every_minibatches, self._order.batch_size)
+        self._test: Evaluation | None = None
+        self._validated: tuple[int, float] | None = None  # the last validation's step and error
+        self._cut: _Cut | None = None
+        self._step, self._train_s, self._last = 0, 0.0, ""
+        self._best: tuple[float, str] | None = None
+        if manifest := start.manifest:
+            self._step, self._train_s = manifest.step, manifest.train_s
+            self._last = commit_name(start.position)
+            if manifest.best_commit is not None and manifest.best_error is not None:
+                self._best = manifest.best_error, manifest.best_commit
+            self._averages.restore(start.state["position"])
+        self._cut_step, self._cut_at = self._step, time.monotonic()
+        self.stopped = False
+        """Whether the run ended because it was asked to."""
+
+    def run(self, pipeline: Pipeline, asked_to_stop: Callable[[], bool]) -> None:
+        """Runs the schedule to its end, or until it is asked to stop.
+
+        Raises:
+            RunFailed: A number is not finite; nothing later than it is committed.
+            CommitError: A commit cannot be written.
+        """
+        self._mark("started")
+        if self._start.state:
+            pipeline.restore(self._start.state)
+        self._mark("restored")
+        blocks: list[Evaluated] = []
+        since, before_s = time.perf_counter(), self._train_s
+        for order, result in pipeline.run(self._orders(asked_to_stop), self._schedule()):
+            if isinstance(order, Train) and isinstance(result, Trained):
+                self._mark("first_chunk")
+                self._check_finite(order, result)
+                self._step = order.step + order.num_minibatches
+                self._train_s = before_s + time.perf_counter() - since
+                self._display.update(self._step)
+                for samples, metrics in self._averages.add(order, result):
+                    self._log(metrics, samples)
+            elif isinstance(order, Evaluate) and isinstance(result, Evaluated):
+                self._display.doing(f"evaluating, {order.split}")
+                blocks.append(result)
+                if order.last:
+                    self._evaluate(order.split, blocks)
+                    blocks = []
+            elif isinstance(order, Snapshot) and callable(result):
+                self._begin_commit(order, result)
+            self._finish_commit(wait=False)
+        self._finish_commit(wait=True)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen."""
+        return self._step * self._order.batch_size
+
+    @property
+    def kept(self) -> str:
+        """Says what a run that has to stop can go on from."""
+        return f"its last good commit is {self._commits.path(self._last)}" if self._last else "there is no commit yet"
+
+    def figures(self, folder: Path) -> dict[str, Any]:
+        """Returns the figures that the run ends with, and draws its pictures."""
+        for samples, metrics in self._averages.rest(self._step):
+            self._log(metrics, samples)
+        test, history = self._test, self._tracker.history()
+        assert test, "the schedule ends with it"
+        if f"{layer_name(0)}/loss" in history:
+            self._tracker.log_artifact(plot_layers(history, folder / "layers.png"))
+        by = "readout" if test.goodness_error is None else "goodness"
+        self._tracker.log_artifact(plot_confusion(test.confusion, by, folder / "confusion.png"))
+        return {
+            "weights_sha256": weights_sha256(self._commits.read(self._last)[1]),
+            "test_goodness_error": test.goodness_error,
+            "test_readout_error": test.readout_error,
+            "layer_errors": test.layer_errors,
+            "samples_per_s": self.samples / self._train_s,
+            "train_s": self._train_s,
+            "best_commit": self._commits.path(self._best[1]) if self._best else None,
+        }
+
+    def _schedule(self) -> Iterator[Order]:
+        config = self._config
+        tried = self._dataset.classes if config.data.label != "none" else 0
+        return schedule(
+            epochs=config.training.epochs,
+            minibatches=self._order.minibatches,
+            chunk_size=config.pipeline.chunk_size,
+            greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
+            validation_samples=len(self._dataset.labels["validation"]),
+            test_samples=len(self._dataset.labels["test"]),
+            evaluate_every=config.training.evaluate_every,
+            evaluation_block=max(1, EVALUATION_ROWS // (1 + tried)),
+            start=self._start.position,
+        )
+
+    def _orders(self, asked_to_stop: Callable[[], bool]) -> Iterator[Order]:
+        """Yields the schedule, and a snapshot wherever a commit is due or the run is to stop."""
+        at = self._start.position
+        kept = at if self._start.manifest else None
+        for order in self._schedule():
+            if asked_to_stop():
+                self.stopped = True
+                if at != kept:
+                    yield self._snapshot(at)
+                return
+            if isinstance(order, Train) and at != kept and self._is_due(self._snapshot(at).step):
+                kept = at
+                yield self._snapshot(at)
+            yield order
+            if isinstance(order, Snapshot):
+                at = kept = order.position
+                self._cut_step, self._cut_at = order.step, time.monotonic()
+            elif isinstance(order, Train):
+                at = Position(order.epoch, order.first + order.num_minibatches)
+
+    def _snapshot(self, at: Position) -> Snapshot:
+        return Snapshot(at, at.epoch * self._order.minibatches + at.minibatch)
+
+    def _is_due(self, step: int) -> bool:
+        """Says whether a commit is due after a chunk, and if so, notes that it is taken."""
+        checkpoint, now = self._config.checkpoint, time.monotonic()
+        every = checkpoint.every_minibatches
+        by_steps = every is not None and step // every > self._cut_step // every
+        by_time = checkpoint.every_s is not None and now - self._cut_at >= checkpoint.every_s
+        due = (by_steps or by_time) and not self._cut  # one at a time, or a slow disk would fill the memory
+        if due:
+            self._cut_step, self._cut_at = step, now
+        return due
+
+    def _check_finite(self, chunk: Train, trained: Trained) -> None:
+        measured = [METRICS.index(name) for name in ALWAYS_MEASURED]
+        layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, measured]
+        finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
+        if not finite.all():
+            self._finish_commit(wait=True)  # what was cut before it is good
+            minibatch, part = (~finite).nonzero()[0].tolist()
+            where = "the readout" if part == layers.shape[1] else f"layer {part + 1}"
+            raise RunFailed(
+                f"a number in {where} is not finite at minibatch {chunk.first + minibatch} of epoch {chunk.epoch} "
+                f"(counted from 0); the run stopped, and {self.kept}; lower training.learning_rate in a new run"
+            )
+
+    def _log(self, metrics: dict[str, float], samples: int) -> None:
+        self._tracker.log_metrics(metrics, samples)
+        self._display.update(samples // self._order.batch_size, metrics)
+
+    def _evaluate(self, split: str, blocks: list[Evaluated]) -> None:
+        labels, classes = self._dataset.labels[split], self._dataset.classes
+        found = evaluate(blocks, labels, classes=classes, predict_from=self._config.predict_from)
+        metrics = {f"{split}/readout_error": found.readout_error}
+        if found.goodness_error is not None:
+            metrics[f"{split}/goodness_error"] = found.goodness_error
+        metrics |= {f"{split}/layer_{layer}_error": value for layer, value in enumerate(found.layer_errors or [], 1)}
+        self._log(metrics, self.samples)
+        if split == "test":
+            self._test = found
+            return
+        self._validated = self._step, found.chief_error
+        self._display.say(f"epoch {self._step // self._order.minibatches}: validation error {found.in_words()}")
+
+    def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
+        self._finish_commit(wait=True)
+        name, error = commit_name(snapshot.position), None
+        if self._validated and self._validated[0] == snapshot.step and snapshot.position.minibatch == 0:
+            error = self._validated[1]
+            if self._best is None or error < self._best[0]:
+                self._best = error, name
+        facts = {
+            **self._same,
+            **snapshot.position._asdict(),
+            "step": snapshot.step,
+            "train_s": self._train_s,
+            "validation_error": error,
+            "best_commit": self._best[1] if self._best else None,
+            "best_error": self._best[0] if self._best else None,
+        }
+        position = {key: torch.tensor(value) for key, value in snapshot.position._asdict().items()}
+        self._cut = _Cut(snapshot, written, position | self._averages.state(), facts)
+
+    def _finish_commit(self, *, wait: bool) -> None:
+        """Makes a commit of what was cut, where all of it is written: by now all that led to it was found finite."""
+        overdue = time.monotonic() - self._cut_at > self._config.pipeline.stall_timeout_s
+        if self._cut is None or (written := self._cut.written(wait or overdue)) is None:
+            return
+        cut, self._cut = self._cut, None
+        if written.not_finite:
+            raise RunFailed(
+                f"{written.not_finite} is not finite after {cut.snapshot.step} minibatches; the run stopped, and "
+                f"{self.kept}; lower training.learning_rate in a new run"
+            )
+        name = commit_name(cut.snapshot.position)
+        self._commits.finish(name, written, cut.position, **cut.facts)
+        self._last = name
+        self._commits.prune(keep=self._config.checkpoint.keep, spare=self._best[1] if self._best else None)

@@ -1,0 +1,100 @@
+"""Where runs are tracked: finding the server or database, and asking it."""
+
+import os
+import sqlite3
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from ffdist.config import ConfigError
+from ffdist.sections import Tracking, hold_no_secret
+
+WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
+SQLITE = "sqlite:///"
+
+
+def default_uri(runs: Path) -> str:
+    """Returns the database under a runs folder, as MLflow names it."""
+    return f"{SQLITE}{runs.resolve() / 'mlflow.db'}"
+
+
+def tracking_uri(config: Tracking, runs: Path) -> str:
+    """Returns where a run is tracked: the configuration's word, else the environment's, else the runs folder.
+
+    Raises:
+        ConfigError: There is a password in it.
+    """
+    try:
+        return config.uri or hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", "")) or default_uri(runs)
+    except ValueError as error:
+        raise ConfigError(f"MLFLOW_TRACKING_URI: {error}") from None
+
+
+def how_to_look(uri: str, runs: Path) -> str:
+    """Returns the command or address that shows what was tracked."""
+    if uri == default_uri(runs):
+        return "ffdist ui" if runs == Path("runs") else f"ffdist ui --runs {runs}"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:
+    """Adds metrics to a run that has ended.
+
+    Raises:
+        ConfigError: It is not at `uri`, or cannot be reached there.
+    """
+    with a_client(uri) as client:
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+
+
+@contextmanager
+def a_client(uri: str) -> Iterator[Any]:
+    """Opens MLflow's client for the length of a `with` block.
+
+    Raises:
+        ConfigError: What is asked of the server or database at `uri` is not there, or it cannot be reached.
+    """
+    check_server(uri)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(uri)
+    except MlflowException as error:
+        raise ConfigError(
+            f"tracking at {uri} does not give what is asked ({' '.join(str(error).split())[:300]})"
+        ) from error
+
+
+def make_database(path: Path) -> None:
+    """Makes a database where there is none, renamed into place when MLflow is done with its many tables.
+
+    An interrupt among them would leave one that no later run can open.
+    """
+    from mlflow import MlflowClient
+
+    if path.is_file() and path.stat().st_size:
+        return
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    MlflowClient(f"{SQLITE}{part.absolute()}").search_experiments()
+    part.rename(path)
+
+
+def check_server(uri: str) -> None:
+    """Asks once, before MLflow does, which would go on asking for minutes."""
+    try:
+        if uri.startswith(SQLITE):
+            with closing(sqlite3.connect(uri.removeprefix(SQLITE))) as database:
+                database.execute("pragma schema_version")
+        elif uri.startswith(("http://", "https://")):
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers, which is all that is asked here
+    except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
+        raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error

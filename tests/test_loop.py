@@ -1,0 +1,76 @@
+"""When a run has to stop, it says why and where, and what was committed stays as good as it was."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffdist import load_config, train
+from ffdist.config import RunFailed
+from ffdist.start import commits_of
+
+SHORT = ["model.layers=[40,30]", "training.epochs=40", "checkpoint.every_minibatches=5", "checkpoint.keep=100"]
+
+
+def folder_of(runs: Path) -> Path:
+    (config,) = runs.glob("*/config.yaml")
+    return config.parent
+
+
+@pytest.mark.parametrize("kind", ["wrong_label", "hard_label"])
+def test_numbers_that_are_not_finite_stop_a_run_and_nothing_later_is_committed(tmp_path, kind):
+    changes = ["training.weight_decay=1000", "pipeline.chunk_size=3"]  # weights nine times as large at every update
+    config = load_config("digits", [*SHORT, *changes, f"negatives.kind={kind}"])
+    told = r"(is not finite at minibatch \d+ of epoch \d+|is not finite after \d+ minibatches).*in a new run"
+    with pytest.raises(RunFailed, match=told) as stopped:
+        train(config, runner="serial", runs=tmp_path)
+    commits = commits_of(config, folder_of(tmp_path))
+    assert commits.names(), "there was something good before"
+    assert f"its last good commit is {commits.path(commits.names()[-1])}" in str(stopped.value)
+    for name in commits.names():
+        _, state = commits.read(name)
+        del state["position"]  # of the weights' size, which is not measured at every minibatch
+        assert all(tensor.isfinite().all() for part in state.values() for tensor in part.values())
+
+
+def test_a_folder_of_commits_that_goes_away_stops_a_run_in_order(tmp_path):
+    """A file where the folder was: whoever trains may be root, whom permissions do not stop."""
+    config = load_config("digits", SHORT)
+
+    def take_away() -> None:
+        while not (found := [path.parents[1] for path in tmp_path.glob("*/commits/*/manifest.json")]):
+            time.sleep(0.005)
+        found[0].rename(tmp_path / "taken")
+        found[0].write_text("")
+
+    thread = threading.Thread(target=take_away)
+    thread.start()
+    with pytest.raises(RunFailed, match=r"cannot be .*the run stopped, and its last good commit is"):
+        train(config, runner="serial", runs=tmp_path)
+    thread.join()
+    folder = folder_of(tmp_path)
+    (folder / "commits").unlink()
+    (tmp_path / "taken").rename(folder / "commits")
+    resumed = train(config, runner="serial", runs=tmp_path, resumed=folder)
+    truth = train(config, runner="serial", runs=tmp_path)
+    assert resumed.summary["weights_sha256"] == truth.summary["weights_sha256"]
+
+
+def test_commits_change_nothing_and_are_taken_as_asked(tmp_path):
+    digests = set()
+    for index, every in enumerate(("null", "7", "1")):
+        changes = ["training.epochs=2", f"checkpoint.every_minibatches={every}", "pipeline.chunk_size=4"]
+        run = train(load_config("digits", [*SHORT, *changes]), runner="serial", runs=tmp_path)
+        digests.add(run.summary["weights_sha256"])
+        steps = len(list(run.folder.glob("commits/*/manifest.json")))
+        assert steps == [1, 8, 14][index]  # of 56 minibatches in chunks of 4; the end is always kept
+    assert len(digests) == 1
+
+
+def test_a_loss_that_is_not_finite_is_never_drawn_from():
+    from ffdist.ff.negatives import draw_wrong_labels
+
+    logits = torch.full((4, 3), torch.nan)
+    assert draw_wrong_labels(logits, torch.zeros(4, dtype=torch.int64), torch.Generator()).shape == (4,)

@@ -1,0 +1,153 @@
+"""What was committed is never lost, what was not is done again, and the end is bitwise as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ffdist import Config, ConfigError, load_config, train
+from ffdist.start import commits_of
+from ffdist.tracking.server import default_uri
+
+SHORT = [
+    *("training.epochs=12", "training.validation_samples=200", "training.evaluate_every=2", "model.layers=[60,50,40]"),
+    *("checkpoint.every_minibatches=5", "checkpoint.keep=3", "tracking.every_minibatches=10", "pipeline.chunk_size=7"),
+]
+HARD = ["negatives.kind=hard_label", "negatives.prediction_delay=30"]
+CASES = {
+    "wrong_label": [],
+    "hard_label": HARD,
+    "hybrid": ["data.label=none", "negatives.kind=hybrid", "data.jitter=1"],
+    "greedy": ["training.schedule=greedy", "training.epochs=5", "training.optimizer=adam", "training.repeats=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def a_config(*changes: str) -> Config:
+    return load_config("digits", [*SHORT, *changes])
+
+
+def stopped(config: Config, runs: Path, stop=signal.SIGINT, **how) -> Path:
+    """Trains until there are commits, then asks this very process to stop, as Ctrl-C or a cluster does."""
+    before = set(runs.glob("*-*"))
+
+    def ask() -> None:
+        while not any(len(commits_of(config, folder).names()) > 2 for folder in set(runs.glob("*-*")) - before):
+            time.sleep(0.005)
+        os.kill(os.getpid(), stop)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt, match="stopped in order; go on by --resume"):
+        train(config, runs=runs, runner="serial", **how)
+    (folder,) = set(runs.glob("*-*")) - before
+    return folder
+
+
+def series(run, runs: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every learning metric that the server has, with its steps."""
+    client = MlflowClient(default_uri(runs))
+    run_id = run.summary["mlflow_run_id"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    return {
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+        for name in client.get_run(run_id).data.metrics
+    }
+
+
+def assert_same_run(run, truth, runs: Path) -> None:
+    assert run.summary["weights_sha256"] == truth.summary["weights_sha256"]
+    assert run.summary["test_goodness_error"] == truth.summary["test_goodness_error"]
+    assert run.summary["layer_errors"] == truth.summary["layer_errors"]
+    found, expected = series(run, runs), series(truth, runs)
+    for name, points in expected.items():
+        if name.startswith(("layer", "readout", "validation", "test")):
+            assert found[name] == points, name
+    for name, points in found.items():  # times among them, which differ
+        assert len({step for step, _ in points}) == len(points), f"{name} has doubled points"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(case, runs):
+    config = a_config(*CASES[case])
+    truth = train(config, runs=runs, runner="serial")
+    folder = stopped(config, runs, signal.SIGTERM)
+    elsewhere = a_config(*CASES[case], "pipeline.stages=2", "pipeline.chunk_size=11")
+    run = train(elsewhere, runs=runs, runner="serial", resumed=folder)
+    assert run.folder == folder
+    assert_same_run(run, truth, runs)
+
+
+def test_a_run_goes_on_over_ray(runs, ray_start_4_cpus):
+    truth = train(a_config(*HARD), runs=runs, runner="serial")
+    folder = stopped(a_config(*HARD), runs)
+    assert_same_run(train(a_config(*HARD, "pipeline.stages=2"), runs=runs, resumed=folder), truth, runs)
+
+
+def test_a_killed_driver_loses_nothing(runs):
+    truth = train(a_config(*HARD), runs=runs, runner="serial")
+    before = set(runs.glob("*-*"))
+    command = [sys.executable, "-m", "ffdist.cli", "train", "digits", *SHORT, *HARD, "--runner", "serial"]
+    process = subprocess.Popen([*command, "--runs", str(runs)])
+    while not (
+        (new := set(runs.glob("run-*")) | set(runs.glob("digits-*")) - before)
+        and any(len(commits_of(a_config(), folder).names()) > 2 for folder in new - before)
+    ):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    (folder,) = new - before
+    assert_same_run(train(a_config(*HARD), runs=runs, runner="serial", resumed=folder), truth, runs)
+
+
+def test_resuming_twice_at_once_finished_or_as_another_run_is_refused(runs):
+    config = a_config()
+    folder = stopped(config, runs)
+    with pytest.raises(ConfigError, match=r"model\.layers: \[60, 50, 40\] then, \[60, 50\] now.*--from"):
+        train(a_config("model.layers=[60,50]"), runs=runs, runner="serial", resumed=folder)
+    with pytest.raises(ConfigError, match=r"was trained on other samples|seed: 0 then, 1 now"):
+        train(a_config("seed=1"), runs=runs, runner="serial", resumed=folder)
+    train(config, runs=runs, runner="serial", resumed=folder)
+    with pytest.raises(ConfigError, match="is finished; give it more training as a new run, by --from"):
+        train(config, runs=runs, runner="serial", resumed=folder)
+
+
+def test_a_damaged_commit_is_told_and_passed_over_only_when_asked(runs):
+    config = a_config()
+    truth = train(config, runs=runs, runner="serial")
+    folder = stopped(config, runs)
+    commits = commits_of(config, folder)
+    file = Path(commits.path(commits.names()[-1])) / "layer_2.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"layer_2.*is not what was written there.*--resume-from-older"):
+        train(config, runs=runs, runner="serial", resumed=folder)
+    run = train(config, runs=runs, runner="serial", resumed=folder, from_older=True)
+    assert_same_run(run, truth, runs)
+
+
+def test_a_run_starts_from_the_weights_of_another(runs):
+    first = train(a_config("training.epochs=4"), runs=runs, runner="serial")
+    fresh = train(a_config("training.epochs=2"), runs=runs, runner="serial")
+    longer = train(a_config("training.epochs=2"), runs=runs, runner="serial", origin=first.folder)
+    assert longer.summary["test_readout_error"] < fresh.summary["test_readout_error"]
+    with pytest.raises(ConfigError, match=r"the layers of .* do not fit \(layer_3"):
+        train(a_config("model.layers=[60,50,30]"), runs=runs, runner="serial", origin=first.folder)
+
+
+def test_commits_elsewhere_outlive_the_runs_folder(runs, tmp_path):
+    config = a_config(f"checkpoint.uri=file://{tmp_path}/commits")
+    truth = train(config, runs=runs, runner="serial")
+    assert str(tmp_path) in truth.summary["best_commit"]
+    assert not (truth.folder / "commits").exists()
