@@ -94,11 +94,11 @@ class CommitWriter:
     """Writes states as they come; the only part of a run that writes much.
 
     Args:
-        uri: Folder of the run's commits.
+        folder: Of the run's commits.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._folder = Folder(uri, CommitError)
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
 
     def write(self, snapshot: Snapshot, *parts: State | Drawn) -> Written:
         """Writes all files of a commit but its position and manifest.
@@ -139,20 +139,20 @@ class Commits:
     """The commits of a run.
 
     Args:
-        uri: Their folder.
+        folder: Where they are.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri, self._folder = uri, Folder(uri, CommitError)
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
 
     def names(self) -> list[str]:
         """Returns the names of all whole commits, oldest first."""
-        found = [WHOLE.fullmatch(name) for name in self._folder.names()]
+        found = [WHOLE.fullmatch(name) for name in self.folder.names()]
         return [commit_name(place) for place in sorted(Position(*map(int, match.groups())) for match in found if match)]
 
     def path(self, name: str) -> str:
         """Returns where a commit lies."""
-        return self._folder.path(name)
+        return self.folder.path(name)
 
     def finish(self, name: str, written: Written, position: dict[str, Tensor], **facts: Any) -> Manifest:
         """Makes a commit of what was written.
@@ -166,7 +166,7 @@ class Commits:
         Raises:
             CommitError: It cannot be written.
         """
-        facts_of_position = CommitWriter(self.uri).put(name, POSITION, position)
+        facts_of_position = CommitWriter(self.folder).put(name, POSITION, position)
         manifest = Manifest(
             schema_version=SCHEMA,
             ffdist_version=version("ffdist"),
@@ -174,7 +174,7 @@ class Commits:
             **facts,
         )
         # Last: without its manifest a commit does not exist, whatever lies in its folder.
-        self._folder.put(f"{name}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+        self.folder.put(f"{name}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
         return manifest
 
     def read(self, name: str) -> tuple[Manifest, State]:
@@ -193,9 +193,9 @@ class Commits:
         Raises:
             CommitError: It is damaged, or of another version.
         """
-        path = self._folder.path(f"{name}/{MANIFEST}")
+        path = self.folder.path(f"{name}/{MANIFEST}")
         try:
-            found = json.loads(self._folder.get(f"{name}/{MANIFEST}") or b"")
+            found = json.loads(self.folder.get(f"{name}/{MANIFEST}") or b"")
             schema = found.get("schema_version", 1)
             if schema != SCHEMA:
                 raise CommitError(
@@ -209,12 +209,12 @@ class Commits:
         """Removes all whole commits but the `keep` newest and `spare`; due after a newer one is whole, never before."""
         for name in self.names()[:-keep]:
             if name != spare:
-                self._folder.remove(f"{name}/{MANIFEST}")
-                self._folder.remove(name)
+                self.folder.remove(f"{name}/{MANIFEST}")
+                self.folder.remove(name)
 
     def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
-        path, facts = self._folder.path(f"{name}/{file}"), manifest.files[file]
-        content = self._folder.get(f"{name}/{file}")
+        path, facts = self.folder.path(f"{name}/{file}"), manifest.files[file]
+        content = self.folder.get(f"{name}/{file}")
         if content is None:
             raise CommitError(f"{path} is missing; {WAY_OUT}")
         if len(content) != facts.num_bytes:

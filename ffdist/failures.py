@@ -2,9 +2,15 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from ffdist.config import RunFailed
+
+Recovery = dict[str, Any]
+"""`lost`: what, and why; `at`: when that was noticed, in seconds since 1970; `step`: minibatches done by then;
+`redone`: how many of them were done again; and, in seconds since it was noticed, when the parts were `placed`,
+`started`, `restored`, and everything was `replayed`."""
 
 
 class PartLost(RunFailed):
@@ -17,23 +23,36 @@ class Failures:
     Args:
         limit: Most of them in a window.
         window_s: Length of the window.
+        recoveries: What the run recovered from before.
+        note: Keeps what it recovers from.
     """
 
-    def __init__(self, limit: int, window_s: float) -> None:
-        self._limit, self._window_s = limit, window_s
+    def __init__(
+        self,
+        limit: int,
+        window_s: float,
+        recoveries: list[Recovery] | None = None,
+        note: Callable[[list[Recovery]], None] = lambda recoveries: None,
+    ) -> None:
+        self._limit, self._window_s, self._note = limit, window_s, note
         self._recent: deque[tuple[float, PartLost]] = deque()
-        self.recoveries: list[dict[str, Any]] = []
-        """What was lost, and the seconds from noticing it to each step of recovering from it."""
+        self._recovering = False
+        self.recoveries = recoveries or []
+        """All that the run recovered from."""
 
-    def take(self, lost: PartLost) -> None:
+    def take(self, lost: PartLost, step: int) -> None:
         """Notes a failure.
+
+        Args:
+            lost: What was lost.
+            step: Minibatches done.
 
         Raises:
             RunFailed: It is one too many; the text tells the first of the window and what followed.
         """
         now = time.monotonic()
         self._recent.append((now, lost))
-        self.recoveries.append({"lost": str(lost)})
+        self.begin(str(lost), step)
         while self._recent[0][0] < now - self._window_s:
             self._recent.popleft()
         if len(self._recent) > self._limit:
@@ -44,7 +63,27 @@ class Failures:
                 f"(pipeline.max_failures, pipeline.failure_window_s)"
             ) from first
 
-    def mark(self, event: str) -> None:
-        """Notes when a step of recovering from the last failure, if there was one, was done for the first time."""
-        if self.recoveries:
-            self.recoveries[-1].setdefault(f"{event}_s", time.monotonic() - self._recent[-1][0])
+    def begin(self, lost: str, step: int) -> None:
+        """Notes that a recovery begins."""
+        self._recovering = True
+        self.recoveries.append({"lost": lost, "at": time.time(), "step": step})
+        self._note(self.recoveries)
+
+    def mark(self, event: str, step: int) -> None:
+        """Notes how far a recovery is, where one is under way.
+
+        Args:
+            event: `placed`, `started`, `restored`, or `chunk`, after each.
+            step: Minibatches done.
+        """
+        if not self._recovering:
+            return
+        recovery = self.recoveries[-1]
+        if event == "restored":
+            recovery["redone"] = max(0, recovery["step"] - step)
+        if event == "chunk":
+            if step <= recovery["step"]:
+                return
+            event, self._recovering = "replayed", False
+        recovery[event] = time.time() - recovery["at"]
+        self._note(self.recoveries)

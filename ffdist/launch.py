@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from ffdist.checkpoint import CommitWriter
 from ffdist.config import Config
+from ffdist.data.folder import Folder
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
@@ -24,7 +25,7 @@ class Placed(NamedTuple):
 
     blueprint: Blueprint
     in_words: str
-    start: Callable[[str], AbstractContextManager[Pipeline]]
+    start: Callable[[Folder], AbstractContextManager[Pipeline]]
     """Starts the parts, for the length of a `with` block, given the folder of the run's commits."""
 
 
@@ -74,7 +75,7 @@ def place(runner: RunnerName, prepared: Prepared, config: Config, resources: Res
         return
 
     @contextmanager
-    def here(commits: str) -> Iterator[Pipeline]:
+    def here(commits: Folder) -> Iterator[Pipeline]:
         make = serial_runner if runner == "serial" else Backpropagation
         with torch_threads(pipeline.threads_per_stage):
             yield make(blueprint, images, labels, CommitWriter(commits))

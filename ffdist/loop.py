@@ -1,5 +1,6 @@
 """The loop of a run: feeds the schedule to a pipeline, takes its results in, in order, and commits what is good."""
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ffdist.checkpoint import Commits, Written, commit_name, weights_sha256
+from ffdist.checkpoint import CommitError, Commits, Written, commit_name, weights_sha256
 from ffdist.config import Config, RunFailed
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.layers import METRICS
@@ -46,7 +47,7 @@ class Loop:
         tracker: Gets every metric.
         display: Shows how far it is.
         made_with: What the last bits depend on.
-        mark: Is told what was reached.
+        mark: Is told what was reached, and after how many minibatches.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Loop:
         tracker: Tracker,
         display: Display,
         made_with: dict[str, str | int],
-        mark: Callable[[str], None],
+        mark: Callable[[str, int], None],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
         self._commits, self._start, self._tracker, self._display = commits, start, tracker, display
@@ -73,15 +74,17 @@ class Loop:
         self._test: Evaluation | None = None
         self._validated: tuple[int, float] | None = None  # the last validation's step and error
         self._cut: _Cut | None = None
-        self._step, self._train_s, self._last = 0, 0.0, ""
+        self._train_s, self._last = 0.0, ""
+        self.step = 0
+        """Minibatches done."""
         self._best: tuple[float, str] | None = None
         if manifest := start.manifest:
-            self._step, self._train_s = manifest.step, manifest.train_s
+            self.step, self._train_s = manifest.step, manifest.train_s
             self._last = commit_name(start.position)
             if manifest.best_commit is not None and manifest.best_error is not None:
                 self._best = manifest.best_error, manifest.best_commit
             self._averages.restore(start.state["position"])
-        self._cut_step, self._cut_at = self._step, time.monotonic()
+        self._cut_step, self._cut_at = self.step, time.monotonic()
         self.stopped = False
         """Whether the run ended because it was asked to."""
 
@@ -89,22 +92,28 @@ class Loop:
         """Runs the schedule to its end, or until it is asked to stop.
 
         Raises:
-            RunFailed: A number is not finite; nothing later than it is committed.
-            CommitError: A commit cannot be written.
+            PartLost: The pipeline lost a part.
+            RunFailed: A number is not finite, and nothing later than it is committed; or something cannot be written.
         """
-        self._mark("started")
+        try:
+            self._run(pipeline, asked_to_stop)
+        except (CommitError, OSError, sqlite3.Error) as error:  # a disk is full or gone
+            raise RunFailed(f"{error}; the run stopped, and {self.kept}") from error
+
+    def _run(self, pipeline: Pipeline, asked_to_stop: Callable[[], bool]) -> None:
+        self._mark("started", self.step)
         if self._start.state:
             pipeline.restore(self._start.state)
-        self._mark("restored")
+        self._mark("restored", self.step)
         blocks: list[Evaluated] = []
         since, before_s = time.perf_counter(), self._train_s
         for order, result in pipeline.run(self._orders(asked_to_stop), self._schedule()):
             if isinstance(order, Train) and isinstance(result, Trained):
-                self._mark("first_chunk")
                 self._check_finite(order, result)
-                self._step = order.step + order.num_minibatches
+                self.step = order.step + order.num_minibatches
+                self._mark("chunk", self.step)
                 self._train_s = before_s + time.perf_counter() - since
-                self._display.update(self._step)
+                self._display.update(self.step)
                 for samples, metrics in self._averages.add(order, result):
                     self._log(metrics, samples)
             elif isinstance(order, Evaluate) and isinstance(result, Evaluated):
@@ -121,7 +130,7 @@ class Loop:
     @property
     def samples(self) -> int:
         """Samples seen."""
-        return self._step * self._order.batch_size
+        return self.step * self._order.batch_size
 
     @property
     def kept(self) -> str:
@@ -130,7 +139,7 @@ class Loop:
 
     def figures(self, folder: Path) -> dict[str, Any]:
         """Returns the figures that the run ends with, and draws its pictures."""
-        for samples, metrics in self._averages.rest(self._step):
+        for samples, metrics in self._averages.rest(self.step):
             self._log(metrics, samples)
         test, history = self._test, self._tracker.history()
         assert test, "the schedule ends with it"
@@ -225,8 +234,8 @@ class Loop:
         if split == "test":
             self._test = found
             return
-        self._validated = self._step, found.chief_error
-        self._display.say(f"epoch {self._step // self._order.minibatches}: validation error {found.in_words()}")
+        self._validated = self.step, found.chief_error
+        self._display.say(f"epoch {self.step // self._order.minibatches}: validation error {found.in_words()}")
 
     def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
         self._finish_commit(wait=True)

@@ -10,6 +10,7 @@ from ffdist.checkpoint import CommitError, Commits, Manifest, commit_name
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError
 from ffdist.config_file import parse_config
 from ffdist.data.datasets import Dataset
+from ffdist.data.folder import Folder
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, layer_name, state_of
@@ -57,9 +58,9 @@ def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
 
 def commits_of(config: Config, folder: Path) -> Commits:
     """Returns the commits of a run: in its own folder, or by its name where `checkpoint.uri` says."""
-    return Commits(
-        f"{config.checkpoint.uri.rstrip('/')}/{folder.name}" if config.checkpoint.uri else f"{folder}/commits"
-    )
+    elsewhere = config.checkpoint.uri
+    uri = f"{elsewhere.rstrip('/')}/{folder.name}" if elsewhere else f"{folder}/commits"
+    return Commits(Folder(uri, CommitError))
 
 
 def newest(commits: Commits) -> tuple[Manifest, State]:
@@ -71,7 +72,7 @@ def newest(commits: Commits) -> tuple[Manifest, State]:
     try:
         names = commits.names()
         if not names:
-            raise ConfigError(f"{commits.uri} holds no whole commit; train it again")
+            raise ConfigError(f"{commits.folder.uri} holds no whole commit; train it again")
         return commits.read(names[-1])
     except CommitError as error:
         raise ConfigError(str(error)) from error
@@ -105,7 +106,7 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
             raise ConfigError(f"{folder} was trained on other samples than {config.data.name} gives now; set data.root")
         return Start(state, manifest, (*remarks, *_check_same(config, manifest, folder)))
     damaged = f"; {len(passed_over)} are damaged" if passed_over else ""
-    raise ConfigError(f"{commits.uri} holds no whole commit to go on from{damaged}; train it again")
+    raise ConfigError(f"{commits.folder.uri} holds no whole commit to go on from{damaged}; train it again")
 
 
 def go_on(commits: Commits, start: Start) -> Start:

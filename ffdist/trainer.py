@@ -1,24 +1,24 @@
 """The training loop, from dataset to digest, on any runner."""
 
 import json
-import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ffdist.checkpoint import CommitError
+from ffdist.checkpoint import Commits
 from ffdist.config import Config, ConfigError, RunFailed
-from ffdist.failures import Failures, PartLost
+from ffdist.failures import Failures
 from ffdist.ff.negatives import NegativesError
 from ffdist.interrupts import stop_requests
-from ffdist.launch import Placed, RunnerName, machine, place
+from ffdist.launch import Pipeline, Placed, RunnerName, machine, place
 from ffdist.loop import Loop
 from ffdist.prepare import prepare
-from ffdist.start import CONFIG, SUMMARY, Start, commits_of, differences, go_on, made_with, resume, start_from
+from ffdist.recovery import run_to_the_end
+from ffdist.start import CONFIG, SUMMARY, Start, commits_of, differences, made_with, resume, start_from
 from ffdist.tracking.progress import Display, closing_words
 from ffdist.tracking.server import how_to_look, tracking_uri
 from ffdist.tracking.tracker import Tracker
@@ -82,30 +82,38 @@ def train(
         display = stack.enter_context(Display(config.passes, prepared.order.minibatches))
         display.doing("starting")
         resources = stack.enter_context(machine(runner, address))
-        failures = Failures(config.pipeline.max_failures, config.pipeline.failure_window_s)
         asked_to_stop = stack.enter_context(stop_requests())
-        attempt = stack.enter_context(ExitStack())
+        attempt = stack.enter_context(ExitStack())  # refused, it leaves no trace of the run
         placed = attempt.enter_context(place(runner, prepared, config, resources))
         folder = resumed or _new_folder(runs, name)
         made = made_with(config, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner})
-        commits = commits_of(config, folder)
-        try:
+        commits, limits = commits_of(config, folder), config.pipeline
+        failures = Failures(limits.max_failures, limits.failure_window_s, tracker.recoveries(), tracker.note_recoveries)
+        if start.manifest:
+            failures.begin("the driver; resumed", start.manifest.step)
+
+        def pipelines() -> Iterator[AbstractContextManager[Pipeline]]:
+            nonlocal attempt, placed
             while True:
                 display.say(placed.in_words)
                 display.doing("starting the pipeline")
-                loop = Loop(config, prepared, commits, start, tracker, display, made, failures.mark)
-                try:
-                    with attempt:
-                        loop.run(attempt.enter_context(placed.start(commits.uri)), asked_to_stop)
-                    break
-                except PartLost as lost:
-                    failures.take(lost)
-                    display.say(f"{lost}; {loop.kept}")
-                    start = go_on(commits, start)
-                    attempt = stack.enter_context(ExitStack())
-                    placed = _place_again(attempt, asked_to_stop, runner, prepared, config, resources)
-                    failures.mark("placed")
+                tracker.log_tags({"decided": placed.in_words})
+                yield _started(attempt, placed, commits)
+                attempt = stack.enter_context(ExitStack())
+                placed = _place_again(attempt, asked_to_stop, runner, prepared, config, resources)
+                failures.mark("placed", 0)
+
+        try:
+            loop = run_to_the_end(
+                pipelines(),
+                lambda start: Loop(config, prepared, commits, start, tracker, display, made, failures.mark),
+                commits,
+                start,
+                failures,
+                asked_to_stop,
+                display.say,
+            )
             if loop.stopped:
                 raise KeyboardInterrupt(f"stopped in order; go on by --resume {folder}")
             summary = {
@@ -118,13 +126,11 @@ def train(
                 "mlflow_tracking_uri": tracker.uri,
                 "recoveries": failures.recoveries,
             }
-            tracker.log_tags({"weights_sha256": summary["weights_sha256"], "decided": placed.in_words})
+            tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
             tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
         except NegativesError as error:
             raise ConfigError(f"negatives.kind={prepared.negatives.kind}: {error}") from error
-        except (CommitError, OSError, sqlite3.Error) as error:  # a disk is full or gone
-            raise RunFailed(f"{error}; the run stopped, and {loop.kept}") from error
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
     return Run(folder, summary)
 
@@ -151,6 +157,13 @@ def _begin(
     tracker.log_tags({"folder": str(folder.resolve())})
     for remark in remarks:
         display.say(remark)
+
+
+@contextmanager
+def _started(attempt: ExitStack, placed: Placed, commits: Commits) -> Iterator[Pipeline]:
+    """Starts the pipeline in its place, and gives the place back at the end of a `with` block."""
+    with attempt:
+        yield attempt.enter_context(placed.start(commits.folder))
 
 
 def _place_again(attempt: ExitStack, asked_to_stop: Callable[[], bool], *how: Any) -> Placed:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ffdist.checkpoint import MANIFEST, CommitError, Commits, CommitWriter, commit_name, weights_sha256
+from ffdist.data.folder import Folder
 from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import Drawn
 
@@ -32,12 +33,12 @@ def a_state(seed=0, layers=2):
 
 @pytest.fixture
 def commits(tmp_path) -> Commits:
-    return Commits(str(tmp_path))
+    return Commits(Folder(str(tmp_path), CommitError))
 
 
 def commit(commits, state=None, at=Position(3, 20)) -> str:  # noqa: B008, a tuple
     name = commit_name(at)
-    written = CommitWriter(commits.uri).write(Snapshot(at, 320), state or a_state())
+    written = CommitWriter(commits.folder).write(Snapshot(at, 320), state or a_state())
     commits.finish(name, written, {"epoch": torch.tensor(at.epoch)}, **FACTS, **at._asdict(), step=320)
     return name
 
@@ -53,7 +54,7 @@ def test_a_commit_comes_back_as_it_was(commits):
 
 def test_commits_are_in_order_and_without_a_manifest_there_is_none(commits):
     made = [commit(commits, at=Position(*at)) for at in ((0, 5), (0, 1_000_000), (2, 0), (12_345, 3))]
-    CommitWriter(commits.uri).write(Snapshot(Position(99_999, 0), 1), a_state())
+    CommitWriter(commits.folder).write(Snapshot(Position(99_999, 0), 1), a_state())
     assert commits.names() == made
 
 
@@ -64,7 +65,9 @@ def test_labels_still_to_be_delivered_are_part_of_a_commit(tmp_path):
         "pending_labels": torch.tensor([[1, 2]]),
     }
     drawn = Drawn(Train(0, 7, 2, 7, 1.0), torch.tensor([[3, 4], [5, 6]]))
-    written = CommitWriter(str(tmp_path)).write(Snapshot(Position(0, 9), 9), a_state(), {"negatives": held}, drawn)
+    written = CommitWriter(Folder(str(tmp_path), CommitError)).write(
+        Snapshot(Position(0, 9), 9), a_state(), {"negatives": held}, drawn
+    )
     from safetensors.torch import load_file
 
     kept = load_file(tmp_path / "0000-000009" / "negatives.safetensors")
@@ -77,7 +80,7 @@ def test_what_is_not_finite_is_named(tmp_path):
     for bad in (torch.nan, torch.inf):
         state = a_state()
         state["layer_2"]["weight_gradient"][1, 2] = bad
-        written = CommitWriter(str(tmp_path)).write(Snapshot(Position(), 0), state)
+        written = CommitWriter(Folder(str(tmp_path), CommitError)).write(Snapshot(Position(), 0), state)
         assert written.not_finite == "layer_2/weight_gradient"
 
 

@@ -119,7 +119,7 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "negatives.kind=hybird"], "negatives.kind=hybird: is none of wrong_label, fixed"),
         (["negatives", "make", "digits"], "give negatives.store=FOLDER"),
         (["negatives", "show", "nowhere"], "nowhere holds no negatives"),
-        (["readout", "nowhere"], "a run is the folder of a finished one, or an MLflow run id"),
+        (["readout", "nowhere"], "a run is its folder, or the MLflow run id of one in runs"),
     ],
 )
 def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, arguments, words):

@@ -16,8 +16,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Arrows point down: a room may import from its own row and the rows below it.
 ROWS = [
     {"cli", "run"},
-    {"offline"},
+    {"offline", "chaos"},
     {"trainer"},
+    {"recovery"},
     {"loop"},
     {"launch", "start"},
     {"prepare"},
@@ -26,7 +27,7 @@ ROWS = [
     {"ff", "data", "config", "config_file", "sections", "failures", "interrupts"},
 ]
 HOMES = {
-    "ray": {"runtime"},
+    "ray": {"runtime", "chaos"},
     "mlflow": {"tracking"},
     "matplotlib": {"tracking"},
     "pyarrow": {"data"},
@@ -36,6 +37,7 @@ HOMES = {
     "yaml": {"config", "config_file"},
     "safetensors": {"checkpoint"},
     "click": {"cli"},
+    "psutil": {"chaos"},
 }
 
 

@@ -72,7 +72,7 @@ def test_lost_parts_change_nothing(ray_start_4_cpus, tmp_path_factory):
     assert len(recoveries) == len(FAULTS)
     for words, recovery in zip(FAULTS, recoveries, strict=True):
         assert words in recovery["lost"]
-        times = [recovery[f"{event}_s"] for event in ("placed", "started", "restored", "first_chunk")]
+        times = [recovery[event] for event in ("placed", "started", "restored", "replayed")]
         assert times == sorted(times)
 
 
@@ -91,7 +91,7 @@ def test_old_failures_are_forgotten(monkeypatch):
     failures = Failures(1, 10.0)
     for moment in (0, 11, 22):
         now[0] = moment
-        failures.take(PartLost("one"))
+        failures.take(PartLost("one"), 0)
     now[0] = 23
     with pytest.raises(RunFailed, match="one; 1 s later two; no more than 1"):
-        failures.take(PartLost("two"))
+        failures.take(PartLost("two"), 0)

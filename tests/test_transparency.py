@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ffdist.checkpoint import CommitWriter, commit_name, weights_sha256
+from ffdist.checkpoint import CommitError, CommitWriter, commit_name, weights_sha256
 from ffdist.data.datasets import Dataset, load_dataset
+from ffdist.data.folder import Folder
 from ffdist.data.order import SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.layers import RELEASE, Rule
@@ -105,7 +106,9 @@ def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greed
 def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, greedy=None, **changes) -> Results:
     blueprint = a_blueprint(digits, stages, precision, **changes)
     with torch_threads(threads), TemporaryDirectory() as folder:
-        runner = serial_runner(blueprint, digits.images, digits.labels["train"], CommitWriter(folder))
+        runner = serial_runner(
+            blueprint, digits.images, digits.labels["train"], CommitWriter(Folder(folder, CommitError))
+        )
         return results(runner, digits, chunk_size, folder, greedy)
 
 
@@ -199,7 +202,7 @@ def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, wind
     images, labels = digits.images, digits.labels["train"]
     with (
         reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_parts)) as group,
-        ray_runner(blueprint, group, pipeline, images, labels, str(tmp_path)) as runner,
+        ray_runner(blueprint, group, pipeline, images, labels, Folder(str(tmp_path), CommitError)) as runner,
     ):
         spread = results(runner, digits, chunk_size, str(tmp_path), greedy)
     assert_equal(serial(digits, **changes, threads=threads, greedy=greedy), spread)

@@ -20,7 +20,9 @@ class Folder:
     """
 
     def __init__(self, uri: str, error: type[Exception]) -> None:
-        self.uri, self._error = uri, error
+        # Now, because an actor that it is sent to works in another folder.
+        self.uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
+        self._error = error
 
     def get(self, name: str) -> bytes | None:
         """Returns what a file holds; None where there is none."""
@@ -84,7 +86,7 @@ class Folder:
         from pyarrow.fs import FileSystem, LocalFileSystem
 
         if "://" not in self.uri:
-            return LocalFileSystem(), str(Path(self.uri).expanduser().resolve())
+            return LocalFileSystem(), self.uri
         try:
             filesystem, root = FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ffdist.checkpoint import CommitWriter
+from ffdist.data.folder import Folder
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
@@ -97,13 +98,13 @@ class ActorMaker:
         number = 1 + sum(name.startswith(NAMES[part]) for name in self.names.values())
         return self._note(handle, NAMES[part] if part is ReadoutStage else f"{NAMES[part]} {number}")
 
-    def make_writer(self, uri: str) -> Any:
+    def make_writer(self, commits: Folder) -> Any:
         """Makes the writer of commits on the driver's own node: a folder on each node's own disk would be no commit."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         handle = (
             ray.remote(WriterActor)
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=0, max_task_retries=0)
-            .remote(self._threads, sys.path, uri)
+            .remote(self._threads, sys.path, commits)
         )
         return self._note(handle, "the writer of commits")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ffdist.checkpoint import CommitError
 from ffdist.config import RunFailed
+from ffdist.data.folder import Folder
 from ffdist.failures import PartLost
 from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.runner import Blueprint, Runner
@@ -29,7 +30,7 @@ def ray_runner(
     pipeline: Pipeline,
     images: dict[str, Tensor],
     labels: Tensor,
-    commits: str,
+    commits: Folder,
 ) -> Iterator[Runner]:
     """Starts the parts of a run as actors, and takes them down at the end of a `with` block.
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 OUTBOX = "metrics.db"
 """In the folder of a run."""
+RECOVERIES = "recoveries"
+"""The fact that tells what the run recovered from."""
 POINT_BYTES = 100
 """What a point takes, roughly."""
 

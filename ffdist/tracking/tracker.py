@@ -3,6 +3,7 @@
 Metrics go by way of an outbox in the run's folder, so that none is lost or doubled, whoever dies.
 """
 
+import json
 import logging
 import sqlite3
 import threading
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
-from ffdist.tracking.outbox import OUTBOX, Outbox, Point
+from ffdist.tracking.outbox import OUTBOX, RECOVERIES, Outbox, Point
 from ffdist.tracking.server import SQLITE, WAY_OUT, check_server, default_uri, make_database
 
 SEND_EVERY_S = 2.0
@@ -124,10 +125,11 @@ class Tracker:
         self._wait_until_open()
         from mlflow.exceptions import MlflowException
 
-        self.run_id = run_id
-        outbox = self._take(folder)
         try:
-            for name in self._client.get_run(run_id).data.metrics:
+            metrics = self._client.get_run(run_id).data.metrics
+            self.run_id = run_id
+            outbox = self._take(folder)
+            for name in metrics:
                 history = self._client.get_metric_history(run_id, name)
                 outbox.add_sent(Point(name, point.value, point.timestamp, point.step) for point in history)
             self._client.update_run(run_id, status="RUNNING")
@@ -143,6 +145,17 @@ class Tracker:
         """Returns all metrics of the run, as samples seen and value."""
         assert self._outbox, "the run has begun"
         return self._outbox.history()
+
+    def recoveries(self) -> list[dict[str, Any]]:
+        """Returns what the run recovered from, as it was noted."""
+        assert self._outbox, "the run has begun"
+        return list(json.loads(self._outbox.fact(RECOVERIES) or "[]"))
+
+    def note_recoveries(self, recoveries: list[dict[str, Any]]) -> None:
+        """Keeps what the run recovered from beside its metrics, for a later driver of it."""
+        assert self._outbox, "the run has begun"
+        with suppress(sqlite3.Error):  # on a full disk there is worse to tell
+            self._outbox.note(**{RECOVERIES: json.dumps(recoveries)})
 
     def log_tags(self, tags: dict[str, str]) -> None:
         """Has tags set; returns at once."""
