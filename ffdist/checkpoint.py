@@ -29,7 +29,7 @@ from ffdist.pipeline.stage import State
 MANIFEST = "manifest.json"
 SCHEMA = 2
 POSITION = "position"
-WHOLE = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}")
+WHOLE, BEGUN = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}$"), re.compile(r"(\d+)-(\d+)/")
 WAY_OUT = "add --resume-from-older to go on from the commit before it"
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+\.safetensors$")]  # and so never out of its folder
@@ -147,8 +147,7 @@ class Commits:
 
     def names(self) -> list[str]:
         """Returns the names of all whole commits, oldest first."""
-        found = [WHOLE.fullmatch(name) for name in self.folder.names()]
-        return [commit_name(place) for place in sorted(Position(*map(int, match.groups())) for match in found if match)]
+        return self._sorted(WHOLE)
 
     def path(self, name: str) -> str:
         """Returns where a commit lies."""
@@ -206,11 +205,22 @@ class Commits:
             raise CommitError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {WAY_OUT}") from error
 
     def prune(self, *, keep: int, spare: str | None) -> None:
-        """Removes all whole commits but the `keep` newest and `spare`; due after a newer one is whole, never before."""
-        for name in self.names()[:-keep]:
-            if name != spare:
-                self.folder.remove(f"{name}/{MANIFEST}")
+        """Removes all that is older than the newest whole commit, but the `keep` newest whole ones and `spare`.
+
+        Due after a newer one is whole, never before.
+        """
+        whole = self.names()
+        for name in self._sorted(BEGUN):
+            if name == whole[-1]:
+                return
+            if name not in (*whole[-keep:], spare):
+                if name in whole:
+                    self.folder.remove(f"{name}/{MANIFEST}")
                 self.folder.remove(name)
+
+    def _sorted(self, pattern: re.Pattern[str]) -> list[str]:
+        found = {Position(*map(int, match.groups())) for name in self.folder.names() if (match := pattern.match(name))}
+        return [commit_name(place) for place in sorted(found)]
 
     def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
         path, facts = self.folder.path(f"{name}/{file}"), manifest.files[file]

@@ -9,7 +9,7 @@ from ffdist.config import RunFailed
 
 Recovery = dict[str, Any]
 """`lost`: what, and why; `at`: when that was noticed, in seconds since 1970; `step`: minibatches done by then;
-`redone`: how many of them were done again; and, in seconds since it was noticed, when the parts were `placed`,
+`from`: those of the commit that it went on from; and, in seconds since it was noticed, when the parts were `placed`,
 `started`, `restored`, and everything was `replayed`."""
 
 
@@ -52,7 +52,7 @@ class Failures:
         """
         now = time.monotonic()
         self._recent.append((now, lost))
-        self.begin(str(lost), step)
+        self.begin(str(lost), step, time.time())
         while self._recent[0][0] < now - self._window_s:
             self._recent.popleft()
         if len(self._recent) > self._limit:
@@ -63,10 +63,16 @@ class Failures:
                 f"(pipeline.max_failures, pipeline.failure_window_s)"
             ) from first
 
-    def begin(self, lost: str, step: int) -> None:
-        """Notes that a recovery begins."""
+    def begin(self, lost: str, step: int, at: float) -> None:
+        """Notes that a recovery begins.
+
+        Args:
+            lost: What was lost.
+            step: Minibatches done.
+            at: When that was noticed, in seconds since 1970.
+        """
         self._recovering = True
-        self.recoveries.append({"lost": lost, "at": time.time(), "step": step})
+        self.recoveries.append({"lost": lost, "at": at, "step": step})
         self._note(self.recoveries)
 
     def mark(self, event: str, step: int) -> None:
@@ -80,9 +86,9 @@ class Failures:
             return
         recovery = self.recoveries[-1]
         if event == "restored":
-            recovery["redone"] = max(0, recovery["step"] - step)
+            recovery["from"] = step
         if event == "chunk":
-            if step <= recovery["step"]:
+            if step < recovery["step"]:
                 return
             event, self._recovering = "replayed", False
         recovery[event] = time.time() - recovery["at"]

@@ -74,13 +74,15 @@ class Loop:
         self._test: Evaluation | None = None
         self._validated: tuple[int, float] | None = None  # the last validation's step and error
         self._cut: _Cut | None = None
-        self._train_s, self._last = 0.0, ""
+        self._train_s = 0.0
         self.step = 0
         """Minibatches done."""
+        self.last = ""
+        """The newest commit that it started from or made."""
         self._best: tuple[float, str] | None = None
         if manifest := start.manifest:
             self.step, self._train_s = manifest.step, manifest.train_s
-            self._last = commit_name(start.position)
+            self.last = commit_name(start.position)
             if manifest.best_commit is not None and manifest.best_error is not None:
                 self._best = manifest.best_error, manifest.best_commit
             self._averages.restore(start.state["position"])
@@ -135,7 +137,7 @@ class Loop:
     @property
     def kept(self) -> str:
         """Says what a run that has to stop can go on from."""
-        return f"its last good commit is {self._commits.path(self._last)}" if self._last else "there is no commit yet"
+        return f"its last good commit is {self._commits.path(self.last)}" if self.last else "there is no commit yet"
 
     def figures(self, folder: Path) -> dict[str, Any]:
         """Returns the figures that the run ends with, and draws its pictures."""
@@ -148,7 +150,7 @@ class Loop:
         by = "readout" if test.goodness_error is None else "goodness"
         self._tracker.log_artifact(plot_confusion(test.confusion, by, folder / "confusion.png"))
         return {
-            "weights_sha256": weights_sha256(self._commits.read(self._last)[1]),
+            "weights_sha256": weights_sha256(self._commits.read(self.last)[1]),
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
             "layer_errors": test.layer_errors,
@@ -269,5 +271,5 @@ class Loop:
             )
         name = commit_name(cut.snapshot.position)
         self._commits.finish(name, written, cut.position, **cut.facts)
-        self._last = name
+        self.last = name
         self._commits.prune(keep=self._config.checkpoint.keep, spare=self._best[1] if self._best else None)

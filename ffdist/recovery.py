@@ -44,7 +44,7 @@ def run_to_the_end(
             failures.take(lost, loop.step)
             say(f"{lost}; {loop.kept}")
             try:
-                start = go_on(commits, start)
+                start = go_on(commits, start, loop.last)
             except CommitError as error:
                 raise RunFailed(f"{lost}, and the run cannot go on: {error}") from error
     raise AssertionError("there is always another pipeline")

@@ -109,16 +109,20 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
     raise ConfigError(f"{commits.folder.uri} holds no whole commit to go on from{damaged}; train it again")
 
 
-def go_on(commits: Commits, start: Start) -> Start:
-    """Returns where a run that lost a part goes on: its newest commit, or where it started.
+def go_on(commits: Commits, start: Start, last: str) -> Start:
+    """Returns where a run that lost a part goes on.
+
+    Args:
+        commits: Of the run.
+        start: Where it started.
+        last: The newest commit that it started from or made; one that lies beyond may be damaged, and passed over.
 
     Raises:
-        CommitError: The newest commit is damaged.
+        CommitError: That commit is damaged.
     """
-    names = commits.names()
-    if not names:
+    if not last or (start.manifest and commit_name(start.position) == last):
         return start
-    manifest, state = commits.read(names[-1])
+    manifest, state = commits.read(last)
     return Start(state, manifest)
 
 

@@ -66,7 +66,7 @@ def train(
         RunFailed: The run had to stop; what was committed is kept.
         KeyboardInterrupt: The run was asked to stop; it can go on from its last commit.
     """
-    started = time.perf_counter()
+    started = time.time()
     if runner == "backpropagation":
         config = config.by_backpropagation()
     prepared = prepare(config)
@@ -91,7 +91,8 @@ def train(
         commits, limits = commits_of(config, folder), config.pipeline
         failures = Failures(limits.max_failures, limits.failure_window_s, tracker.recoveries(), tracker.note_recoveries)
         if start.manifest:
-            failures.begin("the driver; resumed", start.manifest.step)
+            failures.begin("the driver; resumed", start.manifest.step, started)
+            failures.mark("placed", 0)
 
         def pipelines() -> Iterator[AbstractContextManager[Pipeline]]:
             nonlocal attempt, placed
@@ -119,7 +120,7 @@ def train(
             summary = {
                 **loop.figures(folder),
                 "epochs": config.passes,
-                "wall_s": time.perf_counter() - started,
+                "wall_s": time.time() - started,
                 "runner": runner,
                 "stages": len(placed.blueprint.stage_layers),
                 "mlflow_run_id": tracker.run_id,

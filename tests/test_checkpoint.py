@@ -93,8 +93,13 @@ def test_manifest_describes_every_file(commits):
 
 def test_pruning_spares_the_newest_and_the_best(commits):
     made = [commit(commits, at=Position(epoch)) for epoch in (5, 10, 15, 100_000, 1_000_000)]
+    torn = [commit_name(Position(epoch)) for epoch in (7, 2_000_000)]  # of a writer that died, or is at it
+    for name in torn:
+        commits.folder.put(f"{name}/layer_1.safetensors", b"half")
     commits.prune(keep=2, spare=made[1])
     assert commits.names() == [made[1], *made[-2:]]
+    assert torn[0] not in str(commits.folder.names())
+    assert torn[1] in str(commits.folder.names())
 
 
 class Code:

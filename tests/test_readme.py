@@ -26,6 +26,7 @@ TRAINING = [
     if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py")) and line not in GOING_ON
 ]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
+CHAOS = [line for line in COMMANDS if line.startswith("ffdist chaos")]
 CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
 
 
@@ -100,6 +101,14 @@ def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
     assert len(list(tmp_path.glob("runs/digits-*"))) == 2
 
 
+@pytest.mark.parametrize("line", CHAOS)
+def test_chaos_commands(line, tmp_path):
+    """With a single fault; all kinds of them are tried elsewhere."""
+    short = ["--simulated", "20"] if "simulated" in line else ["--faults", "1", "model.layers=[40,30,20]"]
+    run = subprocess.run([*arguments(line), *short], cwd=tmp_path, capture_output=True, text=True, timeout=290)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_a_kind_of_ones_own_beside_the_user(tmp_path):
     """The README's own example, imported by actors as well."""
     (example,) = re.findall(r"```python\n(# mirrors.py.*?)```", README, re.S)
@@ -162,7 +171,7 @@ def test_cluster_commands_name_files_that_exist(line):
 
 
 def test_no_command_is_left_untried():
-    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *GOING_ON, *CLUSTER, "ffdist ui"}
+    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *GOING_ON, *CHAOS, *CLUSTER, "ffdist ui"}
     assert len(TRAINING) >= 4
 
 

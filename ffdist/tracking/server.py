@@ -52,6 +52,19 @@ def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:
             client.log_metric(run_id, name, value)
 
 
+def metric_histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Returns all points of a run, as step and value, by metric.
+
+    Raises:
+        ConfigError: It is not at `uri`, or cannot be reached there.
+    """
+    with a_client(uri) as client:
+        return {
+            name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+            for name in client.get_run(run_id).data.metrics
+        }
+
+
 @contextmanager
 def a_client(uri: str) -> Iterator[Any]:
     """Opens MLflow's client for the length of a `with` block.

@@ -1,0 +1,219 @@
+"""Many faults over several runs, each of which must end as the one that nothing befell."""
+
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ffdist.chaos.faults import BESIDE, KINDS, Fault
+from ffdist.chaos.training import NotSurvived, Surroundings, Training, marked, wait_for
+from ffdist.checkpoint import commit_name
+from ffdist.config import Config, ConfigError
+from ffdist.failures import Recovery
+from ffdist.pipeline.schedule import Position
+from ffdist.prepare import prepare
+from ffdist.tracking.server import metric_histories
+
+FAULTS_A_RUN = 10
+COMMITS_A_RUN = 40
+DISTURBED = 0.85
+"""Share of a run that faults fall in: one that comes when the run is done would not be recovered from."""
+STALL_TIMEOUT_S = 6.0
+STEPS = ("noticing", "placing", "starting", "restoring", "replaying")
+"""Of a recovery."""
+HEAD = ("fault", "injected", "survived", "chunks redone", *STEPS, "seconds", "weights equal", "metrics whole")
+
+
+class Injected(NamedTuple):
+    """What came of a fault."""
+
+    kind: str
+    run: int
+    survived: bool
+    told: str
+    """What went wrong, if something did."""
+    redone: int
+    """Chunks."""
+    seconds: dict[str, float]
+    """Of each step of the recovery."""
+
+
+class End(NamedTuple):
+    """What a run ends with."""
+
+    weights_sha256: str
+    learned: dict[str, list[tuple[int, float]]]
+    """Metrics that no clock decides."""
+    doubled: list[str]
+    """Metrics that have a step twice."""
+
+
+class Report(NamedTuple):
+    """What a campaign came to."""
+
+    faults: list[Injected]
+    ends: dict[int, End | None]
+    truth: End
+    seconds: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns a row for each kind of fault; times are medians in seconds."""
+        return [self._row(kind, [fault for fault in self.faults if fault.kind == kind]) for kind in KINDS]
+
+    def _row(self, kind: str, faults: list[Injected]) -> dict[str, Any]:
+        ends = [self.ends[fault.run] for fault in faults]
+        steps = {step: _median(fault.seconds.get(step) for fault in faults) for step in STEPS}
+        counts = {
+            "injected": len(faults),
+            "survived": sum(fault.survived for fault in faults),
+            "chunks redone": _median(fault.redone for fault in faults),
+        }
+        same = sum(bool(end) and end.weights_sha256 == self.truth.weights_sha256 for end in ends if end)
+        whole = sum(end.learned == self.truth.learned and not end.doubled for end in ends if end)
+        total = _median(sum(fault.seconds.values()) for fault in faults if fault.seconds)
+        return {"fault": kind, **counts, **steps, "seconds": total, "weights equal": same, "metrics whole": whole}
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether every fault was survived, and left no trace in weights and metrics."""
+        return all(
+            row["injected"] == row["survived"] == row["weights equal"] == row["metrics whole"] for row in self.rows()
+        )
+
+
+def run_campaign(words: Sequence[str], config: Config, *, faults: int, seed: int, minutes: float) -> Report:
+    """Runs a configuration undisturbed, and then with faults, several a run, until all of them are injected.
+
+    Args:
+        words: Configuration and settings, as `ffdist train` takes them.
+        config: What they mean.
+        faults: How many; every kind comes about equally often.
+        seed: Decides their order, their victims and moments.
+        minutes: When to stop injecting, whatever is left.
+
+    Raises:
+        ConfigError: The undisturbed run fails.
+    """
+    start, draw = time.monotonic(), random.Random(seed)
+    steps, chunk_size = config.passes * prepare(config).order.minibatches, config.pipeline.chunk_size
+    deck = [kind for _ in range(-(-faults // len(KINDS))) for kind in draw.sample(list(KINDS), len(KINDS))][:faults]
+    settings = [f"checkpoint.every_minibatches={max(1, steps // COMMITS_A_RUN)}", "checkpoint.keep=3"]
+    last = commit_name(Position(math.floor(config.passes * DISTURBED)))
+    folder = Path(tempfile.mkdtemp(prefix="ffdist-chaos-"))
+    with Progress(transient=True) as bar, marked(folder):
+        task = bar.add_task("starting a cluster and a tracking server", total=faults)
+        with Surroundings(folder) as around:
+            bar.update(task, description="undisturbed")
+            undisturbed = _training(words, settings, folder / "truth", around)
+            if undisturbed.end():
+                raise ConfigError(f"without any fault it fails: {undisturbed.told()}")
+            report = Report([], {}, _end(undisturbed, around), 0.0)
+            while deck and time.monotonic() - start < minutes * 60:
+                run = len(report.ends)
+                training = _training(words, settings, folder / f"run_{run}", around)
+                try:
+                    for injected in _disturb(training, around, draw, deck, run, last, chunk_size):
+                        report.faults.append(injected)
+                        bar.update(task, advance=1, description=f"run {run + 1}")
+                        bar.console.print(_line(injected), highlight=False)
+                    code = training.end()
+                    report.ends[run] = None if code else _end(training, around)
+                except NotSurvived:
+                    training.driver.kill()
+                    report.ends[run] = None
+                if report.ends[run] is None:
+                    bar.console.print(f"run {run + 1} did not end well: {training.told()}", highlight=False)
+    return report._replace(seconds=time.monotonic() - start)
+
+
+def print_report(report: Report) -> None:
+    """Prints the table, in Markdown, and what went wrong."""
+    console, table = Console(width=220, highlight=False), Table(*HEAD, box=box.MARKDOWN)
+    for row in report.rows():
+        table.add_row(*(_in_words(row[column]) for column in HEAD))
+    console.print(table)
+    for number, end in report.ends.items():
+        if end and end.doubled:
+            console.print(f"run {number + 1} has steps twice in {', '.join(end.doubled)}")
+    console.print(f"{len(report.faults)} faults in {len(report.ends)} runs, {report.seconds / 60:.1f} minutes")
+
+
+def _training(words: Sequence[str], settings: list[str], runs: Path, around: Surroundings) -> Training:
+    chaos = [f"tracking.uri={around.uri}", "pipeline.max_failures=1000", f"pipeline.stall_timeout_s={STALL_TIMEOUT_S}"]
+    return Training([*words, *chaos, *settings], runs, around.address)
+
+
+def _disturb(
+    training: Training,
+    around: Surroundings,
+    draw: random.Random,
+    deck: list[str],
+    run: int,
+    last: str,
+    chunk_size: int,
+) -> Iterator[Injected]:
+    """Injects faults, each after a commit that follows the recovery from the one before, up to that named `last`."""
+    for _ in range(min(FAULTS_A_RUN, len(deck))):
+        training.wait_for_commit()
+        time.sleep(draw.random() / 2)
+        if training.ended or training.commits()[-1] > last:
+            return
+        yield _inject(deck.pop(0), Fault(training, around, draw), run, chunk_size)
+
+
+def _inject(kind: str, fault: Fault, run: int, chunk_size: int) -> Injected:
+    training, told, seconds, redone = fault.training, "", dict[str, float](), 0
+    before = len(training.recoveries())
+    try:
+        KINDS[kind](fault)
+        if kind in BESIDE:
+            training.wait_for_commit()
+        else:
+            wait_for("the recovery", lambda: "replayed" in (training.recoveries()[before:] or [{}])[-1])
+            recoveries = training.recoveries()[before:]
+            redone = max(fault.step, *(recovery["step"] for recovery in recoveries)) - recoveries[-1]["from"]
+            seconds = _steps(fault.at, recoveries[-1])
+    except (NotSurvived, IndexError) as error:
+        told = str(error) or repr(error)
+    if kind == "lost node":
+        fault.around.add_node()
+    return Injected(kind, run, not told, told, math.ceil(redone / chunk_size), seconds)
+
+
+def _steps(at: float, recovery: Recovery) -> dict[str, float]:
+    noticed = recovery["at"]
+    marks = [at, noticed, *(noticed + recovery[event] for event in ("placed", "started", "restored", "replayed"))]
+    return {step: end - start for step, start, end in zip(STEPS, marks, marks[1:], strict=False)}
+
+
+def _end(training: Training, around: Surroundings) -> End:
+    summary = training.summary()
+    found = metric_histories(around.uri, summary["mlflow_run_id"])
+    learned = {name: series for name, series in found.items() if not name.endswith(("_s", "_fraction"))}
+    doubled = [name for name, series in found.items() if len({step for step, _ in series}) < len(series)]
+    return End(summary["weights_sha256"], learned, doubled)
+
+
+def _line(fault: Injected) -> str:
+    if not fault.survived:
+        return f"run {fault.run + 1}: {fault.kind}: not survived: {fault.told}"
+    took = f", recovered in {sum(fault.seconds.values()):.1f} s" if fault.seconds else ""
+    return f"run {fault.run + 1}: {fault.kind}{took}"
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return median(found) if found else None
+
+
+def _in_words(value: Any) -> str:
+    return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
