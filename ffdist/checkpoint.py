@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ffdist.config import RunFailed
 from ffdist.data.folder import Folder
 from ffdist.pipeline.schedule import Position, Snapshot
 from ffdist.pipeline.source import Drawn
@@ -32,10 +33,11 @@ POSITION = "position"
 WHOLE, BEGUN = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}$"), re.compile(r"(\d+)-(\d+)/")
 WAY_OUT = "add --resume-from-older to go on from the commit before it"
 
+CommitName = Annotated[str, StringConstraints(pattern=r"^\d+-\d+$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+\.safetensors$")]  # and so never out of its folder
 
 
-class CommitError(Exception):
+class CommitError(RunFailed):
     """A commit that cannot be written or read; the text says which, why, and what can be done."""
 
 
@@ -62,7 +64,7 @@ class Manifest(_Strict):
     """Minibatches done."""
     validation_error: float | None
     """Of these very weights, in [0, 1]; None where they were not evaluated."""
-    best_commit: str | None
+    best_commit: CommitName | None
     """The commit that did best on validation so far."""
     best_error: float | None
     train_s: float
@@ -173,7 +175,8 @@ class Commits:
             **facts,
         )
         # Last: without its manifest a commit does not exist, whatever lies in its folder.
-        self.folder.put(f"{name}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+        found = manifest.model_dump(mode="json")
+        self.folder.put(f"{name}/{MANIFEST}", json.dumps(found | {"sha256": digest(found)}, indent=2).encode())
         return manifest
 
     def read(self, name: str) -> tuple[Manifest, State]:
@@ -200,20 +203,23 @@ class Commits:
                 raise CommitError(
                     f"{path} has schema {schema}, and this ffdist reads {SCHEMA}; use the one that wrote it"
                 )
-            return Manifest.model_validate_json(json.dumps(found))
+            written = found.pop("sha256", "")
+            manifest = Manifest.model_validate_json(json.dumps(found))
+            if written != digest(found) or name != commit_name(Position(manifest.epoch, manifest.minibatch)):
+                raise CommitError(f"{path} is not what was written there (its SHA-256 differs); {WAY_OUT}")
+            return manifest
         except (ValueError, AttributeError, ValidationError) as error:
             raise CommitError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {WAY_OUT}") from error
 
-    def prune(self, *, keep: int, spare: str | None) -> None:
-        """Removes all that is older than the newest whole commit, but the `keep` newest whole ones and `spare`.
+    def prune(self, newest: str, *, keep: int, spare: str | None) -> None:
+        """Removes what is older than a commit that was just made, but the `keep` newest whole ones and `spare`.
 
-        Due after a newer one is whole, never before.
+        What lies beyond it stays: the run has not come there yet, or a damaged commit was passed over.
         """
-        whole = self.names()
-        for name in self._sorted(BEGUN):
-            if name == whole[-1]:
-                return
-            if name not in (*whole[-keep:], spare):
+        whole, begun = self.names(), self._sorted(BEGUN)
+        kept = whole[: whole.index(newest) + 1][-keep:]
+        for name in begun[: begun.index(newest)]:
+            if name not in (*kept, spare):
                 if name in whole:
                     self.folder.remove(f"{name}/{MANIFEST}")
                 self.folder.remove(name)
@@ -238,17 +244,22 @@ class Commits:
         return tensors
 
 
+def digest(found: dict[str, Any]) -> str:
+    """Digests what a manifest holds beside its digest."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def weights_sha256(state: State) -> str:
     """Digests what a network computes with: weights and biases, not the smoothed gradients nor the running means.
 
     The bytes are, for `layer_1`, `layer_2`, ... and `readout`, for `bias` and then `weight`: the line
     `layer_1/bias float32 [1000]` with a line feed, then the values, little-endian float32, in row order.
     """
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     parts = [name for name in state if name.startswith("layer_") or name == "readout"]
     for part in sorted(parts, key=lambda name: (name == "readout", len(name), name)):
         for name in ("bias", "weight"):
             tensor = state[part][name].to("cpu", torch.float32).contiguous()
-            digest.update(f"{part}/{name} float32 {list(tensor.shape)}\n".encode())
-            digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
+            found.update(f"{part}/{name} float32 {list(tensor.shape)}\n".encode())
+            found.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+    return found.hexdigest()

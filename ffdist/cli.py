@@ -260,9 +260,9 @@ def chaos(
             return
         if report:
             _check_writable(report)
-        from ffdist.chaos.campaign import print_report, run_campaign
+        from ffdist.chaos.campaign import Campaign, print_report
 
-        found = run_campaign(words, _load(words)[0], faults=faults, seed=seed, minutes=minutes)
+        found = Campaign(words, _load(words)[0], faults=faults, seed=seed, minutes=minutes).run()
         print_report(found)
         if report:
             report.write_text(json.dumps({"rows": found.rows(), "faults": [fault._asdict() for fault in found.faults]}))

@@ -272,4 +272,4 @@ class Loop:
         name = commit_name(cut.snapshot.position)
         self._commits.finish(name, written, cut.position, **cut.facts)
         self.last = name
-        self._commits.prune(keep=self._config.checkpoint.keep, spare=self._best[1] if self._best else None)
+        self._commits.prune(name, keep=self._config.checkpoint.keep, spare=self._best[1] if self._best else None)

@@ -243,7 +243,7 @@ class Pipeline(Section):
 class Checkpoint(Section):
     """What is kept of a run."""
 
-    keep: Count = 1
+    keep: Count = 2
     """Newest commits kept, beside the one that did best on validation."""
     every_minibatches: Count | None = None
     """Minibatches from one commit to the next; without it time alone decides."""

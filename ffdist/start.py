@@ -1,6 +1,8 @@
 """Where a run starts: anew, from the weights of another, or where it stopped."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,13 +71,11 @@ def newest(commits: Commits) -> tuple[Manifest, State]:
     Raises:
         ConfigError: There is none, or it is damaged.
     """
-    try:
+    with _refusing():
         names = commits.names()
         if not names:
             raise ConfigError(f"{commits.folder.uri} holds no whole commit; train it again")
         return commits.read(names[-1])
-    except CommitError as error:
-        raise ConfigError(str(error)) from error
 
 
 def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) -> Start:
@@ -93,7 +93,9 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
     if (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder} is finished; give it more training as a new run, by --from {folder}")
     commits, passed_over = commits_of(config, folder), []
-    for name in reversed(commits.names()):
+    with _refusing():
+        names = commits.names()
+    for name in reversed(names):
         try:
             manifest, state = commits.read(name)
         except CommitError as error:
@@ -142,7 +144,8 @@ def start_from(config: Config, architecture: Architecture, folder: Path) -> Star
     name = commit_name(Position(manifest.epoch, manifest.minibatch))
     if manifest.best_commit not in (None, name):
         name = str(manifest.best_commit)
-        _, learned = commits.read(name)
+        with _refusing():
+            _, learned = commits.read(name)
     network, state, remarks = Network(architecture), State(), [f"starting from {commits.path(name)}"]
     parts = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
     for part, module in parts.items():
@@ -179,6 +182,15 @@ def differences(start: Start, made: dict[str, str | int]) -> list[str]:
         for key in made
         if then.get(key) != made[key]
     ]
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Makes of what cannot be read before a run begins a reason not to begin it."""
+    try:
+        yield
+    except CommitError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:

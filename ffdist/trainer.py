@@ -1,6 +1,7 @@
 """The training loop, from dataset to digest, on any runner."""
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from ffdist.checkpoint import Commits
 from ffdist.config import Config, ConfigError, RunFailed
+from ffdist.data.folder import Folder
 from ffdist.failures import Failures
 from ffdist.ff.negatives import NegativesError
 from ffdist.interrupts import stop_requests
@@ -102,7 +104,7 @@ def train(
                 tracker.log_tags({"decided": placed.in_words})
                 yield _started(attempt, placed, commits)
                 attempt = stack.enter_context(ExitStack())
-                placed = _place_again(attempt, asked_to_stop, runner, prepared, config, resources)
+                placed = _place_again(attempt, asked_to_stop, placed, runner, prepared, config, resources)
                 failures.mark("placed", 0)
 
         try:
@@ -129,7 +131,10 @@ def train(
             }
             tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
             tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
-            (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
+            tracker.note_end("FINISHED")
+            Folder(str(folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
+        except (OSError, sqlite3.Error) as error:  # a disk is full or gone
+            raise RunFailed(f"{error}; go on by --resume {folder}") from error
         except NegativesError as error:
             raise ConfigError(f"negatives.kind={prepared.negatives.kind}: {error}") from error
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
@@ -147,12 +152,12 @@ def _begin(
 ) -> None:
     """Begins the run in its folder and in MLflow, or goes on with it."""
     remarks = [*start.remarks, *differences(start, made)]
+    if not (folder / CONFIG).is_file():  # of a run that goes on, its folder may be lost, and its commits elsewhere
+        Folder(str(folder), RunFailed).put(CONFIG, config.to_yaml().encode())
     if start.manifest:
-        folder.mkdir(parents=True, exist_ok=True)  # the commits may lie elsewhere
         tracker.resume(folder, start.manifest.mlflow_run_id)
         tracker.log_tags({"resumed": "; ".join(remarks)})
     else:
-        (folder / CONFIG).write_text(config.to_yaml())
         tracker.begin(folder, config.flat() | parameters)
         tracker.log_artifact(folder / CONFIG)
     tracker.log_tags({"folder": str(folder.resolve())})
@@ -167,7 +172,7 @@ def _started(attempt: ExitStack, placed: Placed, commits: Commits) -> Iterator[P
         yield attempt.enter_context(placed.start(commits.folder))
 
 
-def _place_again(attempt: ExitStack, asked_to_stop: Callable[[], bool], *how: Any) -> Placed:
+def _place_again(attempt: ExitStack, asked_to_stop: Callable[[], bool], before: Placed, *how: Any) -> Placed:
     """Places the pipeline on what is left; a cluster needs a while to know what that is.
 
     Raises:
@@ -177,7 +182,11 @@ def _place_again(attempt: ExitStack, asked_to_stop: Callable[[], bool], *how: An
     deadline = time.monotonic() + PLACING_AGAIN_S
     while True:
         try:
-            return attempt.enter_context(place(*how))
+            placed = attempt.enter_context(place(*how))
+            if placed.blueprint.device == before.blueprint.device:
+                return placed
+            attempt.close()
+            raise ConfigError(f"there is no {before.blueprint.device} any more, and another's last bits would differ")
         except ConfigError as error:
             if time.monotonic() > deadline:
                 raise RunFailed(f"what was lost cannot be replaced: {error}") from error

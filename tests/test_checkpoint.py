@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffdist.checkpoint import MANIFEST, CommitError, Commits, CommitWriter, commit_name, weights_sha256
+from ffdist.checkpoint import MANIFEST, CommitError, Commits, CommitWriter, commit_name, digest, weights_sha256
 from ffdist.data.folder import Folder
 from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import Drawn
@@ -96,10 +96,17 @@ def test_pruning_spares_the_newest_and_the_best(commits):
     torn = [commit_name(Position(epoch)) for epoch in (7, 2_000_000)]  # of a writer that died, or is at it
     for name in torn:
         commits.folder.put(f"{name}/layer_1.safetensors", b"half")
-    commits.prune(keep=2, spare=made[1])
+    commits.prune(made[-1], keep=2, spare=made[1])
     assert commits.names() == [made[1], *made[-2:]]
     assert torn[0] not in str(commits.folder.names())
     assert torn[1] in str(commits.folder.names())
+
+
+def test_pruning_leaves_alone_what_lies_beyond_a_commit_just_made(commits):
+    """A damaged commit was passed over, and the one just made is before it."""
+    made = [commit(commits, at=Position(epoch)) for epoch in (1, 2, 3, 9)]
+    commits.prune(made[2], keep=1, spare=made[0])
+    assert commits.names() == [made[0], made[2], made[3]]
 
 
 class Code:
@@ -110,11 +117,13 @@ class Code:
 
 
 def broken(change):
-    """Changes a manifest."""
+    """Changes a manifest, and its digest with it."""
 
     def apply(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
+        del manifest["sha256"]
         change(manifest)
+        manifest["sha256"] = digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
     return apply
@@ -146,6 +155,15 @@ HOSTILE = {
         broken(lambda manifest: manifest["files"].update({"../../x.safetensors": {"sha256": "", "num_bytes": 0}})),
         "is damaged.*pattern",
     ),
+    "another minibatch": (
+        lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"step": ', '"step": 1')),
+        "manifest.json is not what was written there",
+    ),
+    "another commit's place": (broken(lambda manifest: manifest.update(epoch=77)), "is not what was written there"),
+    "a best commit out of the folder": (
+        broken(lambda manifest: manifest.update(best_commit="../../x")),
+        "is damaged.*pattern",
+    ),
     "a missing file": (lambda folder: (folder / "readout.safetensors").unlink(), "readout.safetensors is missing"),
     "a cut file": (
         lambda folder: (folder / "layer_1.safetensors").write_bytes((folder / "layer_1.safetensors").read_bytes()[:-1]),
@@ -174,12 +192,12 @@ def test_a_damaged_commit_is_named_and_runs_no_code(commits, damage, told, tmp_p
 
 def test_digest_follows_its_description():
     state = a_state(layers=11)
-    digest = hashlib.sha256()
+    expected = hashlib.sha256()
     for layer in [*(f"layer_{number}" for number in range(1, 12)), "readout"]:
         for name, shape in (("bias", "[3]"), ("weight", "[3, 4]")):
-            digest.update(f"{layer}/{name} float32 {shape}\n".encode())
-            digest.update(np.asarray(state[layer][name], dtype="<f4").tobytes())
-    assert weights_sha256(state) == digest.hexdigest()
+            expected.update(f"{layer}/{name} float32 {shape}\n".encode())
+            expected.update(np.asarray(state[layer][name], dtype="<f4").tobytes())
+    assert weights_sha256(state) == expected.hexdigest()
 
 
 def test_digest_sees_weights_alone():

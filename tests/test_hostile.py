@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from ffdist.checkpoint import digest
 from ffdist.cli import main
 
 SHORT = ["training.epochs=1", "model.layers=[20,10]"]
@@ -94,8 +95,10 @@ def planted(pattern: str):
         (path, *_) = sorted(Path().glob(pattern))
         path.write_bytes(pickle.dumps(Code()))
         manifest = json.loads((path.parent / "manifest.json").read_text())
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        manifest["files"][path.name] = {"sha256": digest, "num_bytes": path.stat().st_size}
+        facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": path.stat().st_size}
+        manifest["files"][path.name] = facts
+        del manifest["sha256"]
+        manifest["sha256"] = digest(manifest)
         (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
     return damage

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import psutil
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -21,6 +23,7 @@ from ffdist.config import Config, ConfigError
 from ffdist.failures import Recovery
 from ffdist.pipeline.schedule import Position
 from ffdist.prepare import prepare
+from ffdist.tracking.averages import is_learned
 from ffdist.tracking.server import metric_histories
 
 FAULTS_A_RUN = 10
@@ -77,20 +80,25 @@ class Report(NamedTuple):
             "survived": sum(fault.survived for fault in faults),
             "chunks redone": _median(fault.redone for fault in faults),
         }
-        same = sum(bool(end) and end.weights_sha256 == self.truth.weights_sha256 for end in ends if end)
+        same = sum(end.weights_sha256 == self.truth.weights_sha256 for end in ends if end)
         whole = sum(end.learned == self.truth.learned and not end.doubled for end in ends if end)
         total = _median(sum(fault.seconds.values()) for fault in faults if fault.seconds)
         return {"fault": kind, **counts, **steps, "seconds": total, "weights equal": same, "metrics whole": whole}
 
     @property
     def unbroken(self) -> bool:
-        """Whether every fault was survived, and left no trace in weights and metrics."""
-        return all(
-            row["injected"] == row["survived"] == row["weights equal"] == row["metrics whole"] for row in self.rows()
+        """Whether there were faults, and every one was survived and left no trace in weights and metrics."""
+        return (
+            bool(self.faults)
+            and None not in self.ends.values()
+            and all(
+                row["injected"] == row["survived"] == row["weights equal"] == row["metrics whole"]
+                for row in self.rows()
+            )
         )
 
 
-def run_campaign(words: Sequence[str], config: Config, *, faults: int, seed: int, minutes: float) -> Report:
+class Campaign:
     """Runs a configuration undisturbed, and then with faults, several a run, until all of them are injected.
 
     Args:
@@ -101,38 +109,92 @@ def run_campaign(words: Sequence[str], config: Config, *, faults: int, seed: int
         minutes: When to stop injecting, whatever is left.
 
     Raises:
-        ConfigError: The undisturbed run fails.
+        ConfigError: The configuration cannot be trained.
     """
-    start, draw = time.monotonic(), random.Random(seed)
-    steps, chunk_size = config.passes * prepare(config).order.minibatches, config.pipeline.chunk_size
-    deck = [kind for _ in range(-(-faults // len(KINDS))) for kind in draw.sample(list(KINDS), len(KINDS))][:faults]
-    settings = [f"checkpoint.every_minibatches={max(1, steps // COMMITS_A_RUN)}", "checkpoint.keep=3"]
-    last = commit_name(Position(math.floor(config.passes * DISTURBED)))
-    folder = Path(tempfile.mkdtemp(prefix="ffdist-chaos-"))
-    with Progress(transient=True) as bar, marked(folder):
-        task = bar.add_task("starting a cluster and a tracking server", total=faults)
-        with Surroundings(folder) as around:
-            bar.update(task, description="undisturbed")
-            undisturbed = _training(words, settings, folder / "truth", around)
-            if undisturbed.end():
-                raise ConfigError(f"without any fault it fails: {undisturbed.told()}")
-            report = Report([], {}, _end(undisturbed, around), 0.0)
-            while deck and time.monotonic() - start < minutes * 60:
-                run = len(report.ends)
-                training = _training(words, settings, folder / f"run_{run}", around)
-                try:
-                    for injected in _disturb(training, around, draw, deck, run, last, chunk_size):
-                        report.faults.append(injected)
-                        bar.update(task, advance=1, description=f"run {run + 1}")
-                        bar.console.print(_line(injected), highlight=False)
-                    code = training.end()
-                    report.ends[run] = None if code else _end(training, around)
-                except NotSurvived:
-                    training.driver.kill()
-                    report.ends[run] = None
-                if report.ends[run] is None:
-                    bar.console.print(f"run {run + 1} did not end well: {training.told()}", highlight=False)
-    return report._replace(seconds=time.monotonic() - start)
+
+    def __init__(self, words: Sequence[str], config: Config, *, faults: int, seed: int, minutes: float) -> None:
+        minibatches, draw = prepare(config).order.minibatches, random.Random(seed)
+        rounds = math.ceil(faults / len(KINDS))
+        self._left = [kind for _ in range(rounds) for kind in draw.sample(list(KINDS), len(KINDS))][:faults]
+        self._draw, self._faults, self._seconds = draw, faults, minutes * 60
+        steps, self._chunk_size = config.passes * minibatches, config.pipeline.chunk_size
+        self._last = commit_name(Position(*divmod(int(steps * DISTURBED), minibatches)))
+        self._words = [
+            *words,
+            *("pipeline.max_failures=1000", f"pipeline.stall_timeout_s={STALL_TIMEOUT_S}"),
+            *(f"checkpoint.every_minibatches={max(1, steps // COMMITS_A_RUN)}", "checkpoint.keep=3"),
+        ]
+        self._folder = Path(tempfile.mkdtemp(prefix="ffdist-chaos-"))
+        self.report: Report | None = None
+
+    def run(self) -> Report:
+        """Runs it; what went wrong, if something did, can be read in its folder.
+
+        Raises:
+            ConfigError: The undisturbed run fails.
+        """
+        start = time.monotonic()
+        try:
+            with Progress(transient=True) as bar, marked(self._folder):
+                task = bar.add_task("starting a cluster and a tracking server", total=self._faults)
+                with Surroundings(self._folder) as around:
+                    bar.update(task, description="undisturbed")
+                    undisturbed = self._training("undisturbed", around)
+                    if undisturbed.end():
+                        raise ConfigError(f"without any fault it fails: {undisturbed.told()}")
+                    self.report = Report([], {}, _end(undisturbed, around), 0.0)
+                    while self._left and time.monotonic() - start < self._seconds:
+                        number = len(self.report.ends) + 1
+                        bar.update(task, description=f"run {number}")
+                        training = self._training(f"run_{number}", around)
+                        try:
+                            for injected in self._disturb(number, training, around):
+                                self.report.faults.append(injected)
+                                bar.advance(task)
+                                bar.console.print(_line(injected), highlight=False)
+                            ended = training.end() == 0
+                        except NotSurvived:
+                            training.driver.kill()
+                            ended = False
+                        self.report.ends[number] = _end(training, around) if ended else None
+                        if not ended:
+                            bar.console.print(f"run {number} did not end well: {training.told()}", highlight=False)
+            return self.report._replace(seconds=time.monotonic() - start)
+        finally:
+            if not self.report or self.report.unbroken:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                Console().print(f"see {self._folder}", highlight=False)
+
+    def _training(self, name: str, around: Surroundings) -> Training:
+        return Training([*self._words, f"tracking.uri={around.uri}"], self._folder / name, around.address)
+
+    def _disturb(self, number: int, training: Training, around: Surroundings) -> Iterator[Injected]:
+        """Injects faults, each after a commit that follows the recovery from the one before."""
+        for _ in range(min(FAULTS_A_RUN, len(self._left))):
+            training.wait_for_commit()
+            time.sleep(self._draw.random() / 2)
+            if training.ended or training.commits()[-1] > self._last:
+                return
+            yield self._inject(self._left.pop(0), number, Fault(training, around, self._draw))
+
+    def _inject(self, kind: str, number: int, fault: Fault) -> Injected:
+        training, told, seconds, redone = fault.training, "", dict[str, float](), 0
+        before = len(training.recoveries())
+        try:
+            KINDS[kind](fault)
+            if kind in BESIDE:
+                training.wait_for_commit()
+            else:
+                wait_for("the recovery", lambda: "replayed" in (training.recoveries()[before:] or [{}])[-1])
+                recoveries = training.recoveries()[before:]
+                redone = max(fault.step, *(recovery["step"] for recovery in recoveries)) - recoveries[-1]["from"]
+                seconds = _steps(fault.at, recoveries[-1])
+        except (NotSurvived, IndexError, ValueError, psutil.Error) as error:
+            told = str(error) or repr(error)
+        if kind == "lost node":
+            fault.around.add_node()
+        return Injected(kind, number, not told, told, math.ceil(redone / self._chunk_size), seconds)
 
 
 def print_report(report: Report) -> None:
@@ -143,50 +205,8 @@ def print_report(report: Report) -> None:
     console.print(table)
     for number, end in report.ends.items():
         if end and end.doubled:
-            console.print(f"run {number + 1} has steps twice in {', '.join(end.doubled)}")
+            console.print(f"run {number} has steps twice in {', '.join(end.doubled)}")
     console.print(f"{len(report.faults)} faults in {len(report.ends)} runs, {report.seconds / 60:.1f} minutes")
-
-
-def _training(words: Sequence[str], settings: list[str], runs: Path, around: Surroundings) -> Training:
-    chaos = [f"tracking.uri={around.uri}", "pipeline.max_failures=1000", f"pipeline.stall_timeout_s={STALL_TIMEOUT_S}"]
-    return Training([*words, *chaos, *settings], runs, around.address)
-
-
-def _disturb(
-    training: Training,
-    around: Surroundings,
-    draw: random.Random,
-    deck: list[str],
-    run: int,
-    last: str,
-    chunk_size: int,
-) -> Iterator[Injected]:
-    """Injects faults, each after a commit that follows the recovery from the one before, up to that named `last`."""
-    for _ in range(min(FAULTS_A_RUN, len(deck))):
-        training.wait_for_commit()
-        time.sleep(draw.random() / 2)
-        if training.ended or training.commits()[-1] > last:
-            return
-        yield _inject(deck.pop(0), Fault(training, around, draw), run, chunk_size)
-
-
-def _inject(kind: str, fault: Fault, run: int, chunk_size: int) -> Injected:
-    training, told, seconds, redone = fault.training, "", dict[str, float](), 0
-    before = len(training.recoveries())
-    try:
-        KINDS[kind](fault)
-        if kind in BESIDE:
-            training.wait_for_commit()
-        else:
-            wait_for("the recovery", lambda: "replayed" in (training.recoveries()[before:] or [{}])[-1])
-            recoveries = training.recoveries()[before:]
-            redone = max(fault.step, *(recovery["step"] for recovery in recoveries)) - recoveries[-1]["from"]
-            seconds = _steps(fault.at, recoveries[-1])
-    except (NotSurvived, IndexError) as error:
-        told = str(error) or repr(error)
-    if kind == "lost node":
-        fault.around.add_node()
-    return Injected(kind, run, not told, told, math.ceil(redone / chunk_size), seconds)
 
 
 def _steps(at: float, recovery: Recovery) -> dict[str, float]:
@@ -198,16 +218,16 @@ def _steps(at: float, recovery: Recovery) -> dict[str, float]:
 def _end(training: Training, around: Surroundings) -> End:
     summary = training.summary()
     found = metric_histories(around.uri, summary["mlflow_run_id"])
-    learned = {name: series for name, series in found.items() if not name.endswith(("_s", "_fraction"))}
+    learned = {name: series for name, series in found.items() if is_learned(name)}
     doubled = [name for name, series in found.items() if len({step for step, _ in series}) < len(series)]
     return End(summary["weights_sha256"], learned, doubled)
 
 
 def _line(fault: Injected) -> str:
     if not fault.survived:
-        return f"run {fault.run + 1}: {fault.kind}: not survived: {fault.told}"
+        return f"run {fault.run}: {fault.kind}: not survived: {fault.told}"
     took = f", recovered in {sum(fault.seconds.values()):.1f} s" if fault.seconds else ""
-    return f"run {fault.run + 1}: {fault.kind}{took}"
+    return f"run {fault.run}: {fault.kind}{took}"
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -70,9 +70,13 @@ class Part:
                     self._hard.take(part)
             samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
             rows = self._hard.replace(chunk, samples, samples % CLASSES).double()
+        shards = [part for part in message if type(part) is tuple]
+        if shards or self._hard:
+            needed = self._order.shards(chunk.first, chunk.num_minibatches)
+            assert shards == [(chunk.epoch, number) for number in needed], "negatives are missing, or others came"
         metrics, passed = [], []
         for minibatch in range(chunk.num_minibatches):
-            number = int(rows[minibatch].sum())
+            number = int((rows[minibatch] * torch.arange(1, len(rows[minibatch]) + 1)).sum())
             for name in self._hash:
                 number = (self._hash[name] * 69_069 + number * 31 + chunk.step + minibatch) % PRIME
                 self._hash[name] = number

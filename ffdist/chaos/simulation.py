@@ -41,6 +41,7 @@ from ffdist.pipeline.stage import layer_name
 from ffdist.prepare import Prepared, build_architecture
 from ffdist.recovery import run_to_the_end
 from ffdist.start import Start, resume
+from ffdist.tracking.averages import is_learned
 from ffdist.tracking.outbox import OUTBOX, Outbox, Point
 
 LAYERS, DELAY, TRAINING, HELD_OUT = 3, 5, 15, 3
@@ -211,7 +212,7 @@ class _Books:
         self._outbox.add_sent(server)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        learned = {name: value for name, value in metrics.items() if not name.endswith(("_s", "_fraction"))}
+        learned = {name: value for name, value in metrics.items() if is_learned(name)}
         self._outbox.add(learned, step)
         if self._fate.draw.random() < 0.3:
             self.send()

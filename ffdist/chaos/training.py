@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -223,7 +222,6 @@ def marked(folder: Path) -> Iterator[None]:
                 process.kill()
         psutil.wait_procs(left, timeout=10)
         del os.environ[MARK]
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_marked(process: psutil.Process) -> bool:

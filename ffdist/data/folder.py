@@ -45,7 +45,8 @@ class Folder:
                 stream.write(content)
             self._sync(part)
             self._filesystem.move(part, path)
-            self._sync(os.path.dirname(path))  # noqa: PTH120
+            for folder in (os.path.dirname(path), self._root):  # noqa: PTH120
+                self._sync(folder)
         except OSError as error:
             with suppress(OSError):
                 self._filesystem.delete_file(part)  # a full disk wants it back

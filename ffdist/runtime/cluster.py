@@ -43,7 +43,7 @@ def connect(address: str | None) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, logging_level=logging.ERROR, include_dashboard=False if address == "local" else None)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones, too
         raise ConfigError(f"Ray cannot be reached or started at {address}: {error}; {WAY_OUT}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which would end the run without a word
@@ -88,12 +88,12 @@ def _torch_has_cuda() -> bool:
     answer = ray.remote(num_gpus=1, num_cpus=0, max_retries=0)(probe).remote()
     try:
         return bool(ray.get(answer, timeout=PROBE_TIMEOUT_S))
-    except ray.exceptions.GetTimeoutError:
+    except ray.exceptions.RayError as error:
         ray.cancel(answer, force=True)
         raise ConfigError(
-            f"no GPU of the cluster got free within {PROBE_TIMEOUT_S:g} s to ask whether torch can use it; set "
-            f"pipeline.device to cpu, or wait until others are done"
-        ) from None
+            f"no GPU of the cluster got free within {PROBE_TIMEOUT_S:g} s to ask whether torch can use it "
+            f"({type(error).__name__}); set pipeline.device to cpu, or wait until others are done"
+        ) from error
 
 
 def machine_resources() -> dict[str, float]:

@@ -88,7 +88,8 @@ class _Collector:
         left = returned
         while left:
             waited_for = len(left)
-            _, left = ray.wait(left, num_returns=waited_for, timeout=self._patience_s if wait else 0)
+            # One at a time, so that patience begins anew with each that comes.
+            _, left = ray.wait(left, num_returns=1 if wait else waited_for, timeout=self._patience_s if wait else 0)
             if left and not wait:
                 return None
             if len(left) == waited_for:

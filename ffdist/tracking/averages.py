@@ -13,6 +13,11 @@ from ffdist.pipeline.schedule import Train
 WEIGHT_RMS = METRICS.index("weight_rms")
 
 
+def is_learned(metric: str) -> bool:
+    """Says whether no clock decides a metric, so that it must be the same however a run went."""
+    return metric.startswith(("layer_", "readout/", "validation/", "test/"))
+
+
 class Averages:
     """Averages learning metrics over a fixed number of minibatches, and sums times beside them.
 

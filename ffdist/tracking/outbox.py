@@ -101,7 +101,7 @@ class Outbox:
     @staticmethod
     def fact_of(path: Path, key: str) -> str | None:
         """Returns what an outbox that may be in use has under a key."""
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database, suppress(sqlite3.Error):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
             row = database.execute("select value from facts where key = ?", (key,)).fetchone()
             return str(row[0]) if row else None
         return None

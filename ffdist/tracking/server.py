@@ -1,5 +1,6 @@
 """Where runs are tracked: finding the server or database, and asking it."""
 
+import logging
 import os
 import sqlite3
 import urllib.error
@@ -10,11 +11,15 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking, hold_no_secret
 
 WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
 SQLITE = "sqlite:///"
+TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's UI open on runs and curves, not on its pages for language models."""
 
 
 def default_uri(runs: Path) -> str:
@@ -82,6 +87,29 @@ def a_client(uri: str) -> Iterator[Any]:
         raise ConfigError(
             f"tracking at {uri} does not give what is asked ({' '.join(str(error).split())[:300]})"
         ) from error
+
+
+def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
+    """Returns MLflow's client and the experiment's id; makes database and experiment where they are missing.
+
+    Args:
+        uri: As `tracking_uri` returns it.
+        experiment: Its name.
+        runs: Runs folder; artifacts of the default database lie in it.
+    """
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Two runs that start at once must not both create the database, or the experiment.
+    with FileLock(runs / ".mlflow.lock"):
+        if uri.startswith(SQLITE):
+            make_database(Path(uri.removeprefix(SQLITE)))
+        client = MlflowClient(uri)
+        if found := client.get_experiment_by_name(experiment):
+            return client, found.experiment_id
+        artifacts = (runs.resolve() / "artifacts").as_uri() if uri == default_uri(runs) else None
+        return client, client.create_experiment(experiment, artifacts, TRAINING_VIEW)
 
 
 def make_database(path: Path) -> None:

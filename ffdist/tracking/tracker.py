@@ -20,14 +20,12 @@ from filelock import FileLock, Timeout
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
 from ffdist.tracking.outbox import OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.server import SQLITE, WAY_OUT, check_server, default_uri, make_database
+from ffdist.tracking.server import WAY_OUT, check_server, open_store
 
 SEND_EVERY_S = 2.0
 RETRY_EVERY_S = 0.5
 OPEN_TIMEOUT_S = 60.0
-INTERRUPTED_FLUSH_S = 5.0
-TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
-"""Has MLflow's UI open on runs and curves, not on its pages for language models."""
+INTERRUPTED_FLUSH_S = 3.0
 TRIES = 3
 """Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 BATCH = 1000
@@ -63,7 +61,7 @@ class Tracker:
         self._folder, self._lock = Path(), FileLock("")
         self._outbox: Outbox | None = None
         self._calls: deque[Call] = deque()
-        self._opened, self._failure = threading.Event(), ""
+        self._opened, self._failure, self._refused = threading.Event(), "", ""
         self._closing, self._deadline = threading.Event(), float("inf")
         check_server(uri)
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -79,8 +77,7 @@ class Tracker:
         status = "FINISHED" if kind is None else "KILLED" if killed else "FAILED"
         self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if killed else self._config.flush_timeout_s)
         if self._outbox:
-            with suppress(sqlite3.Error):  # on a full disk there is worse to tell
-                self._outbox.note(left=status)
+            self.note_end(status)
             self._calls.append(lambda client, run: client.set_terminated(run, status))
         self._closing.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
@@ -157,6 +154,12 @@ class Tracker:
         with suppress(sqlite3.Error):  # on a full disk there is worse to tell
             self._outbox.note(**{RECOVERIES: json.dumps(recoveries)})
 
+    def note_end(self, status: str) -> None:
+        """Notes that the run is at its end, so that a later run tells the server if this one cannot."""
+        assert self._outbox, "the run has begun"
+        with suppress(sqlite3.Error):  # on a full disk there is worse to tell
+            self._outbox.note(left=status)
+
     def log_tags(self, tags: dict[str, str]) -> None:
         """Has tags set; returns at once."""
         self._calls.append(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
@@ -198,25 +201,29 @@ class Tracker:
                 "them",
                 *(self.uri, self._failure or "its time to flush is over", waiting, self._folder / OUTBOX, self._runs),
             )
-        elif self._failure:
-            log.warning("not everything was tracked at %s: %s", self.uri, self._failure)
+        elif self._refused:
+            log.warning("not everything was tracked at %s: %s", self.uri, self._refused)
         if outbox.thinned:
             log.warning("the server was away for so long that only every few points of each metric were kept")
 
     def _work(self) -> None:
         try:
-            client = self._open()
+            client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
+            self._client = client
         except Exception as error:  # whatever MLflow, its store or the network raises, `begin` tells it
             self._failure = _brief(error)
             return
         finally:
             self._opened.set()
-        self._send_leftovers(client)
+        leftovers = True
         while True:
             closing = self._closing.wait(SEND_EVERY_S)
             done = not self._outbox or (
                 self._send_points(client, self._outbox, self.run_id) and self._send_calls(client, self._outbox)
             )
+            if done and leftovers and (self._outbox or closing):  # by now its own folder is locked, and passed over
+                leftovers = False
+                self._send_leftovers(client)
             if closing and (done or time.monotonic() > self._deadline):
                 return
             if not done:
@@ -248,11 +255,12 @@ class Tracker:
             else:
                 with suppress(ConfigError):
                     check_server(self.uri)
+                    self._refused = self._failure
                     self._calls.popleft()  # it is there and refuses
                     continue
                 return False
             self._calls.popleft()
-        if self._closing.is_set():
+        if self._closing.is_set() and not self._refused:
             with suppress(sqlite3.Error):
                 outbox.note(left="")
         return True
@@ -260,7 +268,8 @@ class Tracker:
     def _send_leftovers(self, client: Any) -> None:
         """Sends what earlier runs of the folder could not."""
         for path in sorted(self._runs.glob(f"*/{OUTBOX}")):
-            with suppress(Timeout, sqlite3.Error), FileLock(path.parent / LOCK).acquire(timeout=0):
+            # Whatever it is, such as a run that was deleted since, it must not keep this run from being tracked.
+            with suppress(Exception), FileLock(path.parent / LOCK).acquire(timeout=0):
                 outbox = Outbox(path, self._config.outbox_bytes)
                 run_id, status = outbox.fact("run_id"), outbox.fact("left")
                 waits = outbox.fact("uri") == self.uri and (status or outbox.num_waiting)
@@ -269,27 +278,6 @@ class Tracker:
                         client.set_terminated(run_id, status)
                     outbox.note(left="")
                 outbox.close()
-
-    def _open(self) -> Any:
-        from mlflow import MlflowClient
-
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        local = self.uri == default_uri(self._runs)
-        # Two runs that start at once must not both create the database, or the experiment.
-        with FileLock(self._runs / ".mlflow.lock"):
-            if self.uri.startswith(SQLITE):
-                make_database(Path(self.uri.removeprefix(SQLITE)))
-            client = MlflowClient(self.uri)
-            experiment = client.get_experiment_by_name(self._config.experiment)
-            artifacts = (self._runs.resolve() / "artifacts").as_uri() if local else None
-            self._experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else client.create_experiment(self._config.experiment, artifacts, TRAINING_VIEW)
-            )
-        self._client = client
-        return client
 
 
 def _brief(error: Exception) -> str:
