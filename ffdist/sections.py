@@ -23,6 +23,10 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
+SECRETS = ("key", "token", "secret", "password", "pwd", "credential", "sig")
+"""Words in the names of what a URI must not hold."""
+
+
 def hold_no_secret(uri: str) -> str:
     """Returns a URI, which will be written to files and to MLflow, if it may be.
 
@@ -31,7 +35,7 @@ def hold_no_secret(uri: str) -> str:
     """
     parts = urlsplit(uri)
     named = {name.lower() for name, _ in parse_qsl(parts.query)}
-    if parts.password or any(word in name for name in named for word in ("key", "token", "secret", "password")):
+    if parts.password or any(word in name for name in named for word in SECRETS):
         raise ValueError(
             f"a URI must hold no password or key, because it is written down (scheme: {parts.scheme}, host: "
             f"{parts.hostname}); give it by the environment, such as MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"

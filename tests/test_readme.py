@@ -26,7 +26,7 @@ TRAINING = [
     if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py")) and line not in GOING_ON
 ]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
-CHAOS = [line for line in COMMANDS if line.startswith("ffdist chaos")]
+CHAOS = ["ffdist chaos digits --faults 50 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
 CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
 
 
@@ -101,11 +101,10 @@ def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
     assert len(list(tmp_path.glob("runs/digits-*"))) == 2
 
 
-@pytest.mark.parametrize("line", CHAOS)
-def test_chaos_commands(line, tmp_path):
-    """With a single fault; all kinds of them are tried elsewhere."""
-    short = ["--simulated", "20"] if "simulated" in line else ["--faults", "1", "model.layers=[40,30,20]"]
-    run = subprocess.run([*arguments(line), *short], cwd=tmp_path, capture_output=True, text=True, timeout=290)
+def test_simulated_chaos(tmp_path):
+    """Real faults have a test of their own, test_chaos."""
+    command = [*arguments(CHAOS[1]), "--simulated", "20"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -230,7 +230,14 @@ def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp
         blueprint = a_blueprint(many, 2, actors=3, store=store, **changes)
         with (
             reserve(Placement(2, "cpu", 0, 0.5, 0.5).bundles(3)) as group,
-            ray_runner(blueprint, group, Pipeline(chunk_size=7), many.images, many.labels["train"], commits) as runner,
+            ray_runner(
+                blueprint,
+                group,
+                Pipeline(chunk_size=7),
+                many.images,
+                many.labels["train"],
+                Folder(commits, CommitError),
+            ) as runner,
         ):
             assert_equal(truth, results(runner, many, 7, commits))
         if store is None:

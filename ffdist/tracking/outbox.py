@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OUTBOX = "metrics.db"
 """In the folder of a run."""
@@ -78,11 +78,8 @@ class Outbox:
 
     def mark_sent(self, points: Iterable[Point]) -> None:
         """Notes that the server has these."""
-        with self._lock:
-            self._database.execute("begin")
-            change = "update points set sent = 1 where name = ? and step = ?"
-            self._database.executemany(change, [(point.name, point.step) for point in points])
-            self._database.execute("commit")
+        change = "update points set sent = 1 where name = ? and step = ?"
+        self._change(change, [(point.name, point.step) for point in points])
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all points by metric, as step and value, in order."""
@@ -119,10 +116,13 @@ class Outbox:
     def _add(self, points: Iterable[Point], *, sent: bool) -> None:
         rows = [(point.name, point.step, point.value, point.timestamp, sent) for point in points]
         change = "insert or replace" if sent else "insert or ignore"
-        with self._lock:
+        self._change(f"{change} into points values (?, ?, ?, ?, ?)", rows)
+
+    def _change(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Changes all rows or, where the disk is full, none."""
+        with self._lock, self._database:  # which commits or rolls back
             self._database.execute("begin")
-            self._database.executemany(f"{change} into points values (?, ?, ?, ?, ?)", rows)
-            self._database.execute("commit")
+            self._database.executemany(statement, rows)
 
     def _thin(self) -> None:
         """Drops every other waiting point of each series."""
