@@ -149,7 +149,7 @@ class Commits:
 
     def names(self) -> list[str]:
         """Returns the names of all whole commits, oldest first."""
-        return self._sorted(WHOLE)
+        return _sorted(WHOLE, self.folder.names())
 
     def path(self, name: str) -> str:
         """Returns where a commit lies."""
@@ -204,7 +204,7 @@ class Commits:
                     f"{path} has schema {schema}, and this ffdist reads {SCHEMA}; use the one that wrote it"
                 )
             written = found.pop("sha256", "")
-            manifest = Manifest.model_validate_json(json.dumps(found))
+            manifest = Manifest.model_validate(found)
             if written != digest(found) or name != commit_name(Position(manifest.epoch, manifest.minibatch)):
                 raise CommitError(f"{path} is not what was written there (its SHA-256 differs); {WAY_OUT}")
             return manifest
@@ -216,17 +216,14 @@ class Commits:
 
         What lies beyond it stays: the run has not come there yet, or a damaged commit was passed over.
         """
-        whole, begun = self.names(), self._sorted(BEGUN)
+        found = self.folder.names()
+        whole, begun = _sorted(WHOLE, found), _sorted(BEGUN, found)
         kept = whole[: whole.index(newest) + 1][-keep:]
         for name in begun[: begun.index(newest)]:
             if name not in (*kept, spare):
                 if name in whole:
                     self.folder.remove(f"{name}/{MANIFEST}")
                 self.folder.remove(name)
-
-    def _sorted(self, pattern: re.Pattern[str]) -> list[str]:
-        found = {Position(*map(int, match.groups())) for name in self.folder.names() if (match := pattern.match(name))}
-        return [commit_name(place) for place in sorted(found)]
 
     def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
         path, facts = self.folder.path(f"{name}/{file}"), manifest.files[file]
@@ -242,6 +239,12 @@ class Commits:
         except (SafetensorError, ValueError, KeyError) as error:
             raise CommitError(f"{path} is no file of tensors ({error}); {WAY_OUT}") from error
         return tensors
+
+
+def _sorted(pattern: re.Pattern[str], files: list[str]) -> list[str]:
+    """Returns the names of the commits whose files a pattern matches, oldest first."""
+    found = {Position(*map(int, match.groups())) for name in files if (match := pattern.match(name))}
+    return [commit_name(place) for place in sorted(found)]
 
 
 def digest(found: dict[str, Any]) -> str:
