@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ffdist.config import RunFailed
@@ -124,7 +124,7 @@ class CommitWriter:
                 f"{key}/{tensor_name}"
                 for key, tensors in state.items()
                 for tensor_name, tensor in tensors.items()
-                if not tensor.isfinite().all()
+                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
             ),
             None,
         )
@@ -132,9 +132,13 @@ class CommitWriter:
 
     def put(self, name: str, key: str, tensors: dict[str, Tensor]) -> FileFacts:
         """Writes one file of a commit, `KEY.safetensors`."""
-        content = save({tensor_name: tensor.contiguous() for tensor_name, tensor in tensors.items()})
-        self._folder.put(f"{name}/{key}.safetensors", content)
-        return FileFacts(sha256=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
+        with self._folder.writing(f"{name}/{key}.safetensors") as path:
+            try:
+                save_file({tensor_name: tensor.contiguous() for tensor_name, tensor in tensors.items()}, path)
+            except SafetensorError as error:  # its word for what the disk said
+                raise OSError(str(error)) from error
+            with path.open("rb") as file:  # of which the system still has all in memory
+                return FileFacts(sha256=hashlib.file_digest(file, "sha256").hexdigest(), num_bytes=file.tell())
 
 
 class Commits:

@@ -30,6 +30,9 @@ def test_files_come_back_are_named_and_go(folder):
 def test_a_uri_is_as_good_as_a_path(tmp_path):
     Folder(str(tmp_path), FolderError).put("a", b"one")
     assert Folder(f"file://{tmp_path}", FolderError).get("a") == b"one"
+    far = Folder("mock:///runs", FolderError)  # pyarrow's own, in memory
+    far.put("a/b", b"one")
+    assert (far.get("a/b"), far.names()) == (b"one", ["a/b"])
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_no_part(tmp_path):

@@ -1,5 +1,9 @@
 """Recovery on simulated parts: nothing breaks it, and what would break it is found."""
 
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
 import pytest
 
 from ffdist.chaos.simulation import Broken, simulate
@@ -16,12 +20,29 @@ def test_no_schedule_breaks_it(seed):
     assert outcome.faults > 400
 
 
+class Recorder:
+    """Only notes what is written."""
+
+    def __init__(self, written):
+        self.written = written
+
+    def put(self, *file):
+        self.written.append(file)
+
+    @contextmanager
+    def writing(self, name):
+        with NamedTemporaryFile() as file:
+            path = Path(file.name)
+            yield path
+            self.put(name, path.read_bytes())
+
+
 def manifest_first(monkeypatch):
     finish = Commits.finish
 
     def broken(self, *args, **facts):
         folder, written = self.folder, []
-        self.folder = type("Recorder", (), {"put": lambda _, *file: written.append(file)})()
+        self.folder = Recorder(written)
         try:
             manifest = finish(self, *args, **facts)
         finally:

@@ -1,3 +1,4 @@
+import copy
 import time
 
 import pytest
@@ -43,7 +44,7 @@ def test_only_the_layer_whose_turn_it_is_learns():
     stage = Stage(architecture, range(3), order, 1, "cpu", plan, 0, {"train": images}, labels)
     shard = Shard(0, (labels[order.shard(0, 0)] + 1) % 3, 0.0, 0.0)
     for layer in (0, 1, 2, None):
-        before = stage.state()
+        before = copy.deepcopy(stage.state())
         stage.train(Train(0, 0, 4, 0, 1.0, layer), shard)
         learned = [
             not torch.equal(before[name]["weight"], now["weight"]) or not torch.equal(before[name]["bias"], now["bias"])

@@ -1,7 +1,11 @@
 """Simulated parts of a pipeline, and a cluster of them in one process that does whatever a seed decides."""
 
+import os
 import random
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -214,14 +218,16 @@ class FrailFolder(Folder):
         super().__init__(uri, CommitError)
         self._fate, self._death = fate, death
 
-    def put(self, name: str, content: bytes) -> None:
-        """Writes, or dies."""
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Has a file written, or dies."""
         if self._fate.strikes(f"a death before {name}"):
             raise self._death
-        if self._fate.strikes(f"a death in the midst of {name}"):
-            super().put(f"{name}.torn.part", content[: len(content) // 2])
-            raise self._death
-        super().put(name, content)
+        with super().writing(name) as path:
+            yield path
+            if self._fate.strikes(f"a death in the midst of {name}"):
+                os.truncate(path, path.stat().st_size // 2)
+                raise self._death
         if name.endswith(MANIFEST):
             self._fate.committed = name.split("/")[0]
         if self._fate.strikes(f"a death after {name}"):

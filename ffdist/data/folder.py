@@ -5,9 +5,11 @@ A file is written under another name, synced and renamed, so that whoever reads 
 
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -37,12 +39,24 @@ class Folder:
 
     def put(self, name: str, content: bytes) -> None:
         """Writes a file, folders included; what was there under its name stays until all of the new one is."""
+        with self.writing(name) as path:
+            path.write_bytes(content)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yields a local path to write to; at the end of the `with` block the file is put in place, as by `put`."""
         path = self.path(name)
         part = f"{path}.{uuid.uuid4().hex[:8]}.part"  # another process may be writing the same
         try:
             self._filesystem.create_dir(os.path.dirname(path), recursive=True)  # noqa: PTH120, not always a local path
-            with self._filesystem.open_output_stream(part) as stream:
-                stream.write(content)
+            if self._is_local:
+                yield Path(part)
+            else:
+                from pyarrow.fs import LocalFileSystem, copy_files
+
+                with TemporaryDirectory() as near:
+                    yield Path(near, "part")
+                    copy_files(f"{near}/part", part, LocalFileSystem(), self._filesystem)
             self._sync(part)
             self._filesystem.move(part, path)
             for folder in (os.path.dirname(path), self._root):  # noqa: PTH120
@@ -99,12 +113,16 @@ class Folder:
         return self._opened[0]
 
     @property
+    def _is_local(self) -> bool:
+        return bool(self._filesystem.type_name == "local")
+
+    @property
     def _root(self) -> str:
         return self._opened[1]
 
     def _sync(self, path: str) -> None:
         """Has what was written outlive a loss of power, where that is ours to ask."""
-        if self._filesystem.type_name == "local":
+        if self._is_local:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

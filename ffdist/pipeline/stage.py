@@ -57,8 +57,8 @@ def layer_name(index: int) -> str:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a copy of everything that a module keeps, in main memory."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
+    """Returns everything that a module keeps, in main memory; what lies there already is not copied."""
+    return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
 
 
 class Stage:
@@ -161,7 +161,7 @@ class Stage:
         return [torch.stack(goodness).cpu(), passed, *reads]
 
     def state(self) -> State:
-        """Returns a copy of everything that the layers learned, and of the labels that negatives are to show."""
+        """Returns everything that the layers learned, as `state_of` does, and the labels that negatives are to show."""
         state = {layer_name(index): state_of(layer) for index, layer in self._layers.items()}
         if self._source and self._source.hard_labels:
             state["negatives"] = self._source.hard_labels.state()
@@ -217,7 +217,7 @@ class ReadoutStage:
         return predicted
 
     def state(self) -> State:
-        """Returns a copy of everything that the readout learned."""
+        """Returns everything that the readout learned, as `state_of` does."""
         return {"readout": state_of(self._readout)}
 
     def restore(self, state: State) -> None:
