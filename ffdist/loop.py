@@ -13,6 +13,7 @@ from ffdist.checkpoint import CommitError, Commits, Written, commit_name, weight
 from ffdist.config import Config, RunFailed
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.layers import METRICS
+from ffdist.ff.negatives import NegativesError
 from ffdist.launch import Pipeline
 from ffdist.pipeline.runner import Evaluated, Trained
 from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Position, Snapshot, Train, schedule
@@ -101,6 +102,10 @@ class Loop:
             self._run(pipeline, asked_to_stop)
         except (CommitError, OSError, sqlite3.Error) as error:  # a disk is full or gone
             raise RunFailed(f"{error}; the run stopped, and {self.kept}") from error
+        except NegativesError as error:
+            if not self.step:
+                raise  # they never worked
+            raise RunFailed(f"no negatives: {error}; the run stopped, and {self.kept}") from error
 
     def _run(self, pipeline: Pipeline, asked_to_stop: Callable[[], bool]) -> None:
         self._mark("started", self.step)

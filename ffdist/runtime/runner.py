@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
@@ -63,6 +63,10 @@ def ray_runner(
             max_in_flight=window,
             ahead=blueprint.negatives.ahead,
         )
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise RunFailed(
+            f"the object store has no room for the dataset ({' '.join(str(error).split())[:300]})"
+        ) from error
     finally:
         for actor in make.made:
             ray.kill(actor)
