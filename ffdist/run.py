@@ -4,7 +4,7 @@
 starts a local Ray where there is none.
 """
 
-from ffdist.cli import train
+from ffdist.cli.training import train
 
 if __name__ == "__main__":
     train(obj={"address": None})

@@ -1,0 +1,17 @@
+"""The commands."""
+
+import click
+
+from ffdist.cli.around import negatives, readout, results, ui
+from ffdist.cli.proof import chaos
+from ffdist.cli.training import baseline, train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ffdist")
+def main() -> None:
+    """Train Forward-Forward networks as a stream over Ray actors."""
+
+
+for command in (train, baseline, negatives, readout, results, ui, chaos):
+    main.add_command(command)

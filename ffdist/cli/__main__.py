@@ -1,0 +1,5 @@
+"""`python -m ffdist.cli` is `ffdist`."""
+
+from ffdist.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The commands around a run: what can be made before it and seen after it."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from ffdist.cli.words import database, load, runs_option, told, words_argument
+
+
+@click.group()
+def negatives() -> None:
+    """Make negative data without training, and look at it."""
+
+
+@negatives.command()
+@words_argument
+def make(words: tuple[str, ...]) -> None:
+    """Fill negatives.store with the negatives of all epochs of CONFIG."""
+    with told():
+        config, _ = load(words)
+        from ffdist.offline import fill_store
+
+        click.echo(f"{fill_store(config).uri} holds the negatives of {config.passes} epochs")
+
+
+@negatives.command()
+@click.argument("store")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("negatives.png"),
+    show_default=True,
+    help="Where to draw samples beside their negatives.",
+)
+def show(store: str, picture: Path) -> None:
+    """Check all of STORE, print what is in it and draw some of it."""
+    with told():
+        from ffdist.offline import show_store
+
+        show_store(store, picture)
+
+
+@click.command()
+@click.argument("run")
+@runs_option
+def readout(run: str, runs: Path) -> None:
+    """Fit a readout to the layers of RUN, a finished run's folder or MLflow run id, until it is converged."""
+    with told():
+        from ffdist.offline import fit_readout
+
+        fit_readout(run, runs=runs)
+
+
+@click.command()
+@runs_option
+@click.option("--experiment", default="ffdist", show_default=True, help="MLflow experiment.")
+def results(runs: Path, experiment: str) -> None:
+    """Print a table of all finished runs, in Markdown; MLFLOW_TRACKING_URI may name another store."""
+    with told():
+        from ffdist.tracking.results import results_table
+
+        click.echo(results_table(os.environ.get("MLFLOW_TRACKING_URI") or database(runs), experiment))
+
+
+@click.command()
+@runs_option
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+def ui(runs: Path, port: int) -> None:
+    """Open the MLflow UI on the runs folder's database, on this machine only."""
+    with told():
+        uri = database(runs)
+    program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
+    os.execv(sys.executable, program)
