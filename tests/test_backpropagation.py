@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,7 @@ class Keeper:
     """Writes nothing, and gives back what it was to write."""
 
     def write(self, snapshot, state):
-        return state
+        return copy.deepcopy(state)
 
 
 def states(architecture, *orders, jitter=0):

@@ -37,7 +37,7 @@ HOMES = {
     "yaml": {"config", "config_file"},
     "safetensors": {"checkpoint"},
     "click": {"cli"},
-    "psutil": {"chaos"},
+    "psutil": {"chaos", "bench"},
 }
 
 

@@ -3,7 +3,7 @@ import torch
 
 from ffdist.ff.update import SECOND_SMOOTHING, Learner, Update, rate_gain
 
-BATCH, RATE, DECAY, SMOOTHING = 5, 0.05, 0.1, 0.8
+RATE, DECAY, SMOOTHING = 0.05, 0.1, 0.8
 TORCH = {
     "sgd": (torch.optim.SGD, {"momentum": SMOOTHING}),
     "adam": (torch.optim.Adam, {"betas": (SMOOTHING, SECOND_SMOOTHING)}),
@@ -23,8 +23,8 @@ def test_optimizers_are_those_of_torch_without_decay_of_biases(optimizer):
     reference = kind(groups, lr=RATE, **settings)
     for gain in (1.0, 1.0, 0.5, 0.25):
         gradients = torch.randn(4, 3, generator=draw), torch.randn(4, generator=draw)
-        learner.ascend(*gradients, gain=gain, batch=BATCH)
-        weight.grad, bias.grad = (-gradient / BATCH for gradient in gradients)
+        learner.ascend(*gradients, gain=gain)
+        weight.grad, bias.grad = (-gradient for gradient in gradients)
         for group in reference.param_groups:
             group["lr"] = gain * RATE
         reference.step()
@@ -38,12 +38,32 @@ def test_what_an_optimizer_keeps_is_in_the_state(optimizer):
     update = Update(RATE, DECAY, SMOOTHING, optimizer)
     gradients = torch.ones(4, 3), torch.ones(4)
     one, other = (Learner(torch.ones(4, 3), torch.zeros(4), update) for _ in range(2))
-    one.ascend(*gradients, gain=1.0, batch=BATCH)
+    one.ascend(*gradients, gain=1.0)
     other.load_state_dict(one.state_dict())
     for learner in (one, other):
-        learner.ascend(*gradients, gain=0.5, batch=BATCH)
+        learner.ascend(*gradients, gain=0.5)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
     assert not torch.equal(one.weight, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("optimizer", ["release", *TORCH])
+def test_an_update_in_pieces_is_that_of_the_whole(optimizer, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn(3, 7, 5, generator=draw), torch.randn(3, 7, 5, generator=draw).bfloat16()
+    found = []
+    for piece in (4, 20, 1000):  # of numbers: a row at a time, four of them, all
+        monkeypatch.setattr("ffdist.ff.update.PIECE", piece)
+        learner, copy = (
+            Learner(weight.clone(), torch.zeros(21), Update(RATE, DECAY, SMOOTHING, optimizer)),
+            weight.half(),
+        )
+        for _ in range(2):
+            learner.ascend(gradient, torch.ones(21), gain=1.0, copy=copy)
+        torch.testing.assert_close(copy, learner.weight.half(), rtol=0, atol=0)
+        found.append(learner.state_dict())
+    for name, tensor in found.pop().items():
+        for other in found:
+            torch.testing.assert_close(other[name], tensor)
 
 
 def test_gain_is_one_for_the_first_half_then_falls_to_one_epoch_th():

@@ -3,7 +3,7 @@
 import click
 
 from ffdist.cli.around import negatives, readout, results, ui
-from ffdist.cli.proof import chaos
+from ffdist.cli.proof import bench, chaos
 from ffdist.cli.training import baseline, train
 
 
@@ -13,5 +13,5 @@ def main() -> None:
     """Train Forward-Forward networks as a stream over Ray actors."""
 
 
-for command in (train, baseline, negatives, readout, results, ui, chaos):
+for command in (train, baseline, negatives, readout, results, ui, chaos, bench):
     main.add_command(command)

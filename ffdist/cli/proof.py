@@ -45,3 +45,47 @@ def chaos(
             report.write_text(json.dumps({"rows": found.rows(), "faults": [fault._asdict() for fault in found.faults]}))
         if not found.unbroken:
             raise RunFailed("a fault was not survived, or left a trace")
+
+
+json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed, as ratios to what the machine can do."""
+
+
+@bench.command()
+@click.option("--device", default="cpu", show_default=True, help="As torch names it.")
+@click.option("--units", multiple=True, type=click.IntRange(1), help="Width of a dense layer; may be repeated.")
+@click.option("--batch", multiple=True, type=click.IntRange(1), help="Samples a minibatch; may be repeated.")
+@json_option
+def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path | None) -> None:
+    """Measure one layer's update against its floor: its bare matrix products, and moving the bytes that it must."""
+    with told():
+        check_writable("--json", path)
+        from ffdist.bench.step import BATCHES, UNITS, measure_steps, print_steps
+
+        _write(path, print_steps(measure_steps(device, units=units or UNITS, batches=batch or BATCHES)))
+
+
+@bench.command()
+@words_argument
+@click.option("--seconds", default=8.0, show_default=True, help="Length of each measured stretch.")
+@json_option
+def pipeline(words: tuple[str, ...], seconds: float, path: Path | None) -> None:
+    """Measure the training of CONFIG over Ray, against one process and against a copy of it on every core."""
+    with told():
+        check_writable("--json", path)
+        config, _ = load(words)
+        from ffdist.bench.pipeline import measure_pipeline
+        from ffdist.bench.report import print_figures
+
+        found = measure_pipeline(config, seconds, lambda what: click.echo(what, err=True))
+        print_figures(found)
+        _write(path, found)
+
+
+def _write(path: Path | None, found: dict[str, float]) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=2) + "\n")

@@ -111,10 +111,13 @@ class Layer(Learner, ABC):
         """
         self._compute_weight = self.weight.to(self.compute_dtype).view_as(self.weight)
 
+    @property
+    def _copy(self) -> Tensor | None:
+        """The copy, where it is one of the same shape."""
+        return None if self._compute_weight.data_ptr() == self.weight.data_ptr() else self._compute_weight
+
     def _renew(self) -> None:
-        """Brings the copy up to the weights, in place."""
-        if self._compute_weight.data_ptr() != self.weight.data_ptr():
-            self._compute_weight.copy_(self.weight)
+        """Brings a copy of another shape up to the weights, in place."""
 
     @abstractmethod
     def _inputs(self, rows: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ class Layer(Learner, ABC):
                 positive.mean(),
                 negative.mean(),
                 (negative.view(negatives, batch) >= positive).float().mean(),
-                (look.activity > 0).float().mean(),
+                look.activity.sign().mean(),  # none is negative
                 self.weight.square().mean().sqrt() if measure_weights else loss.new_tensor(math.nan),
             )
         ).float()
@@ -188,18 +191,20 @@ class Layer(Learner, ABC):
         return passed, metrics
 
     def _loss(self, goodness: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Returns each row's loss and how hard it pulls at its goodness, both `[R]`."""
+        """Returns each row's loss, and how hard it pulls at its goodness for the mean over samples, both `[R]`."""
         margin = self.rule.alpha * (goodness - self.threshold)
         loss, pull = LOSSES[self.rule.loss](margin[:batch], margin[batch:])
-        pull[batch:] /= len(pull) // batch - 1
-        return loss, self.rule.alpha * pull
+        pull.mul_(self.rule.alpha / batch)
+        if len(pull) > 2 * batch:
+            pull[batch:] /= len(pull) // batch - 1
+        return loss, pull
 
     def _learn(self, inputs: Tensor, look: _Look, pull: Tensor, batch: int, gain: float) -> None:
         """Makes the updates of a minibatch, the first by what was seen already.
 
         The gradient with respect to the total input is that of the loss by way of the goodness (on positive rows
         `(1 - p) h`, on negative ones `-p h`, by default), and on positive rows the pull of peer normalization, which
-        the ReLU does not stop.
+        the ReLU does not stop; of the mean over samples.
         """
         turns = [slice(0, batch), slice(batch, None)] if self.rule.alternating else [slice(0, None)]
         for number, turn in enumerate(turns * self.rule.repeats):
@@ -209,9 +214,10 @@ class Layer(Learner, ABC):
             direction = look.slope[turn] * pull[turn].unsqueeze(1)
             if turn.start == 0:
                 self.mean_activity.lerp_(look.activity[:batch].mean(0), 1 - PEER_SMOOTHING)
-                direction[:batch] += self.rule.peer_strength * (self.mean_activity.mean() - self.mean_activity)
+                strength = self.rule.peer_strength / batch
+                direction[:batch] += strength * (self.mean_activity.mean() - self.mean_activity)
             gradient = self._gradient(direction.to(self.compute_dtype), inputs[turn])
-            self.ascend(gradient, direction.sum(0), gain=gain, batch=batch)
+            self.ascend(gradient, direction.sum(0), gain=gain, copy=self._copy)
             self._renew()
 
 

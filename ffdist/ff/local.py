@@ -144,11 +144,14 @@ class Local(Layer):
             self._compute_weight = self._compute_weight.new_zeros(band)
             self._renew()
 
+    @property
+    def _copy(self) -> Tensor | None:
+        return None if self._by_bands else super()._copy
+
     def _renew(self) -> None:
-        if not self._by_bands:
-            return super()._renew()
-        weight = self.weight.to(self.compute_dtype).view(*self._index.shape)
-        self._compute_weight.scatter_(3, self._index, weight)
+        if self._by_bands:
+            weight = self.weight.to(self.compute_dtype).view(*self._index.shape)
+            self._compute_weight.scatter_(3, self._index, weight)
 
     def _product(self, inputs: Tensor) -> Tensor:
         weight = self._compute_weight.flatten(1, -2)  # of a band, or as it is

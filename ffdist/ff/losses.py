@@ -12,10 +12,10 @@ def logistic(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 
     The pull is `1 - p` on positive and `-p` on negative rows.
     """
-    margin = torch.cat((positive, -negative))
-    sign = torch.ones_like(margin)
-    sign[len(positive) :] = -1
-    return F.softplus(-margin), sign * torch.sigmoid(-margin)
+    surprise = torch.cat((-positive, negative))
+    pull = torch.sigmoid(surprise)
+    pull[len(positive) :].neg_()
+    return F.softplus(surprise), pull
 
 
 def symmetric(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

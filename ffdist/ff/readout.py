@@ -45,8 +45,8 @@ class Readout(Learner):
         rows = self._rows(activities)
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
-        direction = F.one_hot(labels, len(self.bias)) - logits.softmax(1)
-        self.ascend(direction.t() @ rows, direction.sum(0), gain=gain, batch=len(rows))
+        direction = (F.one_hot(labels, len(self.bias)) - logits.softmax(1)) / len(rows)
+        self.ascend(direction.t() @ rows, direction.sum(0), gain=gain)
         return logits, metrics
 
     def fit(

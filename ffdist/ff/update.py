@@ -1,6 +1,6 @@
 """How parameters follow their gradient: the optimizers, shared by layers and readout, and the fall of their rate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,6 +11,9 @@ from torch.optim.sgd import sgd as torch_sgd
 
 SECOND_SMOOTHING, EPSILON = 0.999, 1e-8
 """Adam's smoothing of squared gradients, and what keeps it from dividing by zero."""
+
+PIECE = 2**19
+"""Numbers in a piece of a tensor, of which the passes of an update go over one after the other."""
 
 Memory = dict[str, Tensor]
 """What an optimizer keeps of a parameter, by slot; changed in place."""
@@ -36,23 +39,23 @@ READOUT_UPDATE = Update(learning_rate=0.1, weight_decay=0.003)
 """The readout's, in the paper's released code."""
 
 
-def release(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update) -> None:
+def release(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> None:
     """The paper's released code, whose decay is apart from the gradient.
 
-    `mean <- smoothing * mean + (1 - smoothing) * gradient / batch`, then
+    `mean <- smoothing * mean + (1 - smoothing) * gradient`, then
     `parameter <- parameter + learning_rate * (mean - weight_decay * parameter)`.
     """
-    memory["gradient"].mul_(update.smoothing).add_(gradient, alpha=(1 - update.smoothing) / batch)
+    memory["gradient"].lerp_(gradient.to(parameter.dtype), 1 - update.smoothing)
     if update.weight_decay:
         parameter.mul_(1 - update.learning_rate * update.weight_decay)
     parameter.add_(memory["gradient"], alpha=update.learning_rate)
 
 
-def sgd(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update) -> None:
+def sgd(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> None:
     """SGD of torch, with momentum, whose decay is part of the gradient."""
     torch_sgd(
         [parameter],
-        [gradient.to(parameter.dtype) / batch],
+        [gradient.to(parameter.dtype)],
         [memory["momentum"]],
         weight_decay=update.weight_decay,
         momentum=update.smoothing,
@@ -63,13 +66,11 @@ def sgd(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update:
     )
 
 
-def adam(
-    parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update, decoupled: bool = False
-) -> None:
+def adam(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update, decoupled: bool = False) -> None:
     """Adam of torch, whose decay is part of the gradient."""
     torch_adam(
         [parameter],
-        [gradient.to(parameter.dtype) / batch],
+        [gradient.to(parameter.dtype)],
         [memory["mean"]],
         [memory["mean_square"]],
         [],
@@ -86,16 +87,16 @@ def adam(
     )
 
 
-def adamw(parameter: Tensor, memory: Memory, gradient: Tensor, batch: int, update: Update) -> None:
+def adamw(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> None:
     """AdamW of torch, whose decay is apart from the gradient."""
-    adam(parameter, memory, gradient, batch, update, decoupled=True)
+    adam(parameter, memory, gradient, update, decoupled=True)
 
 
 class Optimizer(NamedTuple):
     """A way to move a parameter."""
 
-    ascend: Callable[[Tensor, Memory, Tensor, int, Update], None]
-    """Moves a parameter up its gradient, the sum over the `batch` samples of a minibatch, of any floating type."""
+    ascend: Callable[[Tensor, Memory, Tensor, Update], None]
+    """Moves a parameter up its gradient, the mean over a minibatch, of any floating type."""
     slots: tuple[str, ...]
     """What it keeps of a parameter, each of its shape and zero at first; `steps` is one number."""
 
@@ -127,21 +128,43 @@ class Learner(nn.Module):
                 zeros = torch.zeros(()) if slot == "steps" else torch.zeros_like(start)
                 self.register_buffer(f"{name}_{slot}", zeros)
 
-    def ascend(self, weight_gradient: Tensor, bias_gradient: Tensor, *, gain: float, batch: int) -> None:
+    def ascend(
+        self, weight_gradient: Tensor, bias_gradient: Tensor, *, gain: float, copy: Tensor | None = None
+    ) -> None:
         """Moves both up their gradients, in place.
 
         Args:
-            weight_gradient: Sum over samples, of the weight's shape and any floating type.
+            weight_gradient: Mean over samples, of the weight's shape and any floating type.
             bias_gradient: The same of the bias.
             gain: The schedule's factor on the learning rate.
-            batch: Number of samples in the minibatch.
+            copy: Gets the new weight, in its own type, while that is at hand.
         """
         step = replace(self.update, learning_rate=gain * self.update.learning_rate)
-        optimizer = OPTIMIZERS[step.optimizer]
-        for name, gradient in (("weight", weight_gradient), ("bias", bias_gradient)):
-            memory = {slot: self.get_buffer(f"{name}_{slot}") for slot in optimizer.slots}
-            optimizer.ascend(self.get_parameter(name), memory, gradient, batch, step)
-            step = replace(step, weight_decay=0.0)
+        self._ascend("bias", bias_gradient, None, replace(step, weight_decay=0.0))
+        self._ascend("weight", weight_gradient, copy, step)
+
+    def _ascend(self, name: str, gradient: Tensor, copy: Tensor | None, step: Update) -> None:
+        optimizer, parameter = OPTIMIZERS[step.optimizer], self.get_parameter(name)
+        memory = [self.get_buffer(f"{name}_{slot}") for slot in optimizer.slots]
+        cut = [parameter, gradient, *memory, *([] if copy is None else [copy])]
+        # Piece by piece, because what the first pass over a piece brings near is still there for the last.
+        for part, by, *rest in in_pieces(cut):
+            kept = dict(zip(optimizer.slots, rest, strict=False))
+            optimizer.ascend(part, kept, by, step)
+            if copy is not None:
+                rest[-1].copy_(part)
+
+
+def in_pieces(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Cuts tensors of one shape alike, into runs of rows that a core's cache can hold; elsewhere nothing is gained.
+
+    A memory that counts steps, and so has no rows, is never cut, nor is what stands beside it.
+    """
+    whole = tensors[0]
+    if whole.dim() < 2 or whole.device.type != "cpu" or any(tensor.shape != whole.shape for tensor in tensors):
+        return iter([tensors])
+    rows = max(1, PIECE // whole.shape[-1])
+    return zip(*(torch.split(tensor.flatten(0, -2), rows) for tensor in tensors), strict=True)
 
 
 def rate_gain(epoch: int, epochs: int) -> float:

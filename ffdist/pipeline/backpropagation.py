@@ -84,7 +84,7 @@ class Backpropagation:
         gradients = iter(torch.autograd.grad(-loss, parameters))
         self._network.requires_grad_(False)
         for learner in self._learners:
-            learner.ascend(next(gradients), next(gradients), gain=gain, batch=1)  # the loss is a mean
+            learner.ascend(next(gradients), next(gradients), gain=gain)  # the loss is a mean
         return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
 
     def _logits(self, rows: Tensor) -> Tensor:

@@ -30,25 +30,34 @@ class Report(NamedTuple):
     """Time since the chunk before, spent waiting for this one and unpacking it."""
     negatives_wait_s: float = 0.0
     """The part of it in which the negatives were being made; 0 but in the first stage."""
+    packing_s: float = 0.0
+    """The part of it in which the process was at work, packing what goes out and unpacking what comes in."""
 
 
 class _Clock:
     """Splits a stage's time into computing and waiting; the first chunk starts it."""
 
     def __init__(self) -> None:
-        self._free_since: float | None = None
+        self._free_since: tuple[float, float] | None = None
+        self._begun, self._wait_s, self._packing_s = 0.0, 0.0, 0.0
 
-    def report(self, metrics: Tensor, start: float, shards: Sequence[Shard] = ()) -> Report:
-        wait_s = start - self._free_since if self._free_since is not None else 0.0
-        compute_s = self.free() - start
+    def begin(self) -> None:
+        """Notes that a chunk is here."""
+        self._begun, work_s = time.perf_counter(), time.process_time()
+        if self._free_since is not None:
+            self._wait_s, self._packing_s = self._begun - self._free_since[0], work_s - self._free_since[1]
+
+    def report(self, metrics: Tensor, shards: Sequence[Shard] = ()) -> Report:
+        compute_s = self.free() - self._begun
         until_made_s = time.time() - compute_s - max((shard.made_at for shard in shards), default=-math.inf)
         making_s = sum(shard.make_s for shard in shards)
-        return Report(metrics, compute_s, wait_s, max(0.0, min(making_s, wait_s - until_made_s)))
+        negatives_wait_s = max(0.0, min(making_s, self._wait_s - until_made_s))
+        return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s)
 
     def free(self) -> float:
         """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
-        self._free_since = time.perf_counter()
-        return self._free_since
+        self._free_since = time.perf_counter(), time.process_time()
+        return self._free_since[0]
 
 
 def layer_name(index: int) -> str:
@@ -107,7 +116,7 @@ class Stage:
             The report; the signal `[K, S, H]` for the next stage; what the readout reads `[K, B, H]` of each layer.
             None stands for what nobody reads. Activities are those at the weights with which a minibatch arrived.
         """
-        start = time.perf_counter()
+        self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
         signal, read = self._source.train(chunk, *message) if self._source else message
         batch, metrics = self._batch, []
@@ -136,7 +145,7 @@ class Stage:
             for output, travels in zip(outputs, self._read_travels, strict=True)
         ]
         stacked = torch.stack(metrics).reshape(chunk.num_minibatches, len(self._layers), -1).cpu()
-        return [self._clock.report(stacked, start, shards), passed, *reads]
+        return [self._clock.report(stacked, shards), passed, *reads]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
         """Passes a block through, at fixed weights.
@@ -196,7 +205,7 @@ class ReadoutStage:
         Returns:
             The report; and each sample's wrong label, drawn from what the readout took it for before its update.
         """
-        start = time.perf_counter()
+        self._clock.begin()
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         metrics, drawn = [], []
         for minibatch, labels in enumerate(self._labels[samples]):
@@ -207,7 +216,7 @@ class ReadoutStage:
             if self._draws:
                 draw = generator(self._order.seed, "hard labels", chunk.step + minibatch)
                 drawn.append(draw_wrong_labels(logits, labels, draw))
-        report = self._clock.report(torch.stack(metrics), start)
+        report = self._clock.report(torch.stack(metrics))
         return report, Drawn(chunk, torch.stack(drawn)) if drawn else None
 
     def evaluate(self, *read: Tensor) -> Tensor:

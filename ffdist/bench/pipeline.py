@@ -1,0 +1,136 @@
+"""Throughput of a configuration's training in steady state, against one process and against the machine itself."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from ffdist.bench.stretch import Stretch, Trainer, copies
+from ffdist.checkpoint import CommitError
+from ffdist.config import Config
+from ffdist.data.folder import Folder
+from ffdist.launch import Resources, machine, place
+from ffdist.pipeline.runner import Runner
+from ffdist.prepare import Prepared, prepare
+
+ROUNDS = 3
+"""Rounds in which all that is compared takes turns."""
+
+
+def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
+    """Measures a configuration over Ray with its own stages, and then with every other number of them.
+
+    Args:
+        config: What to train.
+        seconds: Length of a measured stretch.
+        say: Is told what is going on.
+
+    Returns:
+        Figures by name: samples per second, ratios, shares in [0, 1], seconds and bytes. Those of other numbers of
+        stages have `stages_N/` before their names.
+    """
+    started, found = time.perf_counter(), dict[str, float]()
+    prepared, layers = prepare(config), len(config.model.layers)
+    with ExitStack() as stack:
+        say("starting Ray")
+        resources = stack.enter_context(machine("ray", "local"))
+        with _started(config, prepared, resources) as trainer:
+            trainer.train(0.0)
+            found["start_s"] = time.perf_counter() - started
+            cores, own = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
+            say(f"starting a copy of the network on each of {cores} cores")
+            data = prepared.dataset.images, prepared.dataset.labels["train"]
+            asked = stack.enter_context(copies(cores, trainer.blueprint, config.pipeline.chunk_size, *data))
+            found |= _compare(trainer, asked, seconds, say) | _memory()
+        for stages in range(1, layers + 1):
+            if stages != own:
+                with _started(_with_stages(config, stages), prepared, resources) as trainer:
+                    figures = _compare(trainer, asked, seconds, say)
+                found |= {f"stages_{stages}/{name}": value for name, value in figures.items()}
+    return found
+
+
+def _with_stages(config: Config, stages: int) -> Config:
+    pipeline = config.pipeline.model_copy(update={"stages": stages})
+    return config.model_copy(update={"pipeline": pipeline})
+
+
+@contextmanager
+def _started(config: Config, prepared: Prepared, resources: Resources) -> Iterator[Trainer]:
+    with (
+        place("ray", prepared, config, resources) as placed,
+        TemporaryDirectory() as commits,
+        placed.start(Folder(commits, CommitError)) as pipeline,
+    ):
+        assert isinstance(pipeline, Runner)
+        yield Trainer(pipeline, placed.blueprint, config.pipeline.chunk_size, config.pipeline.max_in_flight)
+
+
+def _compare(
+    trainer: Trainer, asked: Sequence[Connection], seconds: float, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Returns the ratios of one pipeline's speed."""
+    rounds: list[dict[str, float]] = []
+    for number in range(1, ROUNDS + 1):
+        say(f"{len(trainer.blueprint.stage_layers)} stages, round {number} of {ROUNDS}")
+        alone = _ask(asked[:1], 1, seconds)
+        together = _ask(asked, 1, seconds)
+        wide = _ask(asked[:1], len(asked), seconds)
+        stretch = trainer.train(seconds)
+        rounds.append(
+            {
+                "serial_1_thread_samples_per_s": alone,
+                "serial_all_threads_samples_per_s": wide,
+                "copies_samples_per_s": together,
+                "ray_samples_per_s": stretch.samples_per_s,
+                "machine_capacity": together / alone,
+                "speedup_over_serial_1_thread": stretch.samples_per_s / alone,
+                "speedup_over_serial_all_threads": stretch.samples_per_s / wide,
+                "pipeline_efficiency": stretch.samples_per_s / together,
+                **_shares(stretch),
+            }
+        )
+    return {name: median(one[name] for one in rounds) for name in rounds[0]}
+
+
+def _ask(asked: Sequence[Connection], threads: int, seconds: float) -> float:
+    """Has networks train side by side; returns the samples per second of all of them together."""
+    for connection in asked:
+        connection.send((threads, seconds))
+    return float(sum(connection.recv() for connection in asked))
+
+
+def _shares(stretch: Stretch) -> dict[str, float]:
+    """Returns where the time of the stages went; waiting and packing are those of the stage that computes most."""
+    stages = [[chunk.stages[stage] for chunk in stretch.chunks] for stage in range(len(stretch.chunks[0].stages))]
+    compute_s = [sum(report.compute_s for report in stage) for stage in stages]
+    packing_s = [sum(report.packing_s for report in stage) for stage in stages]
+    idle_s = [sum(report.wait_s - report.packing_s for report in stage) for stage in stages]
+    chief = compute_s.index(max(compute_s))
+    whole_s = compute_s[chief] + packing_s[chief] + idle_s[chief]
+    return {
+        "stage_imbalance": 1 - fmean(compute_s) / compute_s[chief],
+        "wait_fraction": idle_s[chief] / whole_s,
+        "serialization_fraction": packing_s[chief] / whole_s,
+        "driver_cpu_fraction": stretch.driver_cpu_fraction,
+    }
+
+
+def _memory() -> dict[str, float]:
+    """Returns the memory of each kind of actor, the largest of its kind."""
+    found = dict[str, float]()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            name, memory = process.cmdline()[0], process.memory_full_info()
+        except (psutil.Error, IndexError):
+            continue
+        if name.startswith("ray::") and (kind := name.removeprefix("ray::").split(".")[0]) != "IDLE":
+            for how, size in (("unique", memory.uss), ("resident", memory.rss)):
+                key = f"{kind.removesuffix('Actor').lower()}_{how}_bytes"
+                found[key] = max(found.get(key, 0), size)
+    return found

@@ -1,0 +1,24 @@
+"""What the benchmarks found, as a table that reads well in a terminal and in Markdown."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_figures(found: dict[str, float]) -> None:
+    """Prints figures by name; a name with a `/` is a column of its own, under what stands before it."""
+    columns = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
+    table = Table("", *(column or "own" for column in columns), box=box.MARKDOWN)
+    for figure in dict.fromkeys(name.rpartition("/")[2] for name in found):
+        cells = [found.get(f"{column}/{figure}" if column else figure) for column in columns]
+        table.add_row(figure, *("" if value is None else _in_words(figure, value) for value in cells))
+    Console(width=220, highlight=False).print(table)
+
+
+def _in_words(figure: str, value: float) -> str:
+    """Returns a figure with the unit that its name ends in; ratios and shares have none."""
+    if figure.endswith("_bytes"):
+        return f"{value / 1e6:,.0f} MB"
+    if figure.endswith("samples_per_s"):
+        return f"{value:,.0f}"
+    return f"{value:.1f} s" if figure.endswith("_s") else f"{value:.3f}"

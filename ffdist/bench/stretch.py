@@ -1,0 +1,106 @@
+"""Stretches of training in steady state, here or in processes of their own."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ffdist.pipeline.runner import Blueprint, Runner, Trained, serial_runner, torch_threads
+from ffdist.pipeline.schedule import Position, Train, schedule
+
+ENDLESS = 10**6
+"""Epochs of a training that ends only because it is told to."""
+
+
+class Stretch(NamedTuple):
+    """What was measured of a stretch."""
+
+    samples_per_s: float
+    driver_cpu_fraction: float
+    """Processor time of the process that drives the pipeline, as a share of one core."""
+    chunks: list[Trained]
+
+
+class Trainer:
+    """Trains stretch after stretch on one pipeline.
+
+    Args:
+        pipeline: To train on.
+        blueprint: What it is made of.
+        chunk_size: Minibatches that travel together.
+        in_flight: Chunks under way at once; until so many are through, nothing is steady.
+    """
+
+    def __init__(self, pipeline: Runner, blueprint: Blueprint, chunk_size: int, in_flight: int) -> None:
+        self.blueprint = blueprint
+        self._pipeline, self._order = pipeline, blueprint.order
+        self._chunk_size, self._in_flight, self._epoch = chunk_size, in_flight, 0
+
+    def train(self, seconds: float) -> Stretch:
+        """Trains until so many seconds are measured, and a chunk in them."""
+        deadline, ends, chunks = float("inf"), list[tuple[float, float, int]](), list[Trained]()
+        orders = takewhile(lambda _: time.perf_counter() < deadline, self._orders())
+        for order, trained in self._pipeline.run(orders, self._orders()):
+            assert isinstance(order, Train)
+            assert isinstance(trained, Trained)
+            self._epoch = order.epoch + 1
+            chunks.append(trained)
+            ends.append((time.perf_counter(), time.process_time(), order.num_minibatches))
+            if len(ends) == self._in_flight:
+                deadline = ends[-1][0] + seconds
+        first = self._in_flight - 1
+        last = max(first + 1, sum(end <= deadline for end, _, _ in ends) - 1)
+        took_s, work_s = (ends[last][part] - ends[first][part] for part in (0, 1))
+        minibatches = sum(count for _, _, count in ends[first + 1 : last + 1])
+        return Stretch(minibatches * self._order.batch_size / took_s, work_s / took_s, chunks[first + 1 : last + 1])
+
+    def _orders(self) -> Iterator[Train]:
+        orders = schedule(
+            epochs=ENDLESS,
+            minibatches=self._order.minibatches,
+            chunk_size=self._chunk_size,
+            validation_samples=0,
+            test_samples=0,
+            evaluate_every=ENDLESS,
+            evaluation_block=1,
+            start=Position(self._epoch),
+        )
+        return (order for order in orders if isinstance(order, Train))
+
+
+@contextmanager
+def copies(number: int, *network: Any) -> Iterator[list[Connection]]:
+    """Starts copies of a whole network, each in a process of its own, for the length of a `with` block.
+
+    Args:
+        number: How many.
+        *network: As `_serve` takes it.
+
+    Yields:
+        Ways to ask each for a stretch, by sending `(threads, seconds)`, and to receive its samples per second.
+    """
+    processes = multiprocessing.get_context("spawn")
+    pipes = [processes.Pipe() for _ in range(number)]
+    started = [processes.Process(target=_serve, args=(there, *network), daemon=True) for _, there in pipes]
+    try:
+        for process in started:
+            process.start()
+        yield [here for here, _ in pipes]
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _serve(asked: Connection, blueprint: Blueprint, chunk_size: int, images: dict[str, Tensor], labels: Tensor) -> None:
+    """Trains as asked, on one network with images and labels as `serial_runner` takes them."""
+    trainer = Trainer(serial_runner(blueprint, images, labels, None), blueprint, chunk_size, in_flight=1)
+    while True:
+        threads, seconds = asked.recv()
+        with torch_threads(threads):
+            asked.send(trainer.train(seconds).samples_per_s)

@@ -1,0 +1,42 @@
+"""The benchmarks run, and what they print are ratios of what they measured."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ffdist.bench.step import FIELDS
+from ffdist.cli import main
+
+
+def bench(tmp_path, *arguments: str) -> tuple[str, dict[str, float]]:
+    done = CliRunner().invoke(main, ["bench", *arguments, "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    return done.output, json.loads((tmp_path / "found.json").read_text())
+
+
+def test_a_step_and_its_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffdist.bench.step.COPIED", 10**6)
+    monkeypatch.setattr("ffdist.bench.step.ROUND_S", 0.001)
+    told, found = bench(tmp_path, "step", "--units", "60", "--batch", "10", "--batch", "20")
+    names = [
+        f"step_floor_fraction/{layer}/{batch}/{precision}"
+        for precision in ("float32", "bfloat16")
+        for layer in ("dense_60", *FIELDS)
+        for batch in (10, 20)
+    ]
+    assert list(found) == names
+    assert all(0 < fraction < 1 for fraction in found.values()), "nothing is done without its floor"
+    assert told.count("\n| dense_60 |") == 4
+
+
+def test_a_pipeline_against_the_machine(tmp_path):
+    told, found = bench(tmp_path, "pipeline", "digits", "pipeline.stages=2", "model.layers=[30,20]", "--seconds", "0.1")
+    assert found["pipeline_efficiency"] == pytest.approx(
+        found["ray_samples_per_s"] / (found["serial_1_thread_samples_per_s"] * found["machine_capacity"]), rel=0.5
+    )
+    assert 0 < found["serialization_fraction"] < 1
+    assert found["stage_unique_bytes"] < found["stage_resident_bytes"]
+    assert "stages_1/pipeline_efficiency" in found
+    assert "stages_2/pipeline_efficiency" not in found
+    assert "| pipeline_efficiency" in told
