@@ -27,6 +27,7 @@ TRAINING = [
 ]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
 CHAOS = ["ffdist chaos digits --faults 50 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
+BENCH = ["ffdist bench step", "ffdist bench pipeline mnist_4x2000"]
 CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
 
 
@@ -102,7 +103,7 @@ def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
 
 
 def test_simulated_chaos(tmp_path):
-    """Real faults have a test of their own, test_chaos."""
+    """Real faults and benchmarks have tests of their own, test_chaos and test_bench."""
     command = [*arguments(CHAOS[1]), "--simulated", "20"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -170,7 +171,7 @@ def test_cluster_commands_name_files_that_exist(line):
 
 
 def test_no_command_is_left_untried():
-    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *GOING_ON, *CHAOS, *CLUSTER, "ffdist ui"}
+    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *GOING_ON, *CHAOS, *BENCH, *CLUSTER, "ffdist ui"}
     assert len(TRAINING) >= 4
 
 

@@ -19,7 +19,7 @@ from ffdist.pipeline.runner import Runner
 from ffdist.prepare import Prepared, prepare
 
 ROUNDS = 3
-"""Rounds in which all that is compared takes turns."""
+"""Rounds for the configuration's own stages; other numbers of stages get one."""
 
 
 def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
@@ -46,11 +46,11 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
             say(f"starting a copy of the network on each of {cores} cores")
             data = prepared.dataset.images, prepared.dataset.labels["train"]
             asked = stack.enter_context(copies(cores, trainer.blueprint, config.pipeline.chunk_size, *data))
-            found |= _compare(trainer, asked, seconds, say) | _memory()
+            found |= _compare(trainer, asked, seconds, ROUNDS, say) | _memory()
         for stages in range(1, layers + 1):
             if stages != own:
                 with _started(_with_stages(config, stages), prepared, resources) as trainer:
-                    figures = _compare(trainer, asked, seconds, say)
+                    figures = _compare(trainer, asked, seconds, 1, say)
                 found |= {f"stages_{stages}/{name}": value for name, value in figures.items()}
     return found
 
@@ -72,12 +72,12 @@ def _started(config: Config, prepared: Prepared, resources: Resources) -> Iterat
 
 
 def _compare(
-    trainer: Trainer, asked: Sequence[Connection], seconds: float, say: Callable[[str], None]
+    trainer: Trainer, asked: Sequence[Connection], seconds: float, count: int, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Returns the ratios of one pipeline's speed."""
+    """Returns the ratios of one pipeline's speed, in the median of `count` rounds in which all take turns."""
     rounds: list[dict[str, float]] = []
-    for number in range(1, ROUNDS + 1):
-        say(f"{len(trainer.blueprint.stage_layers)} stages, round {number} of {ROUNDS}")
+    for number in range(1, count + 1):
+        say(f"{len(trainer.blueprint.stage_layers)} stages, round {number} of {count}")
         alone = _ask(asked[:1], 1, seconds)
         together = _ask(asked, 1, seconds)
         wide = _ask(asked[:1], len(asked), seconds)
