@@ -97,15 +97,14 @@ class Loop:
         Raises:
             PartLost: The pipeline lost a part.
             RunFailed: A number is not finite, and nothing later than it is committed; or something cannot be written.
+            NegativesError: There are no more negatives.
         """
         try:
             self._run(pipeline, asked_to_stop)
         except (CommitError, OSError, sqlite3.Error) as error:  # a disk is full or gone
             raise RunFailed(f"{error}; the run stopped, and {self.kept}") from error
         except NegativesError as error:
-            if not self.step:
-                raise  # they never worked
-            raise RunFailed(f"no negatives: {error}; the run stopped, and {self.kept}") from error
+            raise NegativesError(f"{error}; the run stopped, and {self.kept}") from error
 
     def _run(self, pipeline: Pipeline, asked_to_stop: Callable[[], bool]) -> None:
         self._mark("started", self.step)

@@ -9,9 +9,9 @@ from ffdist.bench.step import FIELDS
 from ffdist.cli import main
 
 
-def bench(tmp_path, *arguments: str) -> tuple[str, dict[str, float]]:
+def bench(tmp_path, *arguments: str, code: int = 0) -> tuple[str, dict[str, float]]:
     done = CliRunner().invoke(main, ["bench", *arguments, "--json", str(tmp_path / "found.json")])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == code, done.output
     return done.output, json.loads((tmp_path / "found.json").read_text())
 
 
@@ -40,3 +40,12 @@ def test_a_pipeline_against_the_machine(tmp_path):
     assert "stages_1/pipeline_efficiency" in found
     assert "stages_2/pipeline_efficiency" not in found
     assert "| pipeline_efficiency" in told
+
+
+@pytest.mark.parametrize(("asked", "code", "reached"), [("1", 0, 1), ("0", 1, 0)])
+def test_the_time_to_an_error(asked, code, reached, tmp_path):
+    short = ["training.epochs=1", "model.layers=[30,20]", "--runs", str(tmp_path / "runs")]
+    told, found = bench(tmp_path, "convergence", "digits", *short, "--error", asked, code=code)
+    assert found["reached"] == reached
+    assert found["training_s"] < found["seconds"]
+    assert ("set training.epochs higher" in told) is not bool(reached)

@@ -27,7 +27,7 @@ TRAINING = [
 ]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
 CHAOS = ["ffdist chaos digits --faults 50 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
-BENCH = ["ffdist bench step", "ffdist bench pipeline mnist_4x2000"]
+BENCH = [line for line in COMMANDS if line.startswith("ffdist bench")]
 CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
 
 

@@ -21,6 +21,9 @@ from ffdist.prepare import Prepared, prepare
 ROUNDS = 3
 """Rounds for the configuration's own stages; other numbers of stages get one."""
 
+COMMIT_EVERY_S = 10.0
+"""Time from one commit to the next, where there are some."""
+
 
 def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
     """Measures a configuration over Ray with its own stages, and then with every other number of them.
@@ -81,7 +84,7 @@ def _compare(
         alone = _ask(asked[:1], 1, seconds)
         together = _ask(asked, 1, seconds)
         wide = _ask(asked[:1], len(asked), seconds)
-        stretch = trainer.train(seconds)
+        stretch, committing = trainer.train(seconds), trainer.train(seconds, COMMIT_EVERY_S)
         rounds.append(
             {
                 "serial_1_thread_samples_per_s": alone,
@@ -92,6 +95,7 @@ def _compare(
                 "speedup_over_serial_1_thread": stretch.samples_per_s / alone,
                 "speedup_over_serial_all_threads": stretch.samples_per_s / wide,
                 "pipeline_efficiency": stretch.samples_per_s / together,
+                "committing_over_not": committing.samples_per_s / stretch.samples_per_s,
                 **_shares(stretch),
             }
         )
@@ -129,7 +133,8 @@ def _memory() -> dict[str, float]:
             name, memory = process.cmdline()[0], process.memory_full_info()
         except (psutil.Error, IndexError):
             continue
-        if name.startswith("ray::") and (kind := name.removeprefix("ray::").split(".")[0]) != "IDLE":
+        kind = name.removeprefix("ray::").split(".")[0]  # of `ray::StageActor.train`, say
+        if kind.endswith("Actor"):
             for how, size in (("unique", memory.uss), ("resident", memory.rss)):
                 key = f"{kind.removesuffix('Actor').lower()}_{how}_bytes"
                 found[key] = max(found.get(key, 0), size)

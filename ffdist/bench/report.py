@@ -21,4 +21,6 @@ def _in_words(figure: str, value: float) -> str:
         return f"{value / 1e6:,.0f} MB"
     if figure.endswith("samples_per_s"):
         return f"{value:,.0f}"
-    return f"{value:.1f} s" if figure.endswith("_s") else f"{value:.3f}"
+    if figure.endswith(("_s", "seconds")):
+        return f"{value:.1f} s"
+    return f"{value:.2%}" if figure.endswith("_error") else f"{value:.3f}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ffdist.cli.words import check_writable, load, told, words_argument
+from ffdist.cli.words import check_writable, load, runs_option, told, words_argument
 from ffdist.config import RunFailed
 
 
@@ -71,7 +71,7 @@ def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path
 
 @bench.command()
 @words_argument
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each measured stretch.")
+@click.option("--seconds", default=10.0, show_default=True, help="Length of each measured stretch.")
 @json_option
 def pipeline(words: tuple[str, ...], seconds: float, path: Path | None) -> None:
     """Measure the training of CONFIG over Ray, against one process and against a copy of it on every core."""
@@ -84,6 +84,26 @@ def pipeline(words: tuple[str, ...], seconds: float, path: Path | None) -> None:
         found = measure_pipeline(config, seconds, lambda what: click.echo(what, err=True))
         print_figures(found)
         _write(path, found)
+
+
+@bench.command()
+@words_argument
+@click.option("--error", type=click.FloatRange(0, 1), required=True, help="Test error to come to, such as 0.0145.")
+@runs_option
+@json_option
+def convergence(words: tuple[str, ...], error: float, runs: Path, path: Path | None) -> None:
+    """Train CONFIG over Ray and measure the time to a test error, from the start of the process to the end."""
+    with told():
+        check_writable("--json", path)
+        config, name = load(words)
+        from ffdist.bench.convergence import measure_convergence
+        from ffdist.bench.report import print_figures
+
+        found = measure_convergence(config, error, runs=runs, name=name)
+        print_figures(found)
+        _write(path, found)
+        if not found["reached"]:
+            raise RunFailed(f"the test error came to {found['test_error']:.2%} only; set training.epochs higher")
 
 
 def _write(path: Path | None, found: dict[str, float]) -> None:
