@@ -21,9 +21,6 @@ from ffdist.prepare import Prepared, prepare
 ROUNDS = 3
 """Rounds for the configuration's own stages; other numbers of stages get one."""
 
-COMMIT_EVERY_S = 10.0
-"""Time from one commit to the next, where there are some."""
-
 
 def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
     """Measures a configuration over Ray with its own stages, and then with every other number of them.
@@ -84,7 +81,7 @@ def _compare(
         alone = _ask(asked[:1], 1, seconds)
         together = _ask(asked, 1, seconds)
         wide = _ask(asked[:1], len(asked), seconds)
-        stretch, committing = trainer.train(seconds), trainer.train(seconds, COMMIT_EVERY_S)
+        stretch, committing = trainer.train(seconds), trainer.train(seconds, commit=True)
         rounds.append(
             {
                 "serial_1_thread_samples_per_s": alone,

@@ -54,7 +54,6 @@ def measure_steps(
     *,
     units: Sequence[int] = UNITS,
     batches: Sequence[int] = BATCHES,
-    precisions: Sequence[str] = PRECISIONS,
 ) -> Iterator[Step]:
     """Measures one thread's update of dense layers, each as wide as its input, and of the paper's local ones.
 
@@ -62,11 +61,10 @@ def measure_steps(
         device: Where, as torch names it.
         units: Widths of the dense layers.
         batches: Samples a minibatch, each in a positive, a negative and a neutral row.
-        precisions: Types of the products.
     """
     torch.set_num_threads(1)
     byte_s = _byte_s(device)
-    for precision in precisions:
+    for precision in PRECISIONS:
         settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0)}
         layers: dict[str, Layer] = {f"dense_{width}": Dense(width, width, **settings) for width in units}
         layers |= {name: Local(below, fields, **settings) for name, (below, fields) in FIELDS.items()}

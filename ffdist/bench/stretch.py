@@ -41,35 +41,35 @@ class Trainer:
         self._pipeline, self._order = pipeline, blueprint.order
         self._chunk_size, self._in_flight, self._epoch = chunk_size, in_flight, 0
 
-    def train(self, seconds: float, commit_every_s: float = float("inf")) -> Stretch:
-        """Trains until so many seconds are measured, and a chunk in them."""
+    def train(self, seconds: float, *, commit: bool = False) -> Stretch:
+        """Trains until so many seconds are measured, and a chunk in them; with or without a commit as they begin."""
         deadline, ends, chunks = float("inf"), list[tuple[float, float, int]](), list[Trained]()
-        written: list[Any] = []
-        orders = takewhile(lambda _: time.perf_counter() < deadline, self._with_commits(commit_every_s))
-        for order, trained in self._pipeline.run(orders, self._orders()):
+        written: Any = None
+
+        def orders() -> Iterator[Order]:
+            due = commit
+            for order in takewhile(lambda _: time.perf_counter() < deadline, self._orders()):
+                if due and len(ends) >= self._in_flight:
+                    due = False
+                    yield Snapshot(Position(order.epoch, order.first), order.step)
+                yield order
+
+        for order, trained in self._pipeline.run(orders(), self._orders()):
             if not isinstance(order, Train) or not isinstance(trained, Trained):
-                written.append(trained)  # or still being written, beside what follows
+                written = trained  # or still being written, beside what follows
                 continue
             self._epoch = order.epoch + 1
             chunks.append(trained)
             ends.append((time.perf_counter(), time.process_time(), order.num_minibatches))
             if len(ends) == self._in_flight:
                 deadline = ends[-1][0] + seconds
-        for commit in written:
-            commit(True)
+        if written:
+            written(True)
         first = self._in_flight - 1
         last = max(first + 1, sum(end <= deadline for end, _, _ in ends) - 1)
         took_s, work_s = (ends[last][part] - ends[first][part] for part in (0, 1))
         minibatches = sum(count for _, _, count in ends[first + 1 : last + 1])
         return Stretch(minibatches * self._order.batch_size / took_s, work_s / took_s, chunks[first + 1 : last + 1])
-
-    def _with_commits(self, every_s: float) -> Iterator[Order]:
-        due = time.perf_counter() + every_s
-        for order in self._orders():
-            if time.perf_counter() >= due:
-                due += every_s
-                yield Snapshot(Position(order.epoch, order.first), order.step)
-            yield order
 
     def _orders(self) -> Iterator[Train]:
         orders = schedule(

@@ -1,12 +1,16 @@
 """The commands that prove what is said of ffdist."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ffdist.cli.words import check_writable, load, runs_option, told, words_argument
 from ffdist.config import RunFailed
+
+json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
 
 
 @click.command()
@@ -14,10 +18,10 @@ from ffdist.config import RunFailed
 @click.option("--faults", type=click.IntRange(1), default=50, show_default=True, help="How many.")
 @click.option("--seed", default=0, show_default=True, help="Decides their order, victims and moments.")
 @click.option("--minutes", type=float, default=40.0, show_default=True, help="When to stop injecting.")
-@click.option("--json", "report", type=click.Path(path_type=Path, dir_okay=False), help="File for the table.")
+@json_option
 @click.option("--simulated", type=click.IntRange(1), help="Schedules on simulated parts instead, without CONFIG.")
 def chaos(
-    words: tuple[str, ...], faults: int, seed: int, minutes: float, report: Path | None, simulated: int | None
+    words: tuple[str, ...], faults: int, seed: int, minutes: float, path: Path | None, simulated: int | None
 ) -> None:
     """Train CONFIG undisturbed, and again and again with faults, to show that they change nothing.
 
@@ -36,18 +40,14 @@ def chaos(
                 f"as the one without"
             )
             return
-        check_writable("--json", report)
+        check_writable("--json", path)
         from ffdist.chaos.campaign import Campaign, print_report
 
         found = Campaign(words, load(words)[0], faults=faults, seed=seed, minutes=minutes).run()
         print_report(found)
-        if report:
-            report.write_text(json.dumps({"rows": found.rows(), "faults": [fault._asdict() for fault in found.faults]}))
+        _write(path, {"rows": found.rows(), "faults": [fault._asdict() for fault in found.faults]})
         if not found.unbroken:
             raise RunFailed("a fault was not survived, or left a trace")
-
-
-json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
 
 
 @click.group()
@@ -106,6 +106,6 @@ def convergence(words: tuple[str, ...], error: float, runs: Path, path: Path | N
             raise RunFailed(f"the test error came to {found['test_error']:.2%} only; set training.epochs higher")
 
 
-def _write(path: Path | None, found: dict[str, float]) -> None:
+def _write(path: Path | None, found: Mapping[str, Any]) -> None:
     if path:
         path.write_text(json.dumps(found, indent=2) + "\n")
