@@ -12,12 +12,11 @@ from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
 from ffdist.prepare import Prepared
-from ffdist.runtime.cluster import check_object_store, cluster_resources, connect, machine_resources
+from ffdist.runtime.cluster import Resources, check_object_store, connect, machine_resources
 from ffdist.runtime.placement import decide, describe, reserve
 
 RunnerName = Literal["ray", "serial", "backpropagation"]
 Pipeline = Runner | Backpropagation
-Resources = Callable[[], dict[str, float]]
 
 
 class Placed(NamedTuple):
@@ -30,17 +29,20 @@ class Placed(NamedTuple):
 
 
 @contextmanager
-def machine(runner: RunnerName, address: str | None) -> Iterator[Resources]:
-    """Joins a cluster where the runner needs one, for the length of a `with` block; yields what tells its resources.
+def machine(runner: RunnerName, address: str | None) -> Iterator[Callable[[], Resources]]:
+    """Joins a cluster where the runner needs one, for the length of a `with` block, beside what follows.
+
+    Yields:
+        What waits until that is done, and returns what tells the resources.
 
     Raises:
         ConfigError: It cannot be reached.
     """
     if runner == "ray":
-        with connect(address):
-            yield cluster_resources
+        with connect(address) as joined:
+            yield joined
     else:
-        yield machine_resources
+        yield lambda: machine_resources
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from ffdist.pipeline.stage import layer_name
 from ffdist.prepare import Prepared
 from ffdist.start import Start
 from ffdist.tracking.averages import Averages
-from ffdist.tracking.plots import plot_confusion, plot_layers
 from ffdist.tracking.progress import Display
 from ffdist.tracking.tracker import Tracker
 
@@ -68,7 +67,6 @@ class Loop:
         self._same = {
             "config": config.model_dump(mode="json"),
             "dataset_sha256": prepared.dataset.sha256("train"),
-            "mlflow_run_id": tracker.run_id,
             "made_with": made_with,
         }
         self._averages = Averages(config.tracking.every_minibatches, self._order.batch_size)
@@ -147,6 +145,8 @@ class Loop:
         """Returns the figures that the run ends with, and draws its pictures."""
         for samples, metrics in self._averages.rest(self.step):
             self._log(metrics, samples)
+        from ffdist.tracking.plots import plot_confusion, plot_layers  # matplotlib has had time until now
+
         test, history = self._test, self._tracker.history()
         assert test, "the schedule ends with it"
         if f"{layer_name(0)}/loss" in history:
@@ -252,6 +252,7 @@ class Loop:
                 self._best = error, name
         facts = {
             **self._same,
+            "mlflow_run_id": self._tracker.run_id,
             **snapshot.position._asdict(),
             "step": snapshot.step,
             "train_s": self._train_s,

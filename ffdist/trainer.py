@@ -71,25 +71,28 @@ def train(
     started = time.time()
     if runner == "backpropagation":
         config = config.by_backpropagation()
-    prepared = prepare(config)
-    start = Start({})
-    if resumed:
-        start = resume(config, prepared.dataset, resumed, from_older=from_older)
-    elif origin:
-        start = start_from(config, prepared.architecture, origin)
-    _make_folder(runs)
     with ExitStack() as stack:
+        joined = stack.enter_context(machine(runner, address))  # Ray starts beside what follows
+        prepared = prepare(config)
+        start = Start({})
+        if resumed:
+            start = resume(config, prepared.dataset, resumed, from_older=from_older)
+        elif origin:
+            start = start_from(config, prepared.architecture, origin)
+        _make_folder(runs)
         uri = tracking_uri(config.tracking, runs)
-        tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens while Ray starts
+        tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens beside what follows, too
         display = stack.enter_context(Display(config.passes, prepared.order.minibatches))
         display.doing("starting")
-        resources = stack.enter_context(machine(runner, address))
+        resources = joined()
         asked_to_stop = stack.enter_context(stop_requests())
         attempt = stack.enter_context(ExitStack())  # refused, it leaves no trace of the run
         placed = attempt.enter_context(place(runner, prepared, config, resources))
         folder = resumed or _new_folder(runs, name)
         made = made_with(config, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner})
+        if runner == "ray":
+            _ = tracker.run_id  # where the store refuses it, before any actor starts
         commits, limits = commits_of(config, folder), config.pipeline
         failures = Failures(limits.max_failures, limits.failure_window_s, tracker.recoveries(), tracker.note_recoveries)
         if start.manifest:

@@ -79,13 +79,23 @@ def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch
     assert "missing.txt" in caplog.text
 
 
-def test_a_deleted_experiment_is_told(tmp_path):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_deleted_experiment_is_told(training, tmp_path):
+    """To who asks for the run, and to a training that went on beside the opening, at its next metrics."""
     with a_tracker(tmp_path) as tracker:
         tracker.begin(tmp_path, {})
     client = MlflowClient(default_uri(tmp_path))
     client.delete_experiment(client.get_experiment_by_name("ffdist").experiment_id)
-    with pytest.raises(ConfigError, match=r"not possible.*active"), a_tracker(tmp_path) as tracker:
+
+    def go_on(tracker):
+        for step in range(10_000):
+            tracker.log_metrics({"loss": 0.5}, step)
+            time.sleep(0.01)
+
+    with a_tracker(tmp_path) as tracker:
         tracker.begin(tmp_path, {})
+        with pytest.raises(ConfigError, match=r"not possible.*active"):
+            go_on(tracker) if training else tracker.run_id
 
 
 def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_path):
@@ -129,6 +139,7 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_from_the_next_r
         wait_for(f"{uri}/health")
         with Tracker(uri, Tracking(flush_timeout_s=2.0), runs=template) as tracker:
             tracker.begin(folder, {})
+            assert tracker.run_id
             os.killpg(servers[0].pid, signal.SIGKILL)
             for step in range(1000):  # none of these waits for the server; pytest's own limit would tell
                 tracker.log_metrics({"loss": 1.0}, step)

@@ -14,9 +14,10 @@ from ffdist.bench.stretch import Stretch, Trainer, copies
 from ffdist.checkpoint import CommitError
 from ffdist.config import Config
 from ffdist.data.folder import Folder
-from ffdist.launch import Resources, machine, place
+from ffdist.launch import machine, place
 from ffdist.pipeline.runner import Runner
 from ffdist.prepare import Prepared, prepare
+from ffdist.runtime.cluster import Resources
 
 ROUNDS = 3
 """Rounds for the configuration's own stages; other numbers of stages get one."""
@@ -38,7 +39,7 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
     prepared, layers = prepare(config), len(config.model.layers)
     with ExitStack() as stack:
         say("starting Ray")
-        resources = stack.enter_context(machine("ray", "local"))
+        resources = stack.enter_context(machine("ray", "local"))()
         with _started(config, prepared, resources) as trainer:
             trainer.train(0.0)
             found["start_s"] = time.perf_counter() - started

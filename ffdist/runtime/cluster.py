@@ -2,29 +2,34 @@
 
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from ffdist.config import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 60.0
+Resources = Callable[[], dict[str, float]]
+"""Tells the totals of what there is."""
+
 WAY_OUT = "correct --address or RAY_ADDRESS, or leave both out to start a local Ray"
 
 
 @contextmanager
-def connect(address: str | None) -> Iterator[None]:
-    """Joins a Ray cluster, or starts a local one, for the length of a `with` block.
+def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
+    """Joins a Ray cluster, or starts a local one, for the length of a `with` block, beside what is done in it.
 
     A process that is connected already stays so, before, during and after.
 
     Args:
         address: A cluster's address; `local` for a Ray of one's own; None for the cluster that this machine is part
             of, or a Ray of one's own where there is none.
+
+    Yields:
+        What waits until that is done, and returns what tells the resources; it, too, may raise.
 
     Raises:
         ConfigError: The cluster cannot be reached, or the platform has no Ray runner.
@@ -33,24 +38,28 @@ def connect(address: str | None) -> Iterator[None]:
         raise ConfigError(f"the Ray runner needs Linux (platform: {sys.platform}); use --runner serial")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
-    import ray
-
-    if ray.is_initialized():
-        yield
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield lambda: cluster_resources
         return
     if address and ":" in address:
         _check_reachable(address)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as beside:  # whose thread must outlive Ray's processes, or the kernel ends them with it
+        joining = beside.submit(_join, address)
+        try:
+            yield joining.result
+        finally:
+            joining.exception()  # waits
+            sys.modules["ray"].shutdown()
+
+
+def _join(address: str | None) -> Resources:
+    import ray
+
     try:
         ray.init(address=address, logging_level=logging.ERROR, include_dashboard=False if address == "local" else None)
     except Exception as error:  # Ray raises bare ones, too
         raise ConfigError(f"Ray cannot be reached or started at {address}: {error}; {WAY_OUT}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which would end the run without a word
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    return cluster_resources
 
 
 def _check_reachable(address: str) -> None:

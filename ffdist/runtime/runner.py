@@ -51,8 +51,8 @@ def ray_runner(
     try:
         parts = blueprint.assemble(make, ray.put(images), ray.put(labels), None)
         needed = [actor.__ray_ready__.remote() for actor in make.made]
-        parts = parts._replace(writer=make.make_writer(commits))  # last, and not waited for: it has time
         _Collector(make.names, START_TIMEOUT_S)(needed)
+        parts = parts._replace(writer=make.make_writer(commits))  # last, and not waited for: it has time
         chunk_size = min(pipeline.chunk_size, blueprint.order.minibatches)
         window = blueprint.negatives.max_in_flight(chunk_size, pipeline.max_in_flight)
         yield Runner(

@@ -84,9 +84,7 @@ def a_client(uri: str) -> Iterator[Any]:
     try:
         yield MlflowClient(uri)
     except MlflowException as error:
-        raise ConfigError(
-            f"tracking at {uri} does not give what is asked ({' '.join(str(error).split())[:300]})"
-        ) from error
+        raise ConfigError(f"tracking at {uri} does not give what is asked ({brief(error)})") from error
 
 
 def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
@@ -110,6 +108,35 @@ def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
             return client, found.experiment_id
         artifacts = (runs.resolve() / "artifacts").as_uri() if uri == default_uri(runs) else None
         return client, client.create_experiment(experiment, artifacts, TRAINING_VIEW)
+
+
+def make_run(uri: str, client: Any, experiment_id: str, name: str, parameters: dict[str, Any]) -> str:
+    """Makes a run and returns its id.
+
+    Args:
+        uri: Where.
+        client: MLflow's.
+        experiment_id: Of MLflow.
+        name: The run's.
+        parameters: Logged once.
+
+    Raises:
+        ConfigError: The store refuses it.
+    """
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+    except MlflowException as error:
+        raise ConfigError(f"tracking at {uri} is not possible ({brief(error)}); {WAY_OUT}") from error
+    return run_id
+
+
+def brief(error: BaseException) -> str:
+    """Returns the words of an error, on one line and not too many."""
+    return " ".join(str(error).split())[:300]
 
 
 def make_database(path: Path) -> None:

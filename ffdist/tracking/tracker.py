@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
 from ffdist.tracking.outbox import OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.server import WAY_OUT, check_server, open_store
+from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store
 
 SEND_EVERY_S = 2.0
 RETRY_EVERY_S = 0.5
@@ -40,8 +40,8 @@ Call = Callable[[Any, str], Any]
 class Tracker:
     """One MLflow run, open for the length of a `with` block.
 
-    The store opens beside what follows, and `begin` makes the run in it. Leaving the block sends what is left and marks
-    the run finished, failed, or, after an interrupt, killed. What cannot be sent stays in the run's folder, and the
+    The store opens, and gets the run, beside what follows. Leaving the block sends what is left and marks the run
+    finished, failed, or, after an interrupt, killed. What cannot be sent stays in the run's folder, and the
     next run there sends it.
 
     Args:
@@ -54,7 +54,8 @@ class Tracker:
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
-        self.uri, self.run_id = uri, ""
+        self.uri, self._run_id = uri, ""
+        self._name, self._parameters, self._making = "", dict[str, Any](), threading.Lock()
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id = ""
@@ -89,25 +90,32 @@ class Tracker:
             self._lock.release()
 
     def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Makes the run, once the store is open.
+        """Begins the run in its folder; the store gets it once that is open.
 
         Args:
             folder: Of the run; its name is the run's.
             parameters: Logged once.
 
         Raises:
-            ConfigError: The store cannot be opened.
+            ConfigError: Another process is training it.
+        """
+        self._name, self._parameters = folder.name, parameters
+        self._take(folder)
+
+    @property
+    def run_id(self) -> str:
+        """The run's, of MLflow; waits until the store has the run.
+
+        Raises:
+            ConfigError: The store cannot be opened, or refuses the run.
         """
         self._wait_until_open()
-        from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.run_id = self._client.create_run(self._experiment_id, run_name=folder.name).info.run_id
-            self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
-        except MlflowException as error:
-            raise ConfigError(f"tracking at {self.uri} is not possible ({error}); {WAY_OUT}") from error
-        self._take(folder)
+        assert self._outbox, "the run has begun"
+        with self._making:
+            if not self._run_id:
+                self._run_id = make_run(self.uri, self._client, self._experiment_id, self._name, self._parameters)
+                self._outbox.note(run_id=self._run_id)
+        return self._run_id
 
     def resume(self, folder: Path, run_id: str) -> None:
         """Goes on with a run, once the store is open; points that the server has are not sent again.
@@ -124,7 +132,7 @@ class Tracker:
 
         try:
             metrics = self._client.get_run(run_id).data.metrics
-            self.run_id = run_id
+            self._run_id = run_id
             outbox = self._take(folder)
             for name in metrics:
                 history = self._client.get_metric_history(run_id, name)
@@ -134,8 +142,14 @@ class Tracker:
             raise ConfigError(f"tracking at {self.uri} cannot go on with run {run_id} ({error}); {WAY_OUT}") from error
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Has metrics sent, with the number of samples seen as `step`; returns at once."""
+        """Has metrics sent, with the number of samples seen as `step`; returns at once.
+
+        Raises:
+            ConfigError: The store could not be opened, or refused the run.
+        """
         assert self._outbox, "the run has begun"
+        if self._opened.is_set():
+            self._wait_until_open()
         self._outbox.add(metrics, step)
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
@@ -183,7 +197,7 @@ class Tracker:
             raise ConfigError(f"{folder} is being trained by another process; wait until it is done") from None
         try:
             outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
-            outbox.note(uri=self.uri, run_id=self.run_id, left="")
+            outbox.note(uri=self.uri, run_id=self._run_id, left="")
         except sqlite3.DatabaseError as error:
             self._lock.release()
             raise ConfigError(
@@ -195,7 +209,7 @@ class Tracker:
 
     def _tell_what_is_left(self, outbox: Outbox) -> None:
         log, waiting = logging.getLogger(__name__), outbox.num_waiting
-        if waiting or outbox.fact("left"):
+        if self._run_id and (waiting or outbox.fact("left")):
             log.warning(
                 "not everything was tracked at %s (%s): %d points wait in %s; the next run in %s, or `--resume`, sends "
                 "them",
@@ -211,16 +225,20 @@ class Tracker:
             client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
             self._client = client
         except Exception as error:  # whatever MLflow, its store or the network raises, `begin` tells it
-            self._failure = _brief(error)
+            self._failure = brief(error)
             return
         finally:
             self._opened.set()
         leftovers = True
         while True:
             closing = self._closing.wait(SEND_EVERY_S)
-            done = not self._outbox or (
-                self._send_points(client, self._outbox, self.run_id) and self._send_calls(client, self._outbox)
-            )
+            try:
+                done = not self._outbox or (
+                    self._send_points(client, self._outbox, self.run_id) and self._send_calls(client, self._outbox)
+                )
+            except ConfigError as error:  # the store refuses the run, and whoever asks next is told
+                self._client, self._failure = None, brief(error.__cause__ or error)
+                return
             if done and leftovers and (self._outbox or closing):  # by now its own folder is locked, and passed over
                 leftovers = False
                 self._send_leftovers(client)
@@ -238,7 +256,7 @@ class Tracker:
                 client.log_batch(run_id, metrics=[Metric(*point) for point in points])
                 outbox.mark_sent(points)
         except Exception as error:  # whatever it is, the server may come back
-            self._failure = _brief(error)
+            self._failure = brief(error)
             return False
         return True
 
@@ -250,7 +268,7 @@ class Tracker:
                     self._calls[0](client, self.run_id)
                     break
                 except Exception as error:  # whatever it is, the server may come back
-                    self._failure = _brief(error)
+                    self._failure = brief(error)
                     time.sleep(RETRY_EVERY_S * (attempt + 1 < TRIES))
             else:
                 with suppress(ConfigError):
@@ -278,7 +296,3 @@ class Tracker:
                         client.set_terminated(run_id, status)
                     outbox.note(left="")
                 outbox.close()
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
