@@ -43,6 +43,12 @@ class Config(Section):
                 f"every stage needs a layer (stages: {stages}, layers: {layers}); "
                 f"set pipeline.stages between 1 and {layers}, or to auto"
             )
+        cut = self.pipeline.balance
+        if isinstance(cut, list) and (sum(cut) != layers or stages not in ("auto", len(cut))):
+            raise ValueError(
+                f"pipeline.balance must give each stage some of the {layers} layers (given: {cut}, which is {sum(cut)} "
+                f"in {len(cut)} stages; pipeline.stages: {stages}); correct it, or set it to measured"
+            )
         return self
 
     @property

@@ -5,11 +5,15 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
+import torch
+
 from ffdist.checkpoint import CommitWriter
-from ffdist.config import Config
+from ffdist.config import Config, ConfigError
 from ffdist.data.folder import Folder
+from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.backpropagation import Backpropagation
-from ffdist.pipeline.partition import partition
+from ffdist.pipeline.costs import Costs, measure_costs, predicted_samples_per_s
+from ffdist.pipeline.partition import given_partition, partition
 from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
 from ffdist.prepare import Prepared
 from ffdist.runtime.cluster import Resources, check_object_store, connect, machine_resources
@@ -24,6 +28,8 @@ class Placed(NamedTuple):
 
     blueprint: Blueprint
     in_words: str
+    predicted_samples_per_s: float | None
+    """What it should come to; None where nothing was measured."""
     start: Callable[[Folder], AbstractContextManager[Pipeline]]
     """Starts the parts, for the length of a `with` block, given the folder of the run's commits."""
 
@@ -45,27 +51,72 @@ def machine(runner: RunnerName, address: str | None) -> Iterator[Callable[[], Re
         yield lambda: machine_resources
 
 
+def measure(runner: RunnerName, prepared: Prepared, config: Config) -> Costs | None:
+    """Measures the costs of a run's parts on this machine, where stages are balanced by them or its speed predicted.
+
+    Raises:
+        ConfigError: There are no negatives.
+    """
+    dataset, pipeline = prepared.dataset, config.pipeline
+    if pipeline.balance == "estimated" or config.training.schedule == "greedy" or runner == "backpropagation":
+        return None
+    device = "cuda" if pipeline.device != "cpu" and torch.cuda.is_available() else "cpu"
+    blueprint = _blueprint(prepared, config, [], device)
+    try:
+        return measure_costs(blueprint, dataset.images, dataset.labels["train"], pipeline.threads_per_stage)
+    except NegativesError as error:
+        raise ConfigError(f"negatives.kind={config.negatives.kind}: {error}") from error
+
+
+def _blueprint(prepared: Prepared, config: Config, stage_layers: list[range], device: str) -> Blueprint:
+    return Blueprint(
+        prepared.architecture,
+        prepared.order,
+        negatives=prepared.negatives,
+        jitter=config.data.jitter,
+        stage_layers=stage_layers,
+        measure_every=config.tracking.every_minibatches,
+        device=device,
+    )
+
+
 @contextmanager
-def place(runner: RunnerName, prepared: Prepared, config: Config, resources: Resources) -> Iterator[Placed]:
+def place(
+    runner: RunnerName, prepared: Prepared, config: Config, resources: Resources, costs: Costs | None
+) -> Iterator[Placed]:
     """Decides on stages and holds what they need, for the length of a `with` block.
+
+    Args:
+        runner: That is to run them.
+        prepared: What they are made of.
+        config: The whole run.
+        resources: Tells what there is.
+        costs: Of the layers; None where the number of their weights stands for it.
 
     Raises:
         ConfigError: The cluster lacks it.
     """
-    dataset, order, architecture, plan = prepared
-    pipeline = config.pipeline
-    placement = decide(pipeline, layers=len(architecture.layers), negative_actors=plan.num_parts, resources=resources())
-    blueprint = Blueprint(
-        architecture,
-        order,
-        negatives=plan,
-        jitter=config.data.jitter,
-        stage_layers=partition(architecture.weights, placement.stages),
-        measure_every=config.tracking.every_minibatches,
-        device=placement.device,
-    )
+    dataset, _, architecture, plan = prepared
+    pipeline, there = config.pipeline, resources()
+    placement = decide(pipeline, layers=len(architecture.layers), negative_actors=plan.num_parts, resources=there)
+    if costs and costs.device != placement.device:
+        costs = None  # of other machines
+    if isinstance(pipeline.balance, list):
+        stage_layers = given_partition(pipeline.balance)
+    else:
+        stage_layers = partition(costs.layers if costs else architecture.weights, placement.stages)
+    blueprint = _blueprint(prepared, config, stage_layers, placement.device)
     images, labels = dataset.images, dataset.labels["train"]
-    in_words = describe(runner, placement, blueprint)
+    in_words, predicted = describe(runner, placement, blueprint), None
+    if costs:
+        processors = int(there["CPU"]) // pipeline.threads_per_stage if placement.device == "cpu" else int(there["GPU"])
+        predicted = predicted_samples_per_s(
+            costs,
+            blueprint,
+            processors=max(1, processors) if runner == "ray" else None,
+            chunk_size=pipeline.chunk_size,
+        )
+        in_words += f"; predicted: {predicted:,.0f} samples/s"
     if runner == "ray":
         in_flight = blueprint.bytes_in_flight(pipeline.chunk_size, pipeline.max_in_flight)
         check_object_store(images=sum(split.nbytes for split in images.values()), in_flight=in_flight)
@@ -73,7 +124,7 @@ def place(runner: RunnerName, prepared: Prepared, config: Config, resources: Res
             from ffdist.runtime.runner import ray_runner
 
             start = partial(ray_runner, blueprint, group, pipeline, images, labels)
-            yield Placed(blueprint, in_words, start)
+            yield Placed(blueprint, in_words, predicted, start)
         return
 
     @contextmanager
@@ -82,4 +133,4 @@ def place(runner: RunnerName, prepared: Prepared, config: Config, resources: Res
         with torch_threads(pipeline.threads_per_stage):
             yield make(blueprint, images, labels, CommitWriter(commits))
 
-    yield Placed(blueprint, in_words, here)
+    yield Placed(blueprint, in_words, predicted, here)

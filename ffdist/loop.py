@@ -16,7 +16,7 @@ from ffdist.ff.layers import METRICS
 from ffdist.ff.negatives import NegativesError
 from ffdist.launch import Pipeline
 from ffdist.pipeline.runner import Evaluated, Trained
-from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Position, Snapshot, Train, schedule
+from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, evaluation_block, schedule
 from ffdist.pipeline.stage import layer_name
 from ffdist.prepare import Prepared
 from ffdist.start import Start
@@ -62,6 +62,7 @@ class Loop:
         mark: Callable[[str, int], None],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
+        self._block = evaluation_block(prepared.architecture)
         self._commits, self._start, self._tracker, self._display = commits, start, tracker, display
         self._mark = mark
         self._same = {
@@ -165,7 +166,6 @@ class Loop:
 
     def _schedule(self) -> Iterator[Order]:
         config = self._config
-        tried = self._dataset.classes if config.data.label != "none" else 0
         return schedule(
             epochs=config.training.epochs,
             minibatches=self._order.minibatches,
@@ -174,7 +174,7 @@ class Loop:
             validation_samples=len(self._dataset.labels["validation"]),
             test_samples=len(self._dataset.labels["test"]),
             evaluate_every=config.training.evaluate_every,
-            evaluation_block=max(1, EVALUATION_ROWS // (1 + tried)),
+            evaluation_block=self._block,
             start=self._start.position,
         )
 

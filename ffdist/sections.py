@@ -228,6 +228,9 @@ class Pipeline(Section):
 
     stages: Count | Literal["auto"] = "auto"
     """Number of stages; `auto`: one a layer, or one a GPU where there are fewer GPUs."""
+    balance: Literal["measured", "estimated"] | list[Count] = "measured"
+    """How layers are cut into stages: for the fastest slowest stage by what each layer costs, measured on this machine
+    before the start, or estimated by its weights; or the number of layers of each stage."""
     chunk_size: Count = 20
     """Minibatches that travel together."""
     max_in_flight: Count = 4

@@ -16,7 +16,7 @@ from ffdist.data.folder import Folder
 from ffdist.failures import Failures
 from ffdist.ff.negatives import NegativesError
 from ffdist.interrupts import stop_requests
-from ffdist.launch import Pipeline, Placed, RunnerName, machine, place
+from ffdist.launch import Pipeline, Placed, RunnerName, machine, measure, place
 from ffdist.loop import Loop
 from ffdist.prepare import prepare
 from ffdist.recovery import run_to_the_end
@@ -79,6 +79,7 @@ def train(
             start = resume(config, prepared.dataset, resumed, from_older=from_older)
         elif origin:
             start = start_from(config, prepared.architecture, origin)
+        costs = measure(runner, prepared, config)
         _make_folder(runs)
         uri = tracking_uri(config.tracking, runs)
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens beside what follows, too
@@ -87,7 +88,7 @@ def train(
         resources = joined()
         asked_to_stop = stack.enter_context(stop_requests())
         attempt = stack.enter_context(ExitStack())  # refused, it leaves no trace of the run
-        placed = attempt.enter_context(place(runner, prepared, config, resources))
+        placed = attempt.enter_context(place(runner, prepared, config, resources, costs))
         folder = resumed or _new_folder(runs, name)
         made = made_with(config, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner})
@@ -107,7 +108,7 @@ def train(
                 tracker.log_tags({"decided": placed.in_words})
                 yield _started(attempt, placed, commits)
                 attempt = stack.enter_context(ExitStack())
-                placed = _place_again(attempt, asked_to_stop, placed, runner, prepared, config, resources)
+                placed = _place_again(attempt, asked_to_stop, placed, runner, prepared, config, resources, costs)
                 failures.mark("placed", 0)
 
         try:
@@ -125,6 +126,7 @@ def train(
             summary = {
                 **loop.figures(folder),
                 "epochs": config.passes,
+                "predicted_samples_per_s": placed.predicted_samples_per_s,
                 "wall_s": time.time() - started,
                 "runner": runner,
                 "stages": len(placed.blueprint.stage_layers),

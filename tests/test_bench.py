@@ -40,6 +40,8 @@ def test_a_pipeline_against_the_machine(tmp_path):
     assert "stages_1/pipeline_efficiency" in found
     assert "stages_2/pipeline_efficiency" not in found
     assert "| pipeline_efficiency" in told
+    assert {"committing_over_not", "epoch_boundary_over_not", "evaluation_s", "predicted_over_ray"} < set(found)
+    assert 0 < found["busy_fraction"] <= 1.1
 
 
 @pytest.mark.parametrize(("asked", "code", "reached"), [("1", 0, 1), ("0", 1, 0)])

@@ -83,6 +83,8 @@ def test_a_single_layer_predicts_by_itself():
         (["data.name=cats"], r"data.name \('cats'\): .*'digits', 'mnist'"),
         (["data.path=/x"], "data.name=digits takes no data.path"),
         (["data.name=parquet"], "data.name=parquet needs data.path"),
+        (["pipeline.balance=[1, 1]"], r"given: \[1, 1\], which is 2 in 2 stages; pipeline.stages: auto"),
+        (["pipeline.balance=[1, 2]", "pipeline.stages=3"], r"in 2 stages; pipeline.stages: 3\); correct it"),
         (["pipeline.stages=4"], r"stages: 4, layers: 3\); set pipeline\.stages between 1 and 3, or to auto"),
         (["model.layers=[{kind: local, grid: 2, feild: 3, units: 4}]"], "unknown key .*feild; did you mean field"),
         (["model.layers=[{kind: local, grid: 2, field: 0, units: 4}]"], "model.layers .*greater than or equal to 1"),

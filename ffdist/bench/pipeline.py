@@ -14,8 +14,10 @@ from ffdist.bench.stretch import Stretch, Trainer, copies
 from ffdist.checkpoint import CommitError
 from ffdist.config import Config
 from ffdist.data.folder import Folder
-from ffdist.launch import machine, place
+from ffdist.launch import Placed, machine, measure, place
+from ffdist.pipeline.costs import Costs
 from ffdist.pipeline.runner import Runner
+from ffdist.pipeline.schedule import Evaluate, evaluation, evaluation_block
 from ffdist.prepare import Prepared, prepare
 from ffdist.runtime.cluster import Resources
 
@@ -24,7 +26,7 @@ ROUNDS = 3
 
 
 def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
-    """Measures a configuration over Ray with its own stages, and then with every other number of them.
+    """Measures a configuration over Ray with its own stages, and then with every other number of them, less closely.
 
     Args:
         config: What to train.
@@ -37,20 +39,25 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
     """
     started, found = time.perf_counter(), dict[str, float]()
     prepared, layers = prepare(config), len(config.model.layers)
+    costs = measure("ray", prepared, config)
     with ExitStack() as stack:
         say("starting Ray")
         resources = stack.enter_context(machine("ray", "local"))()
-        with _started(config, prepared, resources) as trainer:
+        with _started(config, prepared, resources, costs) as (trainer, placed):
             trainer.train(0.0)
             found["start_s"] = time.perf_counter() - started
             cores, own = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
             say(f"starting a copy of the network on each of {cores} cores")
             data = prepared.dataset.images, prepared.dataset.labels["train"]
             asked = stack.enter_context(copies(cores, trainer.blueprint, config.pipeline.chunk_size, *data))
-            found |= _compare(trainer, asked, seconds, ROUNDS, say) | _memory()
+            block = evaluation_block(prepared.architecture)
+            test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
+            found |= _compare(trainer, asked, seconds, ROUNDS, say, test) | _memory()
+            if placed.predicted_samples_per_s:
+                found["predicted_over_ray"] = placed.predicted_samples_per_s / found["ray_samples_per_s"]
         for stages in range(1, layers + 1):
             if stages != own:
-                with _started(_with_stages(config, stages), prepared, resources) as trainer:
+                with _started(_with_stages(config, stages), prepared, resources, costs) as (trainer, _):
                     figures = _compare(trainer, asked, seconds, 1, say)
                 found |= {f"stages_{stages}/{name}": value for name, value in figures.items()}
     return found
@@ -62,27 +69,37 @@ def _with_stages(config: Config, stages: int) -> Config:
 
 
 @contextmanager
-def _started(config: Config, prepared: Prepared, resources: Resources) -> Iterator[Trainer]:
+def _started(
+    config: Config, prepared: Prepared, resources: Resources, costs: Costs | None
+) -> Iterator[tuple[Trainer, Placed]]:
     with (
-        place("ray", prepared, config, resources) as placed,
+        place("ray", prepared, config, resources, costs) as placed,
         TemporaryDirectory() as commits,
         placed.start(Folder(commits, CommitError)) as pipeline,
     ):
         assert isinstance(pipeline, Runner)
-        yield Trainer(pipeline, placed.blueprint, config.pipeline.chunk_size, config.pipeline.max_in_flight)
+        yield Trainer(pipeline, placed.blueprint, config.pipeline.chunk_size, config.pipeline.max_in_flight), placed
 
 
 def _compare(
-    trainer: Trainer, asked: Sequence[Connection], seconds: float, count: int, say: Callable[[str], None]
+    trainer: Trainer,
+    asked: Sequence[Connection],
+    seconds: float,
+    count: int,
+    say: Callable[[str], None],
+    test: Sequence[Evaluate] = (),
 ) -> dict[str, float]:
-    """Returns the ratios of one pipeline's speed, in the median of `count` rounds in which all take turns."""
+    """Returns the ratios of one pipeline's speed, in the median of `count` rounds in which all take turns.
+
+    Where there is something to evaluate, what interrupts the training is measured, too.
+    """
     rounds: list[dict[str, float]] = []
     for number in range(1, count + 1):
         say(f"{len(trainer.blueprint.stage_layers)} stages, round {number} of {count}")
         alone = _ask(asked[:1], 1, seconds)
         together = _ask(asked, 1, seconds)
         wide = _ask(asked[:1], len(asked), seconds)
-        stretch, committing = trainer.train(seconds), trainer.train(seconds, commit=True)
+        stretch = trainer.train(seconds)
         rounds.append(
             {
                 "serial_1_thread_samples_per_s": alone,
@@ -93,10 +110,18 @@ def _compare(
                 "speedup_over_serial_1_thread": stretch.samples_per_s / alone,
                 "speedup_over_serial_all_threads": stretch.samples_per_s / wide,
                 "pipeline_efficiency": stretch.samples_per_s / together,
-                "committing_over_not": committing.samples_per_s / stretch.samples_per_s,
                 **_shares(stretch),
             }
         )
+        if test:
+            committing, ending = trainer.train(seconds, commit=True), trainer.train(seconds, boundary=True)
+            evaluating = trainer.train(seconds, evaluation=test)
+            rounds[-1] |= {
+                "committing_over_not": committing.samples_per_s / stretch.samples_per_s,
+                "epoch_boundary_over_not": ending.samples_per_s / stretch.samples_per_s,
+                "busy_evaluating_over_not": evaluating.busy_fraction / stretch.busy_fraction,
+                "evaluation_s": evaluating.evaluation_s,
+            }
     return {name: median(one[name] for one in rounds) for name in rounds[0]}
 
 
@@ -120,6 +145,7 @@ def _shares(stretch: Stretch) -> dict[str, float]:
         "wait_fraction": idle_s[chief] / whole_s,
         "serialization_fraction": packing_s[chief] / whole_s,
         "driver_cpu_fraction": stretch.driver_cpu_fraction,
+        "busy_fraction": stretch.busy_fraction,
     }
 
 

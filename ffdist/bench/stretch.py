@@ -1,17 +1,19 @@
 """Stretches of training in steady state, here or in processes of their own."""
 
 import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import psutil
 from torch import Tensor
 
 from ffdist.pipeline.runner import Blueprint, Runner, Trained, serial_runner, torch_threads
-from ffdist.pipeline.schedule import Order, Position, Snapshot, Train, schedule
+from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, schedule
 
 ENDLESS = 10**6
 """Epochs of a training that ends only because it is told to."""
@@ -23,6 +25,10 @@ class Stretch(NamedTuple):
     samples_per_s: float
     driver_cpu_fraction: float
     """Processor time of the process that drives the pipeline, as a share of one core."""
+    busy_fraction: float
+    """Share of the machine's processors that were at work."""
+    evaluation_s: float
+    """Time from the last chunk before an evaluation to its end; 0 where there was none."""
     chunks: list[Trained]
 
 
@@ -41,37 +47,60 @@ class Trainer:
         self._pipeline, self._order = pipeline, blueprint.order
         self._chunk_size, self._in_flight, self._epoch = chunk_size, in_flight, 0
 
-    def train(self, seconds: float, *, commit: bool = False) -> Stretch:
-        """Trains until so many seconds are measured, and a chunk in them; with or without a commit as they begin."""
-        deadline, ends, chunks = float("inf"), list[tuple[float, float, int]](), list[Trained]()
-        written: Any = None
+    def train(
+        self, seconds: float, *, commit: bool = False, evaluation: Sequence[Evaluate] = (), boundary: bool = False
+    ) -> Stretch:
+        """Trains until so many seconds are measured, and a chunk in them.
+
+        Args:
+            seconds: How many; where there is an evaluation, after its end.
+            commit: Whether a commit is made as they begin.
+            evaluation: What is evaluated as they begin.
+            boundary: Whether an epoch ends soon after they begin.
+        """
+        deadline, ends, chunks = float("inf"), list[tuple[float, float, float, int]](), list[Trained]()
+        written, evaluation_s = None, 0.0
+        steady_after = self._chunk_size * self._in_flight
+        first_minibatch = max(0, self._order.minibatches - 2 * steady_after) if boundary else 0
 
         def orders() -> Iterator[Order]:
-            due = commit
-            for order in takewhile(lambda _: time.perf_counter() < deadline, self._orders()):
+            due = True
+            for order in takewhile(lambda _: time.perf_counter() < deadline, self._orders(first_minibatch)):
                 if due and len(ends) >= self._in_flight:
                     due = False
-                    yield Snapshot(Position(order.epoch, order.first), order.step)
+                    if commit:
+                        yield Snapshot(Position(order.epoch, order.first), order.step)
+                    yield from evaluation
                 yield order
 
-        for order, trained in self._pipeline.run(orders(), self._orders()):
-            if not isinstance(order, Train) or not isinstance(trained, Trained):
-                written = trained  # or still being written, beside what follows
-                continue
-            self._epoch = order.epoch + 1
-            chunks.append(trained)
-            ends.append((time.perf_counter(), time.process_time(), order.num_minibatches))
-            if len(ends) == self._in_flight:
-                deadline = ends[-1][0] + seconds
+        for order, result in self._pipeline.run(orders(), self._orders(first_minibatch)):
+            now = time.perf_counter()
+            if isinstance(order, Evaluate):
+                if order.last:
+                    evaluation_s, deadline = now - ends[-1][0], now + seconds
+            elif isinstance(order, Train) and isinstance(result, Trained):
+                self._epoch = order.epoch + 1
+                chunks.append(result)
+                ends.append((now, time.process_time(), _busy_s(), order.num_minibatches))
+                if len(ends) == self._in_flight and not evaluation:
+                    deadline = now + seconds
+            elif callable(result):
+                written = result  # or still being written, beside what follows
         if written:
             written(True)
         first = self._in_flight - 1
-        last = max(first + 1, sum(end <= deadline for end, _, _ in ends) - 1)
-        took_s, work_s = (ends[last][part] - ends[first][part] for part in (0, 1))
-        minibatches = sum(count for _, _, count in ends[first + 1 : last + 1])
-        return Stretch(minibatches * self._order.batch_size / took_s, work_s / took_s, chunks[first + 1 : last + 1])
+        last = max(first + 1, sum(end <= deadline for end, *_ in ends) - 1)
+        took_s, work_s, busy_s = (ends[last][part] - ends[first][part] for part in (0, 1, 2))
+        minibatches = sum(count for *_, count in ends[first + 1 : last + 1])
+        return Stretch(
+            samples_per_s=minibatches * self._order.batch_size / took_s,
+            driver_cpu_fraction=work_s / took_s,
+            busy_fraction=busy_s / took_s / (os.cpu_count() or 1),
+            evaluation_s=evaluation_s,
+            chunks=chunks[first + 1 : last + 1],
+        )
 
-    def _orders(self) -> Iterator[Train]:
+    def _orders(self, first_minibatch: int) -> Iterator[Train]:
         orders = schedule(
             epochs=ENDLESS,
             minibatches=self._order.minibatches,
@@ -80,9 +109,15 @@ class Trainer:
             test_samples=0,
             evaluate_every=ENDLESS,
             evaluation_block=1,
-            start=Position(self._epoch),
+            start=Position(self._epoch, first_minibatch),
         )
         return (order for order in orders if isinstance(order, Train))
+
+
+def _busy_s() -> float:
+    """Returns the time that all processors of the machine were at work."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)  # those are counted twice
 
 
 @contextmanager

@@ -26,5 +26,13 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
             )
             for end in range(stage, len(costs) + 1)
         }
-    ends = best[len(costs)][1]
+    return _ranges(best[len(costs)][1])
+
+
+def given_partition(sizes: Sequence[int]) -> list[range]:
+    """Returns the layers of each stage, given how many it has."""
+    return _ranges(list(accumulate(sizes)))
+
+
+def _ranges(ends: list[int]) -> list[range]:
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]

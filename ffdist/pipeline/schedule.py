@@ -9,6 +9,7 @@ epoch ends                   state at its cut       then test set
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ffdist.ff.network import Architecture
 from ffdist.ff.update import rate_gain
 
 EVALUATION_ROWS = 2200
@@ -57,6 +58,12 @@ class Snapshot(NamedTuple):
 
 
 Order = Train | Evaluate | Snapshot
+
+
+def evaluation_block(architecture: Architecture) -> int:
+    """Returns the samples of a block, each of which makes a row a label tried, and one for the readout."""
+    tried = architecture.classes if architecture.labels_shown else 0
+    return max(1, EVALUATION_ROWS // (1 + tried))
 
 
 def evaluation(split: str, samples: int, block: int) -> Iterator[Evaluate]:

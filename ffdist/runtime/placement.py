@@ -46,7 +46,8 @@ def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: 
         )
     device: Literal["cpu", "cuda"] = "cuda" if gpus and pipeline.device != "cpu" else "cpu"
     automatic = min(layers, gpus) if device == "cuda" else layers
-    stages = automatic if pipeline.stages == "auto" else pipeline.stages
+    given = len(pipeline.balance) if isinstance(pipeline.balance, list) else pipeline.stages
+    stages = automatic if given == "auto" else given
     wanted_cpus = stages * pipeline.threads_per_stage + 1 + negative_actors
     cpu_share = 1 / math.ceil(wanted_cpus / cpus)
     return Placement(

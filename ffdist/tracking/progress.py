@@ -107,11 +107,12 @@ def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         look: Command or address that shows what was tracked.
     """
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    predicted = summary["predicted_samples_per_s"]
     lines = {
         "test error": errors_in_words(summary["test_goodness_error"], summary["test_readout_error"]),
         "each layer": layers and f"{layers} by goodness alone",
-        "trained in": f"{summary['train_s']:.1f} s, {summary['samples_per_s']:,.0f} samples/s; "
-        f"{summary['wall_s']:.1f} s with start and evaluation",
+        "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation",
+        "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),
         "best commit": summary["best_commit"],
         "weights_sha256": summary["weights_sha256"],
         "run": folder,

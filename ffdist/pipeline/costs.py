@@ -1,0 +1,89 @@
+"""What the parts of a run cost on this machine, and the throughput to expect from that."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ffdist.data.order import SHARD_SAMPLES
+from ffdist.pipeline.partition import partition
+from ffdist.pipeline.runner import Blueprint, Trained, serial_runner, torch_threads
+from ffdist.pipeline.schedule import Train
+
+CHUNK, LEAST, MOST, ENOUGH_S = 4, 3, 8, 0.5
+"""Minibatches of a chunk that is measured, fewest and most of them, and when the fewest are enough."""
+CALL_S, BYTE_S = 1e-3, 0.35e-9
+"""Processor time of an actor's call, and of a byte that goes from one to another, with Ray 2.60."""
+
+
+class Costs(NamedTuple):
+    """Time that a minibatch takes in each part, in seconds, while the others rest."""
+
+    layers: list[float]
+    """Of each layer; making the rows is part of the first."""
+    others: float
+    """Of negatives, readout and driver."""
+    device: str
+    """Where the layers were."""
+
+
+def measure_costs(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, threads: int) -> Costs:
+    """Trains a network like the run's for about a second, and forgets it.
+
+    Args:
+        blueprint: Of the run, however its layers are cut into stages.
+        images: uint8 images of each split `[N, D]`.
+        labels: Labels of the training set `[N]`.
+        threads: torch's threads.
+    """
+    order, num_layers = blueprint.order, len(blueprint.architecture.layers)
+    alone = blueprint._replace(
+        stage_layers=partition([1.0] * num_layers, num_layers), negatives=replace(blueprint.negatives, store=None)
+    )
+    size = min(CHUNK, order.minibatches)
+    chunks = [Train(0, first, size, first, 1.0) for first in range(0, order.minibatches - size + 1, size)][:MOST]
+    took: list[tuple[float, list[float]]] = []  # of each chunk all, and its layers
+    with torch_threads(threads):
+        runner = serial_runner(alone, images, labels, None)
+        start = since = time.perf_counter()
+        for _, trained in runner.run(chunks, chunks):
+            assert isinstance(trained, Trained)
+            now = time.perf_counter()
+            took.append((now - since, [report.compute_s for report in trained.stages]))
+            since = now
+            if len(took) >= LEAST and now - start > ENOUGH_S:
+                break
+    made_s = took[0][0] - sum(took[0][1])  # the first chunk makes a whole shard of negatives
+    per_minibatch = made_s * order.batch_size / min(SHARD_SAMPLES, order.samples)
+    warm = took[1:] or took
+    layers = [min(each) / size for each in zip(*(layers for _, layers in warm), strict=True)]
+    return Costs(layers, per_minibatch + min(all_s - sum(layers) for all_s, layers in warm) / size, blueprint.device)
+
+
+def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: int | None, chunk_size: int) -> float:
+    """Returns the throughput that the slowest stage allows, or all parts that share the processors.
+
+    Args:
+        costs: Of the parts.
+        blueprint: How layers are cut into stages.
+        processors: Of the kind that the stages compute on, each for one thread; None where all is done in turn.
+        chunk_size: Minibatches that travel together.
+    """
+    batch = blueprint.order.batch_size
+    stages = [sum(costs.layers[layer] for layer in layers) for layers in blueprint.stage_layers]
+    if processors is None:
+        return batch / (sum(stages) + costs.others)
+    calls_s = CALL_S * (len(stages) + 2) / chunk_size
+    travels_s = BYTE_S * sum(_bytes_out(blueprint, layers) for layers in blueprint.stage_layers)
+    return batch / max(*stages, (sum(stages) + costs.others + calls_s + travels_s) / processors)
+
+
+def _bytes_out(blueprint: Blueprint, layers: Sequence[int]) -> int:
+    """Returns the bytes that a stage hands on of a minibatch: the signal to the next, and what the readout reads."""
+    architecture, is_last = blueprint.architecture, layers[-1] + 1 == len(blueprint.architecture.layers)
+    rows = blueprint.negatives.per_sample + architecture.labels_shown
+    values = 0 if is_last else rows * architecture.widths[1 + layers[-1]]
+    values += sum(architecture.widths[1 + layer] for layer in layers if layer >= architecture.predict_from - 1)
+    return values * blueprint.order.batch_size * architecture.compute_dtype.itemsize
