@@ -14,7 +14,7 @@ from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.costs import Costs, measure_costs, predicted_samples_per_s
 from ffdist.pipeline.partition import given_partition, partition
-from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
+from ffdist.pipeline.runner import Blueprint, Runner, keep_memory, serial_runner, torch_threads
 from ffdist.prepare import Prepared
 from ffdist.runtime.cluster import Resources, check_object_store, connect, machine_resources
 from ffdist.runtime.placement import decide, describe, reserve
@@ -129,6 +129,7 @@ def place(
 
     @contextmanager
     def here(commits: Folder) -> Iterator[Pipeline]:
+        keep_memory()
         make = serial_runner if runner == "serial" else Backpropagation
         with torch_threads(pipeline.threads_per_stage):
             yield make(blueprint, images, labels, CommitWriter(commits))

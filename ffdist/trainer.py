@@ -127,6 +127,7 @@ def train(
                 **loop.figures(folder),
                 "epochs": config.passes,
                 "predicted_samples_per_s": placed.predicted_samples_per_s,
+                "start_s": loop.first_at - started,
                 "wall_s": time.time() - started,
                 "runner": runner,
                 "stages": len(placed.blueprint.stage_layers),

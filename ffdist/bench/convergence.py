@@ -1,10 +1,8 @@
 """Time to a test error, everything included: from the start of this process to the last evaluation."""
 
-import time
 from pathlib import Path
 
-import psutil
-
+from ffdist.bench.stretch import process_age_s
 from ffdist.config import Config
 from ffdist.trainer import train
 
@@ -23,12 +21,14 @@ def measure_convergence(config: Config, error: float, *, runs: Path, name: str) 
     Returns:
         Seconds, epochs and errors by name; `reached` is 1 or 0.
     """
+    before_s = process_age_s()
     summary = train(config, runs=runs, name=name).summary
     by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
     found = by_readout if by_goodness is None else by_goodness
     return {
         "epochs": float(summary["epochs"]),
-        "seconds": time.time() - psutil.Process().create_time(),
+        "seconds": process_age_s(),
+        "start_s": before_s + summary["start_s"],
         "training_s": summary["train_s"],
         "test_error": found,
         "asked_error": error,

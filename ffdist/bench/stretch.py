@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 from torch import Tensor
 
-from ffdist.pipeline.runner import Blueprint, Runner, Trained, serial_runner, torch_threads
+from ffdist.pipeline.runner import Blueprint, Runner, Trained, keep_memory, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, schedule
 
 ENDLESS = 10**6
@@ -46,6 +47,8 @@ class Trainer:
         self.blueprint = blueprint
         self._pipeline, self._order = pipeline, blueprint.order
         self._chunk_size, self._in_flight, self._epoch = chunk_size, in_flight, 0
+        self.start_s = 0.0
+        """Time from the start of this process to the end of the first chunk."""
 
     def train(
         self, seconds: float, *, commit: bool = False, evaluation: Sequence[Evaluate] = (), boundary: bool = False
@@ -79,6 +82,7 @@ class Trainer:
                 if order.last:
                     evaluation_s, deadline = now - ends[-1][0], now + seconds
             elif isinstance(order, Train) and isinstance(result, Trained):
+                self.start_s = self.start_s or process_age_s()
                 self._epoch = order.epoch + 1
                 chunks.append(result)
                 ends.append((now, time.process_time(), _busy_s(), order.num_minibatches))
@@ -114,6 +118,12 @@ class Trainer:
         return (order for order in orders if isinstance(order, Train))
 
 
+def process_age_s() -> float:
+    """Returns the time since this process was started, as the kernel knows it."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # see proc(5), field 22
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _busy_s() -> float:
     """Returns the time that all processors of the machine were at work."""
     times = psutil.cpu_times()
@@ -146,6 +156,7 @@ def copies(number: int, *network: Any) -> Iterator[list[Connection]]:
 
 def _serve(asked: Connection, blueprint: Blueprint, chunk_size: int, images: dict[str, Tensor], labels: Tensor) -> None:
     """Trains as asked, on one network with images and labels as `serial_runner` takes them."""
+    keep_memory()
     trainer = Trainer(serial_runner(blueprint, images, labels, None), blueprint, chunk_size, in_flight=1)
     while True:
         threads, seconds = asked.recv()

@@ -4,9 +4,10 @@ negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references
                 ^------- labels drawn earlier ---|       (hard labels only)
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, cycle, islice, repeat
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State, layer_name
 
 FLOAT32_BYTES = 4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Of glibc's malloc.h: never give memory back, take a lot at once, take all of it from one heap."""
 
 
 class Call(Protocol):
@@ -241,6 +244,17 @@ def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tenso
     """
     parts = blueprint.assemble(lambda part, *args: part(*args), images, labels, writer)
     return Runner(blueprint, parts, call=call_directly, collect=collect_directly)
+
+
+def keep_memory() -> None:
+    """Has this process keep memory that it frees: asking the kernel for it again, page by page, is dear.
+
+    Where the C library is not glibc, nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for what, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(what, value)
 
 
 @contextmanager

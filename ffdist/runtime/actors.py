@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from ffdist.checkpoint import CommitWriter
 from ffdist.data.folder import Folder
+from ffdist.pipeline.runner import keep_memory
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
@@ -44,6 +45,7 @@ class _Actor:
         with suppress(OSError):  # where a sandbox forbids it
             # Longer turns on a processor that is shared: each finds the caches as the others left them.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        keep_memory()
         send_tensors_as_arrays()
         super().__init__(*args)
 
