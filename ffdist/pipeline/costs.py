@@ -15,8 +15,8 @@ from ffdist.pipeline.schedule import Train
 CHUNK, LEAST, MOST, ENOUGH_S = 4, 3, 8, 0.5
 """Minibatches of a chunk that is measured, fewest and most of them, and when the fewest are enough."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
-"""Processor time of an actor's call, in all of Ray's processes and the driver, and of a byte that goes from one actor to
-another; measured on 2 cores with Ray 2.60."""
+"""Processor time of an actor's call, in all processes of driver and Ray, and of a byte that goes from one actor to the
+next; measured with Ray 2.60."""
 
 
 class Costs(NamedTuple):
