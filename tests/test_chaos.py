@@ -17,7 +17,13 @@ def test_every_kind_of_fault_is_survived_and_leaves_no_trace(tmp_path):
     """The README's command with 16 faults, on a run that has labels under way at any time."""
     assert "\nffdist chaos digits --faults 50 --seed 0\n" in (Path(__file__).parent.parent / "README.md").read_text()
     table = tmp_path / "table.json"
-    words = ["digits", "negatives.kind=hard_label", "training.validation_samples=200", "training.evaluate_every=20"]
+    words = [
+        "digits",
+        "pipeline.stages=1",
+        "negatives.kind=hard_label",
+        "training.validation_samples=200",
+        "training.evaluate_every=20",
+    ]
     command = ["chaos", *words, "--faults", str(len(KINDS)), "--seed", "2", "--json", str(table)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
