@@ -19,7 +19,7 @@ def test_every_kind_of_fault_is_survived_and_leaves_no_trace(tmp_path):
     table = tmp_path / "table.json"
     words = [
         "digits",
-        "pipeline.stages=2",
+        "pipeline.stages=1",
         "negatives.kind=hard_label",
         "training.validation_samples=200",
         "training.evaluate_every=20",
