@@ -87,8 +87,6 @@ class Loop:
                 self._best = manifest.best_error, manifest.best_commit
             self._averages.restore(start.state["position"])
         self._cut_step, self._cut_at = self.step, time.monotonic()
-        self.first_at = 0.0
-        """Time of day at which the first chunk was home."""
         self.stopped = False
         """Whether the run ended because it was asked to."""
 
@@ -119,7 +117,6 @@ class Loop:
                 self._check_finite(order, result)
                 self.step = order.step + order.num_minibatches
                 self._mark("chunk", self.step)
-                self.first_at = self.first_at or time.time()
                 self._train_s = before_s + time.perf_counter() - since
                 self._display.update(self.step)
                 for samples, metrics in self._averages.add(order, result):

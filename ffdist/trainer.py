@@ -99,6 +99,11 @@ def train(
         if start.manifest:
             failures.begin("the driver; resumed", start.manifest.step, started)
             failures.mark("placed", 0)
+        reached: dict[str, float] = {}  # when first, whatever was lost later
+
+        def mark(what: str, step: int) -> None:
+            reached.setdefault(what, time.time())
+            failures.mark(what, step)
 
         def pipelines() -> Iterator[AbstractContextManager[Pipeline]]:
             nonlocal attempt, placed
@@ -114,7 +119,7 @@ def train(
         try:
             loop = run_to_the_end(
                 pipelines(),
-                lambda start: Loop(config, prepared, commits, start, tracker, display, made, failures.mark),
+                lambda start: Loop(config, prepared, commits, start, tracker, display, made, mark),
                 commits,
                 start,
                 failures,
@@ -127,7 +132,7 @@ def train(
                 **loop.figures(folder),
                 "epochs": config.passes,
                 "predicted_samples_per_s": placed.predicted_samples_per_s,
-                "start_s": loop.first_at - started,
+                "start_s": reached["chunk"] - started if "chunk" in reached else None,
                 "wall_s": time.time() - started,
                 "runner": runner,
                 "stages": len(placed.blueprint.stage_layers),

@@ -62,7 +62,7 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
 
 
 def _with_stages(config: Config, stages: int) -> Config:
-    pipeline = config.pipeline.model_copy(update={"stages": stages})
+    pipeline = config.pipeline.model_copy(update={"stages": stages, "balance": "measured"})
     return config.model_copy(update={"pipeline": pipeline})
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ffdist.data.order import SHARD_SAMPLES
-from ffdist.pipeline.partition import partition
+from ffdist.pipeline.partition import given_partition
 from ffdist.pipeline.runner import Blueprint, Trained, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Train
 
@@ -39,10 +39,8 @@ def measure_costs(blueprint: Blueprint, images: dict[str, Tensor], labels: Tenso
         labels: Labels of the training set `[N]`.
         threads: torch's threads.
     """
-    order, num_layers = blueprint.order, len(blueprint.architecture.layers)
-    alone = blueprint._replace(
-        stage_layers=partition([1.0] * num_layers, num_layers), negatives=replace(blueprint.negatives, store=None)
-    )
+    order, one_each = blueprint.order, given_partition([1] * len(blueprint.architecture.layers))
+    alone = blueprint._replace(stage_layers=one_each, negatives=replace(blueprint.negatives, store=None))
     size = min(CHUNK, order.minibatches)
     chunks = [Train(0, first, size, first, 1.0) for first in range(0, order.minibatches - size + 1, size)][:MOST]
     took: list[tuple[float, list[float]]] = []  # of each chunk all, and its layers

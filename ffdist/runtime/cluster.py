@@ -48,8 +48,8 @@ def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
         try:
             yield joining.result
         finally:
-            joining.exception()  # waits
-            sys.modules["ray"].shutdown()
+            if not joining.exception():  # waits
+                sys.modules["ray"].shutdown()
 
 
 def _join(address: str | None) -> Resources:

@@ -55,7 +55,7 @@ class Tracker:
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
         self.uri, self._run_id = uri, ""
-        self._name, self._parameters, self._making = "", dict[str, Any](), threading.Lock()
+        self._parameters, self._making = dict[str, Any](), threading.Lock()
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id = ""
@@ -99,7 +99,7 @@ class Tracker:
         Raises:
             ConfigError: Another process is training it.
         """
-        self._name, self._parameters = folder.name, parameters
+        self._parameters = parameters
         self._take(folder)
 
     @property
@@ -113,7 +113,8 @@ class Tracker:
         assert self._outbox, "the run has begun"
         with self._making:
             if not self._run_id:
-                self._run_id = make_run(self.uri, self._client, self._experiment_id, self._name, self._parameters)
+                name, parameters = self._folder.name, self._parameters
+                self._run_id = make_run(self.uri, self._client, self._experiment_id, name, parameters)
                 self._outbox.note(run_id=self._run_id)
         return self._run_id
 
