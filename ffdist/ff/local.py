@@ -159,8 +159,9 @@ class Local(Layer):
         return product.transpose(0, 1).reshape(len(inputs), -1)
 
     def _gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
-        by_block = direction.view(len(inputs), inputs.shape[1], -1)
-        gradient = torch.bmm(by_block.permute(1, 2, 0), inputs.transpose(0, 1))
+        # Block after block in memory: turning blocks that lie across each other would cost more than the product.
+        by_block = direction.view(len(inputs), inputs.shape[1], -1).transpose(0, 1).contiguous()
+        gradient = torch.bmm(by_block.mT, inputs.transpose(0, 1))
         if self._by_bands:
             gradient = gradient.view(self._compute_weight.shape).gather(3, self._index)
         return gradient.view(self.weight.shape)
