@@ -1,5 +1,6 @@
 """Starting a pipeline: on which machine, with how many stages, on which runner."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -61,9 +62,13 @@ def measure(runner: RunnerName, prepared: Prepared, config: Config) -> Costs | N
     if pipeline.balance == "estimated" or config.training.schedule == "greedy" or runner == "backpropagation":
         return None
     device = "cuda" if pipeline.device != "cpu" and torch.cuda.is_available() else "cpu"
-    blueprint = _blueprint(prepared, config, [], device)
+    blueprint, threads = _blueprint(prepared, config, [], device), pipeline.threads_per_stage
+    busy = 1
+    if runner == "ray" and device == "cpu":
+        busy = max(1, min(len(os.sched_getaffinity(0)) // threads, len(config.model.layers)))
     try:
-        return measure_costs(blueprint, dataset.images, dataset.labels["train"], pipeline.threads_per_stage)
+        labels = dataset.labels["train"]
+        return measure_costs(blueprint, dataset.images, labels, threads=threads, side_by_side=busy)
     except NegativesError as error:
         raise ConfigError(f"negatives.kind={config.negatives.kind}: {error}") from error
 

@@ -44,6 +44,18 @@ def test_a_pipeline_against_the_machine(tmp_path):
     assert 0 < found["busy_fraction"] <= 1.1
 
 
+def test_growth_by_layers_and_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffdist.bench.growth.SIZES", ((1, 1), (2, 2)))
+    monkeypatch.setattr("ffdist.bench.growth.ROUNDS", 1)
+    told, found = bench(tmp_path, "growth", "digits", "--units", "30", "--seconds", "0.1")
+    ends = {name.partition("/")[2] for name in found if name.startswith("2_layers_2_stages/")}
+    assert ends == {"ray_samples_per_s", "weights", "time_over_work", "stages_unique_bytes", "memory_per_added_weight"}
+    assert found["1_layers_1_stages/time_over_work"] == 1
+    assert found["2_layers_2_stages/weights"] == found["1_layers_1_stages/weights"] + 30 * 30
+    assert found["2_layers_2_stages/stages_unique_bytes"] > 1.5 * found["1_layers_1_stages/stages_unique_bytes"]
+    assert "| time_over_work" in told
+
+
 @pytest.mark.parametrize(("asked", "code", "reached"), [("1", 0, 1), ("0", 1, 0)])
 def test_the_time_to_an_error(asked, code, reached, tmp_path):
     short = ["training.epochs=1", "model.layers=[30,20]", "--runs", str(tmp_path / "runs")]

@@ -16,8 +16,9 @@ def a_blueprint(prepared, cut) -> Blueprint:
     return Blueprint(prepared.architecture, prepared.order, prepared.negatives, 0, cut, measure_every=1, device="cpu")
 
 
-def test_every_part_is_measured(digits):
-    costs = measure("serial", digits, load_config("digits"))
+@pytest.mark.parametrize("runner", ["serial", "ray"])  # in turn, and as many at a time as there are processors
+def test_every_part_is_measured(runner, digits):
+    costs = measure(runner, digits, load_config("digits"))
     assert len(costs.layers) == 3
     assert min(*costs.layers, costs.others) > 0
     assert costs.device == "cpu"

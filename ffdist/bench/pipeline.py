@@ -41,7 +41,7 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
     with ExitStack() as stack:
         say("starting Ray")
         resources = stack.enter_context(machine("ray", "local"))()
-        with _started(config, prepared, resources, costs) as (trainer, placed):
+        with started(config, prepared, resources, costs) as (trainer, placed):
             trainer.train(0.0)
             found["start_s"] = trainer.start_s
             cores, own = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
@@ -50,12 +50,12 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
             asked = stack.enter_context(copies(cores, trainer.blueprint, config.pipeline.chunk_size, *data))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
-            found |= _compare(trainer, asked, seconds, ROUNDS, say, test) | _memory()
+            found |= _compare(trainer, asked, seconds, ROUNDS, say, test) | _largest_memory()
             if placed.predicted_samples_per_s:
                 found["predicted_over_ray"] = placed.predicted_samples_per_s / found["ray_samples_per_s"]
         for stages in range(1, layers + 1):
             if stages != own:
-                with _started(_with_stages(config, stages), prepared, resources, costs) as (trainer, _):
+                with started(_with_stages(config, stages), prepared, resources, costs) as (trainer, _):
                     figures = _compare(trainer, asked, seconds, 1, say)
                 found |= {f"stages_{stages}/{name}": value for name, value in figures.items()}
     return found
@@ -67,9 +67,10 @@ def _with_stages(config: Config, stages: int) -> Config:
 
 
 @contextmanager
-def _started(
+def started(
     config: Config, prepared: Prepared, resources: Resources, costs: Costs | None
 ) -> Iterator[tuple[Trainer, Placed]]:
+    """Starts a pipeline whose commits are thrown away, for the length of a `with` block."""
     with (
         place("ray", prepared, config, resources, costs) as placed,
         TemporaryDirectory() as commits,
@@ -147,9 +148,8 @@ def _shares(stretch: Stretch) -> dict[str, float]:
     }
 
 
-def _memory() -> dict[str, float]:
-    """Returns the memory of each kind of actor, the largest of its kind."""
-    found = dict[str, float]()
+def actors_memory() -> Iterator[tuple[str, int, int]]:
+    """Yields the kind of each actor on this machine, and the memory that is its own alone and all of it, in bytes."""
     for process in psutil.Process().children(recursive=True):
         try:
             name, memory = process.cmdline()[0], process.memory_full_info()
@@ -157,7 +157,14 @@ def _memory() -> dict[str, float]:
             continue
         kind = name.removeprefix("ray::").split(".")[0]  # of `ray::StageActor.train`, say
         if kind.endswith("Actor"):
-            for how, size in (("unique", memory.uss), ("resident", memory.rss)):
-                key = f"{kind.removesuffix('Actor').lower()}_{how}_bytes"
-                found[key] = max(found.get(key, 0), size)
+            yield kind.removesuffix("Actor").lower(), memory.uss, memory.rss
+
+
+def _largest_memory() -> dict[str, float]:
+    """Returns the memory of each kind of actor, the largest of its kind."""
+    found = dict[str, float]()
+    for kind, *sizes in actors_memory():
+        for how, size in zip(("unique", "resident"), sizes, strict=True):
+            key = f"{kind}_{how}_bytes"
+            found[key] = max(found.get(key, 0), size)
     return found

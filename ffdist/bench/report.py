@@ -19,7 +19,7 @@ def _in_words(figure: str, value: float) -> str:
     """Returns a figure with the unit that its name ends in; ratios and shares have none."""
     if figure.endswith("_bytes"):
         return f"{value / 1e6:,.0f} MB"
-    if figure.endswith("samples_per_s"):
+    if figure.endswith(("samples_per_s", "weights")):
         return f"{value:,.0f}"
     if figure.endswith(("_s", "seconds")):
         return f"{value:.1f} s"

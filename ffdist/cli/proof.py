@@ -11,6 +11,7 @@ from ffdist.cli.words import check_writable, load, runs_option, told, words_argu
 from ffdist.config import RunFailed
 
 json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
+seconds_option = click.option("--seconds", default=10.0, show_default=True, help="Length of each measured stretch.")
 
 
 @click.command()
@@ -71,7 +72,7 @@ def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path
 
 @bench.command()
 @words_argument
-@click.option("--seconds", default=10.0, show_default=True, help="Length of each measured stretch.")
+@seconds_option
 @json_option
 def pipeline(words: tuple[str, ...], seconds: float, path: Path | None) -> None:
     """Measure the training of CONFIG over Ray, against one process and against a copy of it on every core."""
@@ -82,6 +83,27 @@ def pipeline(words: tuple[str, ...], seconds: float, path: Path | None) -> None:
         from ffdist.bench.report import print_figures
 
         found = measure_pipeline(config, seconds, lambda what: click.echo(what, err=True))
+        print_figures(found)
+        _write(path, found)
+
+
+@bench.command()
+@words_argument
+@click.option("--units", type=click.IntRange(1), default=1000, show_default=True, help="Width of every layer.")
+@seconds_option
+@json_option
+def growth(words: tuple[str, ...], units: int, seconds: float, path: Path | None) -> None:
+    """Measure CONFIG with 2 to 16 dense layers over 2 stages, and with 4 over 1 to 4: time and memory by the work."""
+    with told():
+        check_writable("--json", path)
+        from ffdist.bench.growth import SIZES, measure_growth
+        from ffdist.bench.report import print_figures
+
+        configs = {}
+        for layers, stages in SIZES:
+            own = (f"model.layers={[units] * layers}", f"pipeline.stages={stages}")
+            configs[f"{layers}_layers_{stages}_stages"] = load((*words, *own))[0]
+        found = measure_growth(configs, seconds, lambda what: click.echo(what, err=True))
         print_figures(found)
         _write(path, found)
 

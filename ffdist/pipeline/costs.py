@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from statistics import fmean, median
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from ffdist.pipeline.partition import given_partition
 from ffdist.pipeline.runner import Blueprint, Trained, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Train
 
-CHUNK, LEAST, MOST, ENOUGH_S = 4, 3, 8, 0.5
+CHUNK, LEAST, MOST, ENOUGH_S = 4, 3, 16, 1.0
 """Minibatches of a chunk that is measured, fewest and most of them, and when the fewest are enough."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
 """Processor time of an actor's call, in all processes of driver and Ray, and of a byte that goes from one actor to the
@@ -20,7 +22,7 @@ next; measured with Ray 2.60."""
 
 
 class Costs(NamedTuple):
-    """Time that a minibatch takes in each part, in seconds, while the others rest."""
+    """Time that a minibatch takes in each part, in seconds."""
 
     layers: list[float]
     """Of each layer; making the rows is part of the first."""
@@ -30,35 +32,45 @@ class Costs(NamedTuple):
     """Where the layers were."""
 
 
-def measure_costs(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, threads: int) -> Costs:
-    """Trains a network like the run's for about a second, and forgets it.
+def measure_costs(
+    blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, *, threads: int, side_by_side: int
+) -> Costs:
+    """Trains networks like the run's for about a second, and forgets them.
 
     Args:
         blueprint: Of the run, however its layers are cut into stages.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
-        threads: torch's threads.
+        threads: torch's threads, for each network.
+        side_by_side: Networks at a time; as many as parts will compute at once, because cores share memory and power.
     """
+    with torch_threads(threads), ThreadPoolExecutor(side_by_side) as pool:
+        found = list(pool.map(lambda _: _measure_one(blueprint, images, labels), range(side_by_side)))
+    layers = [fmean(each) for each in zip(*(costs.layers for costs in found), strict=True)]
+    return Costs(layers, fmean(costs.others for costs in found), blueprint.device)
+
+
+def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Costs:
     order, one_each = blueprint.order, given_partition([1] * len(blueprint.architecture.layers))
     alone = blueprint._replace(stage_layers=one_each, negatives=replace(blueprint.negatives, store=None))
     size = min(CHUNK, order.minibatches)
     chunks = [Train(0, first, size, first, 1.0) for first in range(0, order.minibatches - size + 1, size)][:MOST]
     took: list[tuple[float, list[float]]] = []  # of each chunk all, and its layers
-    with torch_threads(threads):
-        runner = serial_runner(alone, images, labels, None)
-        start = since = time.perf_counter()
-        for _, trained in runner.run(chunks, chunks):
-            assert isinstance(trained, Trained)
-            now = time.perf_counter()
-            took.append((now - since, [report.compute_s for report in trained.stages]))
-            since = now
-            if len(took) >= LEAST and now - start > ENOUGH_S:
-                break
+    runner = serial_runner(alone, images, labels, None)
+    start = since = time.perf_counter()
+    for _, trained in runner.run(chunks, chunks):
+        assert isinstance(trained, Trained)
+        now = time.perf_counter()
+        took.append((now - since, [report.compute_s for report in trained.stages]))
+        since = now
+        if len(took) >= LEAST and now - start > ENOUGH_S:
+            break
     made_s = took[0][0] - sum(took[0][1])  # the first chunk makes a whole shard of negatives
     per_minibatch = made_s * order.batch_size / min(SHARD_SAMPLES, order.samples)
     warm = took[1:] or took
-    layers = [min(each) / size for each in zip(*(layers for _, layers in warm), strict=True)]
-    return Costs(layers, per_minibatch + min(all_s - sum(layers) for all_s, layers in warm) / size, blueprint.device)
+    layers = [median(each) / size for each in zip(*(layers for _, layers in warm), strict=True)]
+    others = per_minibatch + median(all_s - sum(layers) for all_s, layers in warm) / size
+    return Costs(layers, others, blueprint.device)
 
 
 def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: int | None, chunk_size: int) -> float:

@@ -1,0 +1,51 @@
+"""What a deeper network costs, and more stages for it: time and memory, against the work."""
+
+from collections.abc import Callable, Mapping
+from statistics import median
+
+from ffdist.bench.pipeline import actors_memory, started
+from ffdist.config import Config
+from ffdist.launch import machine, measure
+from ffdist.prepare import prepare
+
+SIZES = ((2, 2), (4, 2), (8, 2), (16, 2), (4, 1), (4, 4))
+"""Layers and stages of what is compared, the smallest first."""
+ROUNDS = 2
+"""Times that all sizes take their turn."""
+
+
+def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[[str], None]) -> dict[str, float]:
+    """Measures configurations over Ray, one after the other, and sets each against the first.
+
+    Args:
+        configs: What to train, by name.
+        seconds: Length of a measured stretch.
+        say: Is told what is going on.
+
+    Returns:
+        Figures by name, each after its configuration's and a slash. `time_over_work` is how much longer a sample takes
+        than in the first, over how many more weights there are: 1 where time grows with the work alone.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in configs}
+    weights, memory = dict[str, int](), dict[str, float]()
+    with machine("ray", "local") as joined:
+        resources = joined()
+        for number in range(1, ROUNDS + 1):
+            for name, config in configs.items():
+                say(f"{name.replace('_', ' ')}, round {number} of {ROUNDS}")
+                prepared = prepare(config)
+                weights[name] = sum(prepared.architecture.weights)
+                with started(config, prepared, resources, measure("ray", prepared, config)) as (trainer, _):
+                    rates[name].append(trainer.train(seconds).samples_per_s)
+                    memory[name] = sum(unique for kind, unique, _ in actors_memory() if kind == "stage")
+    found, first = dict[str, float](), next(iter(configs))
+    for name in configs:
+        rate, work = median(rates[name]), weights[name] / weights[first]
+        found[f"{name}/ray_samples_per_s"] = rate
+        found[f"{name}/weights"] = weights[name]
+        found[f"{name}/time_over_work"] = median(rates[first]) / rate / work
+        found[f"{name}/stages_unique_bytes"] = memory[name]
+        if weights[name] != weights[first]:
+            added = (memory[name] - memory[first]) / (weights[name] - weights[first])
+            found[f"{name}/memory_per_added_weight"] = added
+    return found
