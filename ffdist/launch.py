@@ -123,7 +123,8 @@ def place(
         )
         in_words += f"; predicted: {predicted:,.0f} samples/s"
     if runner == "ray":
-        in_flight = blueprint.bytes_in_flight(pipeline.chunk_size, pipeline.max_in_flight)
+        window = blueprint.window(pipeline.chunk_size, pipeline.max_in_flight)
+        in_flight = blueprint.bytes_in_flight(pipeline.chunk_size, window)
         check_object_store(images=sum(split.nbytes for split in images.values()), in_flight=in_flight)
         with reserve(placement.bundles(plan.num_parts)) as group:
             from ffdist.runtime.runner import ray_runner

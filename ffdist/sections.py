@@ -233,8 +233,8 @@ class Pipeline(Section):
     before the start, or estimated by its weights; or the number of layers of each stage."""
     chunk_size: Count = 20
     """Minibatches that travel together."""
-    max_in_flight: Count = 4
-    """Chunks admitted and not yet done."""
+    max_in_flight: Count | Literal["auto"] = "auto"
+    """Chunks admitted and not yet done; `auto`: one for each stage, and three."""
     threads_per_stage: Count = 1
     """torch's threads in a stage, and in the readout; part of the order of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

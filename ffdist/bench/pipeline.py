@@ -77,7 +77,9 @@ def started(
         placed.start(Folder(commits, CommitError)) as pipeline,
     ):
         assert isinstance(pipeline, Runner)
-        yield Trainer(pipeline, placed.blueprint, config.pipeline.chunk_size, config.pipeline.max_in_flight), placed
+        chunk_size, blueprint = config.pipeline.chunk_size, placed.blueprint
+        window = blueprint.window(chunk_size, config.pipeline.max_in_flight)
+        yield Trainer(pipeline, blueprint, chunk_size, window), placed
 
 
 def _compare(

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, cycle, islice, repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch import Tensor
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import OPTIMIZERS
-from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train
+from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train, evaluation_block
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State, layer_name
 
 FLOAT32_BYTES = 4
+SPARE = 3
+"""Chunks under way beside one for each stage: in the readout, and on their way."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Of glibc's malloc.h: never give memory back, take a lot at once, take all of it from one heap."""
 
@@ -64,12 +66,22 @@ class Blueprint(NamedTuple):
     device: str
     """Where the layers live, as torch names it."""
 
+    def window(self, chunk_size: int, max_in_flight: int | Literal["auto"]) -> int:
+        """Returns how many orders may be under way; as many as keep every stage busy, where that is left to it."""
+        most = len(self.stage_layers) + SPARE if max_in_flight == "auto" else max_in_flight
+        return self.negatives.max_in_flight(min(chunk_size, self.order.minibatches), most)
+
     def bytes_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
         """Bounds what messages and states take while `max_in_flight` orders are under way; two may be snapshots."""
         architecture, order, negatives = self.architecture, self.order, self.negatives
-        per_sample = 1 + negatives.per_sample + architecture.labels_shown
-        rows = max(EVALUATION_ROWS, per_sample * order.batch_size * min(chunk_size, order.minibatches))
-        messages = max_in_flight * rows * sum(architecture.widths[1:]) * architecture.compute_dtype.itemsize
+        samples = order.batch_size * min(chunk_size, order.minibatches), evaluation_block(architecture)
+        signals = samples[0] * (negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS - samples[1]
+        # What the readout reads waits for the last layer; the signal is in two places at most.
+        values = (
+            read * sum(architecture.widths[1:]) + 2 * signal * max(architecture.widths[1:])
+            for read, signal in zip(samples, signals, strict=True)
+        )
+        messages = max_in_flight * max(values) * architecture.compute_dtype.itemsize
         ahead = (max_in_flight + negatives.ahead) * min(chunk_size, order.minibatches) * order.batch_size
         made = (ahead + 2 * min(SHARD_SAMPLES, order.samples)) * negatives.sample_bytes  # whole shards at both ends
         kept = 1 + len(OPTIMIZERS[architecture.rule.update.optimizer].slots)

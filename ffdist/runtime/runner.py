@@ -53,14 +53,12 @@ def ray_runner(
         needed = [actor.__ray_ready__.remote() for actor in make.made]
         _Collector(make.names, START_TIMEOUT_S)(needed)
         parts = parts._replace(writer=make.make_writer(commits))  # last, and not waited for: it has time
-        chunk_size = min(pipeline.chunk_size, blueprint.order.minibatches)
-        window = blueprint.negatives.max_in_flight(chunk_size, pipeline.max_in_flight)
         yield Runner(
             blueprint,
             parts,
             call=_call_remotely,
             collect=_Collector(make.names, pipeline.stall_timeout_s),
-            max_in_flight=window,
+            max_in_flight=blueprint.window(pipeline.chunk_size, pipeline.max_in_flight),
             ahead=blueprint.negatives.ahead,
         )
     except (ObjectStoreFullError, OutOfDiskError) as error:
