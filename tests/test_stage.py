@@ -17,7 +17,7 @@ from ffdist.pipeline.stage import Stage, _Clock
 def waited(make_s: float, made_ago_s: float, wait_s: float) -> float:
     """The time that a stage says it waited for negatives, had it been free for `wait_s` before its call."""
     clock = _Clock()
-    clock._free_since = time.perf_counter() - wait_s, 0.0
+    clock._free_since = time.perf_counter() - wait_s, 0.0, 0.0
     clock.begin()
     shard = Shard(0, torch.zeros(1).long(), time.time() - made_ago_s, make_s)
     return clock.report(torch.zeros(1), [shard]).negatives_wait_s

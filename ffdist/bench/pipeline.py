@@ -134,17 +134,20 @@ def _ask(asked: Sequence[Connection], threads: int, seconds: float) -> float:
 
 
 def _shares(stretch: Stretch) -> dict[str, float]:
-    """Returns where the time of the stages went; waiting and packing are those of the stage that computes most."""
+    """Returns where the time of the stages went; what is not computing is that of the stage that computes most."""
     stages = [[chunk.stages[stage] for chunk in stretch.chunks] for stage in range(len(stretch.chunks[0].stages))]
     compute_s = [sum(report.compute_s for report in stage) for stage in stages]
-    packing_s = [sum(report.packing_s for report in stage) for stage in stages]
-    idle_s = [sum(report.wait_s - report.packing_s for report in stage) for stage in stages]
+    wait_s, packing_s, queued_s = (
+        [sum(getattr(report, part) for report in stage) for stage in stages]
+        for part in ("wait_s", "packing_s", "queued_s")
+    )
     chief = compute_s.index(max(compute_s))
-    whole_s = compute_s[chief] + packing_s[chief] + idle_s[chief]
+    whole_s = compute_s[chief] + wait_s[chief]
     return {
         "stage_imbalance": 1 - fmean(compute_s) / compute_s[chief],
-        "wait_fraction": idle_s[chief] / whole_s,
+        "wait_fraction": (wait_s[chief] - packing_s[chief] - queued_s[chief]) / whole_s,
         "serialization_fraction": packing_s[chief] / whole_s,
+        "queued_fraction": queued_s[chief] / whole_s,
         "driver_cpu_fraction": stretch.driver_cpu_fraction,
         "busy_fraction": stretch.busy_fraction,
     }

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,32 +34,44 @@ class Report(NamedTuple):
     """The part of it in which the negatives were being made; 0 but in the first stage."""
     packing_s: float = 0.0
     """The part of it in which the process was at work, packing what goes out and unpacking what comes in."""
+    queued_s: float = 0.0
+    """The part of it in which the stage could have gone on, and others had the processors; 0 where it is not told."""
 
 
 class _Clock:
     """Splits a stage's time into computing and waiting; the first chunk starts it."""
 
     def __init__(self) -> None:
-        self._free_since: tuple[float, float] | None = None
-        self._begun, self._wait_s, self._packing_s = 0.0, 0.0, 0.0
+        self._free_since: tuple[float, float, float] | None = None
+        self._begun, self._wait_s, self._packing_s, self._queued_s = 0.0, 0.0, 0.0, 0.0
 
     def begin(self) -> None:
         """Notes that a chunk is here."""
-        self._begun, work_s = time.perf_counter(), time.process_time()
+        times = _times()
+        self._begun = times[0]
         if self._free_since is not None:
-            self._wait_s, self._packing_s = self._begun - self._free_since[0], work_s - self._free_since[1]
+            gap = (now - before for now, before in zip(times, self._free_since, strict=True))
+            self._wait_s, self._packing_s, self._queued_s = gap
 
     def report(self, metrics: Tensor, shards: Sequence[Shard] = ()) -> Report:
         compute_s = self.free() - self._begun
         until_made_s = time.time() - compute_s - max((shard.made_at for shard in shards), default=-math.inf)
         making_s = sum(shard.make_s for shard in shards)
         negatives_wait_s = max(0.0, min(making_s, self._wait_s - until_made_s))
-        return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s)
+        return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s, self._queued_s)
 
     def free(self) -> float:
         """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
-        self._free_since = time.perf_counter(), time.process_time()
+        self._free_since = _times()
         return self._free_since[0]
+
+
+def _times() -> tuple[float, float, float]:
+    """Returns the time, and for how much of it this process has worked, and this thread queued for a processor."""
+    queued_s = 0.0
+    with suppress(OSError):  # Linux alone tells it
+        queued_s = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return time.perf_counter(), time.process_time(), queued_s
 
 
 def layer_name(index: int) -> str:
