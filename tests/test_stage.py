@@ -8,6 +8,7 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.layers import Rule
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import OPTIMIZERS, Update
+from ffdist.pipeline.device import Graphs, Overlapped
 from ffdist.pipeline.runner import Blueprint
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import NegativePlan, Shard
@@ -52,6 +53,52 @@ def test_only_the_layer_whose_turn_it_is_learns():
             for name, now in stage.state().items()
         ]
         assert learned == [layer in (number, None) for number in range(3)]
+
+
+def a_stage(label: str, layers: range, device: str) -> Stage:
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (40, 20), dtype=torch.uint8, generator=draw), torch.arange(40) % 3
+    architecture = Architecture((1, 4, 5), 3, (9, 8, 7), label=label, precision="bfloat16")
+    source = (NegativePlan("wrong_label" if label != "none" else "noise"), 0, {"train": images}, labels)
+    return Stage(architecture, layers, SampleOrder(0, 40, 5), 3, device, *(source if 0 in layers else ()))
+
+
+def trained(stage: Stage, label: str) -> list[torch.Tensor]:
+    """What a stage makes of four chunks at two rates, and what it has learned."""
+    made, draw = [], torch.Generator().manual_seed(1)
+    first = 0 in stage._layers
+    for number in range(4):
+        chunk = Train(0, 2 * number, 2, 2 * number, 1.0 if number < 3 else 0.5)
+        signal = torch.randn(2, 10 if label != "none" else 5, 9, generator=draw).bfloat16()
+        message = [signal, torch.randn(2, 5, 9, generator=draw).bfloat16()]
+        if first:
+            negatives = torch.arange(40) % 2 if label != "none" else torch.arange(800).view(40, 20).to(torch.uint8)
+            message = [Shard(0, negatives, 0.0, 0.0)]
+        report, *passed = stage.train(chunk, *message)
+        made += [report.metrics, *(part for part in passed if part is not None)]
+    return made + [tensor for tensors in stage.state().values() for tensor in tensors.values()]
+
+
+@pytest.mark.parametrize("label", ["overwrite", "none"])
+@pytest.mark.parametrize("layers", [range(2), range(1, 3)])
+def test_steps_between_copies_are_those_one_by_one(label, layers):
+    """On a processor, where streams are none and copies wait; graphs need a GPU."""
+    overlapped = a_stage(label, layers, "cpu")
+    overlapped._take_steps = Overlapped(overlapped._step, "cpu")
+    pairs = zip(trained(a_stage(label, layers, "cpu"), label), trained(overlapped, label), strict=True)
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, so streams and graphs are not run")
+@pytest.mark.parametrize("label", ["overwrite", "none"])
+def test_graphs_change_no_bit(label, monkeypatch):
+    graphs = trained(a_stage(label, range(2), "cuda"), label)
+    monkeypatch.setattr(Graphs, "__call__", lambda self, rows, way: self._step(rows, way))
+    directly = trained(a_stage(label, range(2), "cuda"), label)
+    here = trained(a_stage(label, range(2), "cpu"), label)
+    for captured, direct, processor in zip(graphs, directly, here, strict=True):
+        assert torch.equal(captured.nan_to_num(), direct.nan_to_num())
+        torch.testing.assert_close(captured, processor, rtol=0.05, atol=0.05, equal_nan=True)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -15,8 +15,11 @@ import torch
 
 from ffdist.ff.layers import Dense, Layer
 from ffdist.ff.local import Fields, Local, Map
+from ffdist.pipeline.device import Graphs, Way
 
-UNITS, BATCHES, PRECISIONS = (500, 1000, 2000, 4000), (50, 100, 250, 1000), ("float32", "bfloat16")
+UNITS = {"cpu": (500, 1000, 2000, 4000), "cuda": (2000, 8000)}
+BATCHES = {"cpu": (50, 100, 250, 1000), "cuda": (128, 512, 1024, 4096)}
+PRECISIONS = "float32", "bfloat16"
 FIELDS = {  # of the paper's local layers (section 3.2)
     "local_4x4x128": (Map(28, 28, 1, channels_first=True), Fields(4, 6, 10, 128)),
     "local_3x3x220": (Map(4, 4, 128), Fields(3, 1, 2, 220)),
@@ -52,17 +55,19 @@ class Step(NamedTuple):
 def measure_steps(
     device: str = "cpu",
     *,
-    units: Sequence[int] = UNITS,
-    batches: Sequence[int] = BATCHES,
+    units: Sequence[int] = (),
+    batches: Sequence[int] = (),
 ) -> Iterator[Step]:
     """Measures one thread's update of dense layers, each as wide as its input, and of the paper's local ones.
 
     Args:
         device: Where, as torch names it.
-        units: Widths of the dense layers.
-        batches: Samples a minibatch, each in a positive, a negative and a neutral row.
+        units: Widths of the dense layers; without any, those that suit the device.
+        batches: Samples a minibatch, each in a positive, a negative and a neutral row; likewise.
     """
     torch.set_num_threads(1)
+    kind = torch.device(device).type
+    units, batches = units or UNITS[kind], batches or BATCHES[kind]
     byte_s = _byte_s(device)
     for precision in PRECISIONS:
         settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0)}
@@ -96,8 +101,14 @@ def _measure(name: str, layer: Layer, batch: int, precision: str, byte_s: float,
         torch.matmul(inputs, weight.mT)
         torch.matmul(direction.mT, trained)
 
+    def train(rows: torch.Tensor, way: Way) -> list[torch.Tensor]:
+        passed, metrics = layer.train_minibatch(rows, batch=batch, gain=way.gain)
+        return [passed.activity, metrics]
+
+    take = Graphs(train)
+
     def step() -> None:
-        layer.train_minibatch(rows, batch=batch)
+        take(rows, Way(1.0, None, measure=False))
 
     products_s, step_s = _seconds([products, step], device)
     moved = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))

@@ -65,9 +65,9 @@ def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path
     """Measure one layer's update against its floor: its bare matrix products, and moving the bytes that it must."""
     with told():
         check_writable("--json", path)
-        from ffdist.bench.step import BATCHES, UNITS, measure_steps, print_steps
+        from ffdist.bench.step import measure_steps, print_steps
 
-        _write(path, print_steps(measure_steps(device, units=units or UNITS, batches=batch or BATCHES)))
+        _write(path, print_steps(measure_steps(device, units=units, batches=batch)))
 
 
 @bench.command()

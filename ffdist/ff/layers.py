@@ -183,7 +183,7 @@ class Layer(Learner, ABC):
                 negative.mean(),
                 (negative.view(negatives, batch) >= positive).float().mean(),
                 look.activity.sign().mean(),  # none is negative
-                self.weight.square().mean().sqrt() if measure_weights else loss.new_tensor(math.nan),
+                self.weight.square().mean().sqrt() if measure_weights else loss.new_full((), math.nan),
             )
         ).float()
         if gain is not None:

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.network import Architecture
+from ffdist.pipeline.device import Minibatch, Overlapped, Way, one_by_one
 from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Drawn, Shard, Source
 
@@ -113,10 +115,14 @@ class Stage:
             layer.refresh()
         self._source = Source(architecture, order, *source) if source else None
         self._measure_every, self._device, self._batch = measure_every, device, order.batch_size
-        self._clock, self._read_first = _Clock(), not architecture.labels_shown
-        self._is_last = layers.stop == len(architecture.layers)
+        self._take_steps = self._steps()
+        self._clock = _Clock()
+        self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
         read = range(architecture.predict_from - 1, len(architecture.layers))
         self._read_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
+
+    def _steps(self) -> Callable[[Sequence[Minibatch]], list[Tensor]]:
+        return partial(one_by_one, self._step) if self._device == "cpu" else Overlapped(self._step, self._device)
 
     def train(self, chunk: Train, *message: Any) -> list[Report | Tensor | None]:
         """Trains on a chunk, minibatch after minibatch.
@@ -133,33 +139,34 @@ class Stage:
         self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
         signal, read = self._source.train(chunk, *message) if self._source else message
-        batch, metrics = self._batch, []
-        negatives = signal.shape[1] // batch - (not self._read_first)
-        outputs: list[list[Tensor]] = [[] for _ in self._layers]
-        for minibatch in range(chunk.num_minibatches):
-            parts = (read[minibatch], signal[minibatch])
-            rows = torch.cat(parts if self._read_first else parts[::-1]).to(self._device)
-            measure = (chunk.step + minibatch + 1) % self._measure_every == 0
-            for output, (index, layer) in zip(outputs, self._layers.items(), strict=True):
-                (rows, _), layer_metrics = layer.train_minibatch(
-                    rows,
-                    batch=batch,
-                    negatives=negatives,
-                    gain=chunk.gain if chunk.layer in (None, index) else None,
-                    measure_weights=measure,
-                )
-                output.append(rows)
-                metrics.append(layer_metrics)
+        minibatches = []
+        for number in range(chunk.num_minibatches):
+            measure = (chunk.step + number + 1) % self._measure_every == 0
+            # Positive rows first: without labels they are those that the readout reads.
+            parts = (signal[number], read[number]) if self._labels_shown else (read[number], signal[number])
+            minibatches.append((parts, Way(chunk.gain, chunk.layer, measure)))
+        metrics, *made = self._take_steps(minibatches)
+        passed = None if self._is_last else made.pop()
+        reads = [made.pop(0) if travels else None for travels in self._read_travels]
+        return [self._clock.report(metrics, shards), passed, *reads]
+
+    def _step(self, rows: Tensor, way: Way) -> list[Tensor]:
+        """Trains on the rows of a minibatch; returns metrics, what the readout reads of each layer, and the signal."""
+        batch, metrics, made = self._batch, [], []
         signal_rows, read_rows = slice(None, -batch), slice(-batch, None)
-        if self._read_first:
+        if not self._labels_shown:
             signal_rows, read_rows = slice(batch, None), slice(None, batch)
-        passed = None if self._is_last else torch.stack([rows[signal_rows] for rows in outputs[-1]]).cpu()
-        reads = [
-            torch.stack([rows[read_rows] for rows in output]).cpu() if travels else None
-            for output, travels in zip(outputs, self._read_travels, strict=True)
-        ]
-        stacked = torch.stack(metrics).reshape(chunk.num_minibatches, len(self._layers), -1).cpu()
-        return [self._clock.report(stacked, shards), passed, *reads]
+        for (index, layer), travels in zip(self._layers.items(), self._read_travels, strict=True):
+            (rows, _), layer_metrics = layer.train_minibatch(
+                rows,
+                batch=batch,
+                negatives=len(rows) // batch - 1 - self._labels_shown,
+                gain=way.gain if way.layer in (None, index) else None,
+                measure_weights=way.measure,
+            )
+            metrics.append(layer_metrics)
+            made += [rows[read_rows]] * travels
+        return [torch.stack(metrics), *made, *([] if self._is_last else [rows[signal_rows]])]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
         """Passes a block through, at fixed weights.
@@ -195,6 +202,7 @@ class Stage:
         """Takes up where a state was taken; of labels for negatives only where there are any."""
         for index, layer in self._layers.items():
             layer.load_state_dict(state[layer_name(index)])
+        self._take_steps = self._steps()  # a graph knows the tensors before
         if self._source and self._source.hard_labels and "negatives" in state:
             self._source.hard_labels.restore(state["negatives"])
 
