@@ -135,12 +135,12 @@ def _now(device: str) -> float:
 
 
 def print_steps(steps: Iterable[Step]) -> dict[str, float]:
-    """Prints steps as they come, in Markdown.
+    """Prints steps as they come, and then the share of each that its floor takes, in Markdown.
 
     Returns:
-        The share of each that its floor takes, by name.
+        Those shares, by name.
     """
-    found = {}
+    found, shares = {}, dict[tuple[str, str], dict[int, float]]()
     print("| layer | minibatch | precision | products | copying | update | floor / update |\n" + "| --- " * 7 + "|")
     for step in steps:
         times = " | ".join(f"{1000 * seconds:.2f} ms" for seconds in (step.products_s, step.copy_s, step.step_s))
@@ -148,6 +148,11 @@ def print_steps(steps: Iterable[Step]) -> dict[str, float]:
         found["/".join(("step_floor_fraction", *map(str, step[:3])))] = step.fraction
         if step[:3] == CHIEF:
             found["step_floor_fraction"] = step.fraction
+        shares.setdefault((step.layer, step.precision), {})[step.batch] = step.fraction
+    batches = " | ".join(str(batch) for batch in next(iter(shares.values()), ()))
+    print(f"\n| floor / update | precision | {batches} |\n" + "| --- " * (2 + batches.count("|") + 1) + "|")
+    for names, by_batch in shares.items():
+        print("| " + " | ".join((*names, *(f"{share:.2f}" for share in by_batch.values()))) + " |")
     return found
 
 
