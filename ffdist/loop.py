@@ -12,7 +12,7 @@ from torch import Tensor
 from ffdist.checkpoint import CommitError, Commits, Written, commit_name, weights_sha256
 from ffdist.config import Config, RunFailed
 from ffdist.evaluation import Evaluation, evaluate
-from ffdist.ff.layers import METRICS
+from ffdist.ff.layers import MEASURED, METRICS
 from ffdist.ff.negatives import NegativesError
 from ffdist.launch import Pipeline
 from ffdist.pipeline.runner import Evaluated, Trained
@@ -24,7 +24,7 @@ from ffdist.tracking.averages import Averages
 from ffdist.tracking.progress import Display
 from ffdist.tracking.tracker import Tracker
 
-ALWAYS_MEASURED = [name for name in METRICS if name != "weight_rms"]
+ALWAYS_MEASURED = [name for name in METRICS if name not in MEASURED]
 
 
 class _Cut(NamedTuple):

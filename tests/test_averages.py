@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from ffdist.ff.layers import METRICS
+from ffdist.ff.layers import MEASURED, METRICS
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.stage import Report
@@ -59,6 +59,6 @@ def test_times_are_counted_once_and_shares_add_up():
         assert all(metrics["negatives/wait_fraction"] == 0.125 for metrics in speeds)
 
 
-def test_unmeasured_weights_are_left_out(monkeypatch):
-    monkeypatch.setitem(globals(), "LAYERS", LAYERS.clone().index_fill_(2, torch.tensor([5]), math.nan))
-    assert "layer_1/weight_rms" not in points(4, 8)[0][1]
+def test_what_was_not_measured_is_left_out(monkeypatch):
+    monkeypatch.setitem(globals(), "LAYERS", LAYERS.clone().index_fill_(2, torch.tensor([4, 5]), math.nan))
+    assert not {f"layer_1/{name}" for name in MEASURED} & set(points(4, 8)[0][1])

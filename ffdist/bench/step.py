@@ -16,6 +16,7 @@ import torch
 from ffdist.ff.layers import Dense, Layer
 from ffdist.ff.local import Fields, Local, Map
 from ffdist.pipeline.device import Graphs, Way
+from ffdist.pipeline.runner import keep_memory
 
 UNITS = {"cpu": (500, 1000, 2000, 4000), "cuda": (2000, 8000)}
 BATCHES = {"cpu": (50, 100, 250, 1000), "cuda": (128, 512, 1024, 4096)}
@@ -66,6 +67,7 @@ def measure_steps(
         batches: Samples a minibatch, each in a positive, a negative and a neutral row; likewise.
     """
     torch.set_num_threads(1)
+    keep_memory()
     kind = torch.device(device).type
     units, batches = units or UNITS[kind], batches or BATCHES[kind]
     byte_s = _byte_s(device)

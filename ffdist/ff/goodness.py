@@ -16,8 +16,8 @@ TINY = 1e-12
 
 def squared_length(activity: Tensor) -> Tensor:
     """Returns the sum of squares `[..., H] -> [...]`, in at least float32 (half precision loses the signal)."""
-    activity = activity.to(torch.promote_types(activity.dtype, torch.float32))
-    return activity.square().sum(-1)
+    wide = torch.promote_types(activity.dtype, torch.float32)
+    return torch.linalg.vector_norm(activity, dim=-1, dtype=wide).square()  # one pass
 
 
 def sum_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, squared_length
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.update import LAYER_UPDATE, Learner, Update
 
-METRICS = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction", "weight_rms")
+MEASURED = ("active_fraction", "weight_rms")
+"""What takes a pass over all activities or weights, and so is only measured now and then."""
+METRICS = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", *MEASURED)
 """What a layer reports of a minibatch, in this order."""
 
 PEER_SMOOTHING, PEER_START = 0.9, 0.5
@@ -154,7 +156,7 @@ class Layer(Learner, ABC):
         batch: int,
         negatives: int = 1,
         gain: float | None = 1.0,
-        measure_weights: bool = False,
+        measure: bool = False,
     ) -> tuple[Passed, Tensor]:
         """Passes a minibatch on and learns from it, all passes at the same weights.
 
@@ -164,10 +166,11 @@ class Layer(Learner, ABC):
             batch: Number of samples B.
             negatives: Negative rows of each sample; each weighs its share of one.
             gain: Factor on the learning rate; None leaves the layer as it is.
-            measure_weights: Whether to take the root mean square of the weights as well (a pass over all of them).
+            measure: Whether to take MEASURED as well.
 
         Returns:
-            What goes on, `[R, H]` and `[R]`, computed at the weights before the update; and METRICS `[6]`, float32.
+            What goes on, `[R, H]` and `[R]`, computed at the weights before the update; and METRICS `[6]`, float32, not
+            a number where nothing was measured.
         """
         inputs = self._inputs(rows)
         look = self._look(self._activity(inputs))
@@ -176,14 +179,15 @@ class Layer(Learner, ABC):
         inputs, look = inputs[trained], _Look(*(part[trained] for part in look))
         positive, negative = look.goodness[:batch], look.goodness[batch:]
         loss, pull = self._loss(look.goodness, batch)
+        unmeasured = loss.new_full((), math.nan)
         metrics = torch.stack(
             (
                 (loss[:batch].mean() + loss[batch:].mean()) / 2,
                 positive.mean(),
                 negative.mean(),
                 (negative.view(negatives, batch) >= positive).float().mean(),
-                look.activity.sign().mean(),  # none is negative
-                self.weight.square().mean().sqrt() if measure_weights else loss.new_full((), math.nan),
+                look.activity.sign().mean() if measure else unmeasured,  # none is negative
+                self.weight.square().mean().sqrt() if measure else unmeasured,
             )
         ).float()
         if gain is not None:

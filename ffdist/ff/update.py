@@ -144,8 +144,8 @@ class Learner(nn.Module):
         self._ascend("weight", weight_gradient, copy, step)
 
     def _ascend(self, name: str, gradient: Tensor, copy: Tensor | None, step: Update) -> None:
-        optimizer, parameter = OPTIMIZERS[step.optimizer], self.get_parameter(name)
-        memory = [self.get_buffer(f"{name}_{slot}") for slot in optimizer.slots]
+        optimizer, parameter = OPTIMIZERS[step.optimizer], getattr(self, name)
+        memory = [getattr(self, f"{name}_{slot}") for slot in optimizer.slots]
         cut = [parameter, gradient, *memory, *([] if copy is None else [copy])]
         # Piece by piece, because what the first pass over a piece brings near is still there for the last.
         for part, by, *rest in in_pieces(cut):

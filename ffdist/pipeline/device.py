@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MOST_WAYS = 4
-"""Graphs kept: learning rates change from epoch to epoch, and weights are measured now and then."""
+"""Graphs kept: learning rates change from epoch to epoch, and something is measured now and then."""
 
 
 class Way(NamedTuple):
@@ -21,7 +21,7 @@ class Way(NamedTuple):
     layer: int | None
     """The only layer that learns; None for all."""
     measure: bool
-    """Whether weights are measured."""
+    """Whether MEASURED is."""
 
 
 Step = Callable[[Tensor, Way], Sequence[Tensor]]

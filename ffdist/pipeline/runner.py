@@ -62,7 +62,7 @@ class Blueprint(NamedTuple):
     """Most pixels that a training image is shifted in either direction."""
     stage_layers: list[range]
     measure_every: int
-    """Minibatches between two measurements of the weights."""
+    """Minibatches between two in which MEASURED is."""
     device: str
     """Where the layers live, as torch names it."""
 

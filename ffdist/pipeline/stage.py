@@ -96,7 +96,7 @@ class Stage:
         architecture: The whole network.
         layers: The layers held here, counted from 0.
         order: SampleOrder of the training set.
-        measure_every: Minibatches between two measurements of the weights.
+        measure_every: Minibatches between two in which MEASURED is.
         device: Where the layers live, as torch names it. What travels is always in main memory.
         source: What turns images into rows, in the first stage.
     """
@@ -162,7 +162,7 @@ class Stage:
                 batch=batch,
                 negatives=len(rows) // batch - 1 - self._labels_shown,
                 gain=way.gain if way.layer in (None, index) else None,
-                measure_weights=way.measure,
+                measure=way.measure,
             )
             metrics.append(layer_metrics)
             made += [rows[read_rows]] * travels

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ffdist.ff.layers import METRICS
+from ffdist.ff.layers import MEASURED, METRICS
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Train
-
-WEIGHT_RMS = METRICS.index("weight_rms")
 
 
 def is_learned(metric: str) -> bool:
@@ -70,14 +68,14 @@ class Averages:
     def _learning(self) -> dict[str, float]:
         stacked = torch.stack(self._layers).double()
         layers = stacked.mean(0)
-        layers[:, WEIGHT_RMS] = stacked[:, :, WEIGHT_RMS].nanmean(0)  # measured once a point
+        layers[:, -len(MEASURED) :] = stacked[:, :, -len(MEASURED) :].nanmean(0)  # once a point
         readout = torch.stack(self._readout).double().mean(0)
         self._layers, self._readout = [], []
         metrics = {
             f"layer_{layer}/{name}": value
             for layer, values in enumerate(layers.tolist(), 1)
             for name, value in zip(METRICS, values, strict=True)
-            if name != "weight_rms" or value == value  # a last, partial point has none
+            if name not in MEASURED or value == value  # a last, partial point has none
         }
         return metrics | dict(zip(("readout/loss", "readout/error"), readout.tolist(), strict=True))
 

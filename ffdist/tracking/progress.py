@@ -81,11 +81,11 @@ class Display:
     def _rows(self) -> list[list[str]]:
         rows, layer = [], 1
         while f"layer_{layer}/loss" in self._metrics:
-            names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", "active_fraction")
-            loss, positive, negative, pairwise, active = (self._metrics[f"layer_{layer}/{name}"] for name in names)
-            rows.append(
-                [str(layer), f"{loss:.3f}", f"{positive:.4g}", f"{negative:.4g}", f"{pairwise:.4f}", f"{active:.2f}"]
-            )
+            names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error")
+            loss, positive, negative, pairwise = (self._metrics[f"layer_{layer}/{name}"] for name in names)
+            active = self._metrics.get(f"layer_{layer}/active_fraction")  # a short run has none
+            row = [str(layer), f"{loss:.3f}", f"{positive:.4g}", f"{negative:.4g}", f"{pairwise:.4f}"]
+            rows.append([*row, "" if active is None else f"{active:.2f}"])
             layer += 1
         return rows
 
