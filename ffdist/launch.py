@@ -13,9 +13,10 @@ from ffdist.config import Config, ConfigError
 from ffdist.data.folder import Folder
 from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.backpropagation import Backpropagation
-from ffdist.pipeline.costs import Costs, measure_costs, predicted_samples_per_s
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.costs import Costs, measure_costs, predicted_samples_per_s, slowest_stage_s
 from ffdist.pipeline.partition import given_partition, partition
-from ffdist.pipeline.runner import Blueprint, Runner, keep_memory, serial_runner, torch_threads
+from ffdist.pipeline.runner import Runner, keep_memory, serial_runner, torch_threads
 from ffdist.prepare import Prepared
 from ffdist.runtime.cluster import Resources, check_object_store, connect, machine_resources
 from ffdist.runtime.placement import decide, describe, reserve
@@ -110,22 +111,22 @@ def place(
         stage_layers = given_partition(pipeline.balance)
     else:
         stage_layers = partition(costs.layers if costs else architecture.weights, placement.stages)
-    blueprint = _blueprint(prepared, config, stage_layers, placement.device)
+    blueprint = _blueprint(prepared, config, stage_layers, placement.device).paced(
+        pipeline.chunk_size,
+        pipeline.max_in_flight,
+        minibatch_s=slowest_stage_s(costs, stage_layers) if costs else None,
+        most=config.checkpoint.every_minibatches,
+    )
     images, labels = dataset.images, dataset.labels["train"]
     in_words, predicted = describe(runner, placement, blueprint), None
     if costs:
         processors = int(there["CPU"]) // pipeline.threads_per_stage if placement.device == "cpu" else int(there["GPU"])
         predicted = predicted_samples_per_s(
-            costs,
-            blueprint,
-            processors=max(1, processors) if runner == "ray" else None,
-            chunk_size=pipeline.chunk_size,
+            costs, blueprint, processors=max(1, processors) if runner == "ray" else None
         )
         in_words += f"; predicted: {predicted:,.0f} samples/s"
     if runner == "ray":
-        window = blueprint.window(pipeline.chunk_size, pipeline.max_in_flight)
-        in_flight = blueprint.bytes_in_flight(pipeline.chunk_size, window)
-        check_object_store(images=sum(split.nbytes for split in images.values()), in_flight=in_flight)
+        check_object_store(images=sum(split.nbytes for split in images.values()), in_flight=blueprint.bytes_in_flight)
         with reserve(placement.bundles(plan.num_parts)) as group:
             from ffdist.runtime.runner import ray_runner
 

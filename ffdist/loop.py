@@ -112,7 +112,8 @@ class Loop:
         self._mark("restored", self.step)
         blocks: list[Evaluated] = []
         since, before_s = time.perf_counter(), self._train_s
-        for order, result in pipeline.run(self._orders(asked_to_stop), self._schedule()):
+        size = pipeline.blueprint.chunk_size
+        for order, result in pipeline.run(self._orders(self._schedule(size), asked_to_stop), self._schedule(size)):
             if isinstance(order, Train) and isinstance(result, Trained):
                 self._check_finite(order, result)
                 self.step = order.step + order.num_minibatches
@@ -164,12 +165,12 @@ class Loop:
             "best_commit": self._commits.path(self._best[1]) if self._best else None,
         }
 
-    def _schedule(self) -> Iterator[Order]:
+    def _schedule(self, chunk_size: int) -> Iterator[Order]:
         config = self._config
         return schedule(
             epochs=config.training.epochs,
             minibatches=self._order.minibatches,
-            chunk_size=config.pipeline.chunk_size,
+            chunk_size=chunk_size,
             greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
             validation_samples=len(self._dataset.labels["validation"]),
             test_samples=len(self._dataset.labels["test"]),
@@ -178,11 +179,11 @@ class Loop:
             start=self._start.position,
         )
 
-    def _orders(self, asked_to_stop: Callable[[], bool]) -> Iterator[Order]:
+    def _orders(self, schedule: Iterator[Order], asked_to_stop: Callable[[], bool]) -> Iterator[Order]:
         """Yields the schedule, and a snapshot wherever a commit is due or the run is to stop."""
         at = self._start.position
         kept = at if self._start.manifest else None
-        for order in self._schedule():
+        for order in schedule:
             if asked_to_stop():
                 self.stopped = True
                 if at != kept:

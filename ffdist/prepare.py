@@ -94,7 +94,8 @@ def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> Nega
         made = make_checked(kind, data, some, draw, labels_shown=config.data.label != "none")
     except NegativesError as error:
         raise ConfigError(f"negatives.kind={negatives.kind}: {error}") from error
-    chunk, delay = min(config.pipeline.chunk_size, order.minibatches), negatives.prediction_delay
+    asked, delay = config.pipeline.chunk_size, negatives.prediction_delay
+    chunk = 1 if asked == "auto" else min(asked, order.minibatches)
     if negatives.kind == "hard_label" and chunk > delay:
         raise ConfigError(
             f"negatives.kind=hard_label needs chunks no longer than the delay of its labels "

@@ -231,8 +231,8 @@ class Pipeline(Section):
     balance: Literal["measured", "estimated"] | list[Count] = "measured"
     """How layers are cut into stages: for the fastest slowest stage by what each layer costs, measured on this machine
     before the start, or estimated by its weights; or the number of layers of each stage."""
-    chunk_size: Count = 20
-    """Minibatches that travel together."""
+    chunk_size: Count | Literal["auto"] = "auto"
+    """Minibatches that travel together; `auto`: what takes the slowest stage a third of a second."""
     max_in_flight: Count | Literal["auto"] = "auto"
     """Chunks admitted and not yet done; `auto`: one for each stage, and three."""
     threads_per_stage: Count = 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested here is decided alike on every machine
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested here is decided alike on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 torch.set_num_threads(1)  # as a stage does; two that share a busy processor wait for each other over tiny tensors

@@ -15,7 +15,7 @@ from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update
 from ffdist.offline import load_network
 from ffdist.pipeline.backpropagation import Backpropagation
-from ffdist.pipeline.runner import Blueprint
+from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import NegativePlan
 from ffdist.prepare import build_architecture

@@ -2,8 +2,8 @@ import pytest
 
 from ffdist import load_config, train
 from ffdist.launch import measure
+from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.costs import Costs, predicted_samples_per_s
-from ffdist.pipeline.runner import Blueprint
 from ffdist.prepare import prepare
 
 
@@ -41,14 +41,14 @@ def test_greedy_training_and_estimates_need_no_measurement(digits):
 )
 def test_the_slowest_stage_decides_where_processors_abound(cut, processors, seconds, digits):
     costs, blueprint = Costs([0.01, 0.03, 0.02], 0.01, "cpu"), a_blueprint(digits, cut)
-    found = predicted_samples_per_s(costs, blueprint, processors=processors, chunk_size=20)
+    found = predicted_samples_per_s(costs, blueprint, processors=processors)
     assert found == pytest.approx(digits.order.batch_size / seconds)
 
 
 def test_parts_that_share_processors_wait_for_all_of_them_and_their_messages(digits):
     costs, blueprint = Costs([0.01, 0.03, 0.02], 0.01, "cpu"), a_blueprint(digits, [range(1), range(1, 2), range(2, 3)])
     ideal = digits.order.batch_size / 0.035
-    far, near = (predicted_samples_per_s(costs, blueprint, processors=2, chunk_size=size) for size in (1, 20))
+    far, near = (predicted_samples_per_s(costs, blueprint.paced(size, 1), processors=2) for size in (1, 20))
     assert far < near < ideal
 
 

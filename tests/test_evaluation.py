@@ -4,7 +4,8 @@ import torch
 from ffdist.data.order import SampleOrder
 from ffdist.evaluation import evaluate
 from ffdist.ff.network import Architecture, Network
-from ffdist.pipeline.runner import Blueprint, serial_runner
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.runner import serial_runner
 from ffdist.pipeline.schedule import evaluation
 from ffdist.pipeline.source import NegativePlan
 

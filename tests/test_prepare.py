@@ -23,7 +23,7 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
         ([f"model.layers=[{LOCAL}, 20]"], "label=append puts the label where few fields look; set it to everywhere"),
         ([f"model.layers=[20, {LOCAL}]"], "layer 2 has local fields and no plane to look at"),
         (
-            ["negatives.kind=hard_label", "negatives.prediction_delay=20"],
+            ["negatives.kind=hard_label", "negatives.prediction_delay=20", "pipeline.chunk_size=28"],
             "chunk_size: 28, negatives.prediction_delay: 20",
         ),
         (["training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),

@@ -7,7 +7,6 @@ from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.runner import Blueprint
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import Drawn, HardLabels, NegativePlan, NegativeSource, Source
 
@@ -139,22 +138,6 @@ def test_a_chunk_across_shards_gets_the_negatives_of_its_own_samples():
     for number in range(3):
         every[order.shard(0, number)] = negatives.make(0, number).negatives
     assert torch.equal(signal[:, 1000:, 1:].argmax(-1), every[order.indices(3, 3, 4)])
-
-
-def test_a_window_never_waits_for_labels_of_its_own_chunks():
-    plan = NegativePlan("hard_label", prediction_delay=200)
-    assert [plan.max_in_flight(20, window) for window in (1, 4, 60)] == [1, 4, 10]
-    assert plan.max_in_flight(200, 4) == 1
-    assert NegativePlan("hybrid").max_in_flight(500, 60) == 60
-
-
-@pytest.mark.parametrize(("stages", "asked", "window"), [(3, "auto", 6), (5, "auto", 8), (3, 2, 2), (3, 60, 10)])
-def test_the_window_keeps_every_stage_busy(stages, asked, window):
-    plan = NegativePlan("hard_label", prediction_delay=100)
-    architecture = Architecture(SHAPE, CLASSES, (3,) * stages)
-    blueprint = Blueprint(architecture, ORDER, plan, 0, [range(1)] * stages, measure_every=1, device="cpu")
-    assert blueprint.window(10, asked) == window
-    assert blueprint.window(10**6, asked) == window, "no chunk is longer than an epoch, of 10 minibatches here"
 
 
 def test_negatives_from_a_store_are_those_that_were_drawn(tmp_path):

@@ -8,8 +8,8 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.layers import Rule
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import OPTIMIZERS, Update
+from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.device import Graphs, Overlapped
-from ffdist.pipeline.runner import Blueprint
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import NegativePlan, Shard
 from ffdist.pipeline.stage import Stage, _Clock
@@ -89,7 +89,7 @@ def test_steps_between_copies_are_those_one_by_one(label, layers):
     assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, so streams and graphs are not run")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; set CUDA_VISIBLE_DEVICES=0")
 @pytest.mark.parametrize("label", ["overwrite", "none"])
 def test_graphs_change_no_bit(label, monkeypatch):
     graphs = trained(a_stage(label, range(2), "cuda"), label)
@@ -106,7 +106,7 @@ def test_the_bytes_in_flight_bound_what_a_snapshot_takes(optimizer):
     rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
     architecture = Architecture((1, 100, 100), 3, (60, 50), rule=rule)
     order, plan = SampleOrder(0, 5, 5), NegativePlan("wrong_label")
-    blueprint = Blueprint(architecture, order, plan, 0, [range(2)], 1, "cpu")
+    blueprint = Blueprint(architecture, order, plan, 0, [range(2)], 1, "cpu").paced(1, 1)
     snapshot = Stage(architecture, range(2), order, 1, "cpu").state()
     size = sum(tensor.nbytes for tensors in snapshot.values() for tensor in tensors.values())
-    assert size <= blueprint.bytes_in_flight(1, 1) <= 1.5 * size
+    assert size <= blueprint.bytes_in_flight <= 1.5 * size

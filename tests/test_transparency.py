@@ -17,8 +17,9 @@ from ffdist.ff.layers import RELEASE, Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update
+from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.partition import partition
-from ffdist.pipeline.runner import Blueprint, Runner, serial_runner, torch_threads
+from ffdist.pipeline.runner import Runner, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Evaluate, Train, schedule
 from ffdist.pipeline.source import NegativePlan
 from ffdist.sections import Data, Pipeline

@@ -9,13 +9,13 @@ from ffdist.launch import machine, measure
 from ffdist.prepare import prepare
 
 SIZES = ((2, 2), (4, 2), (8, 2), (16, 2), (4, 1), (4, 4))
-"""Layers and stages of what is compared, the smallest first."""
+"""Layers and stages of what is compared, the smaller first."""
 ROUNDS = 2
 """Times that all sizes take their turn."""
 
 
 def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[[str], None]) -> dict[str, float]:
-    """Measures configurations over Ray, one after the other, and sets each against the first.
+    """Measures configurations over Ray, one after the other, and sets each against the one before of as many stages.
 
     Args:
         configs: What to train, by name.
@@ -23,8 +23,8 @@ def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[
         say: Is told what is going on.
 
     Returns:
-        Figures by name, each after its configuration's and a slash. `time_over_work` is how much longer a sample takes
-        than in the first, over how many more weights there are: 1 where time grows with the work alone.
+        Figures by name, each after its configuration's and a slash. `ps_per_added_weight` is how much longer a sample
+        takes than in the one before, for each weight more: alike in all where time grows with the work alone.
     """
     rates: dict[str, list[float]] = {name: [] for name in configs}
     weights, memory = dict[str, int](), dict[str, float]()
@@ -38,14 +38,16 @@ def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[
                 with started(config, prepared, resources, measure("ray", prepared, config)) as (trainer, _):
                     rates[name].append(trainer.train(seconds).samples_per_s)
                     memory[name] = sum(unique for kind, unique, _ in actors_memory() if kind == "stage")
-    found, first = dict[str, float](), next(iter(configs))
-    for name in configs:
-        rate, work = median(rates[name]), weights[name] / weights[first]
+    found, smaller = dict[str, float](), dict[object, str]()  # by stages, the configuration before
+    for name, config in configs.items():
+        rate = median(rates[name])
         found[f"{name}/ray_samples_per_s"] = rate
         found[f"{name}/weights"] = weights[name]
-        found[f"{name}/time_over_work"] = median(rates[first]) / rate / work
         found[f"{name}/stages_unique_bytes"] = memory[name]
-        if weights[name] != weights[first]:
-            added = (memory[name] - memory[first]) / (weights[name] - weights[first])
-            found[f"{name}/memory_per_added_weight"] = added
+        if before := smaller.get(config.pipeline.stages):
+            added = weights[name] - weights[before]
+            more_s = 1 / rate - 1 / found[f"{before}/ray_samples_per_s"]
+            found[f"{name}/ps_per_added_weight"] = 1e12 * more_s / added
+            found[f"{name}/bytes_per_added_weight"] = (memory[name] - memory[before]) / added
+        smaller[config.pipeline.stages] = name
     return found

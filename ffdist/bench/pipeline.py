@@ -47,7 +47,7 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
             cores, own = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
             say(f"starting a copy of the network on each of {cores} cores")
             data = prepared.dataset.images, prepared.dataset.labels["train"]
-            asked = stack.enter_context(copies(cores, trainer.blueprint, config.pipeline.chunk_size, *data))
+            asked = stack.enter_context(copies(cores, placed.blueprint, *data))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
             found |= _compare(trainer, asked, seconds, ROUNDS, say, test) | _largest_memory()
@@ -77,9 +77,7 @@ def started(
         placed.start(Folder(commits, CommitError)) as pipeline,
     ):
         assert isinstance(pipeline, Runner)
-        chunk_size, blueprint = config.pipeline.chunk_size, placed.blueprint
-        window = blueprint.window(chunk_size, config.pipeline.max_in_flight)
-        yield Trainer(pipeline, blueprint, chunk_size, window), placed
+        yield Trainer(pipeline), placed
 
 
 def _compare(

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import psutil
 from torch import Tensor
 
-from ffdist.pipeline.runner import Blueprint, Runner, Trained, keep_memory, serial_runner, torch_threads
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.runner import Runner, Trained, keep_memory, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, schedule
 
 ENDLESS = 10**6
@@ -38,15 +39,12 @@ class Trainer:
 
     Args:
         pipeline: To train on.
-        blueprint: What it is made of.
-        chunk_size: Minibatches that travel together.
-        in_flight: Chunks under way at once; until so many are through, nothing is steady.
     """
 
-    def __init__(self, pipeline: Runner, blueprint: Blueprint, chunk_size: int, in_flight: int) -> None:
-        self.blueprint = blueprint
-        self._pipeline, self._order = pipeline, blueprint.order
-        self._chunk_size, self._in_flight, self._epoch = chunk_size, in_flight, 0
+    def __init__(self, pipeline: Runner) -> None:
+        self.blueprint = pipeline.blueprint
+        self._pipeline, self._order, self._epoch = pipeline, pipeline.blueprint.order, 0
+        self._in_flight = pipeline.max_in_flight  # until so many chunks are through, nothing is steady
         self.start_s = 0.0
         """Time from the start of this process to the end of the first chunk."""
 
@@ -63,7 +61,7 @@ class Trainer:
         """
         deadline, ends, chunks = float("inf"), list[tuple[float, float, float, int]](), list[Trained]()
         written, evaluation_s = None, 0.0
-        steady_after = self._chunk_size * self._in_flight
+        steady_after = self.blueprint.chunk_size * self._in_flight
         first_minibatch = max(0, self._order.minibatches - 2 * steady_after) if boundary else 0
 
         def orders() -> Iterator[Order]:
@@ -108,7 +106,7 @@ class Trainer:
         orders = schedule(
             epochs=ENDLESS,
             minibatches=self._order.minibatches,
-            chunk_size=self._chunk_size,
+            chunk_size=self.blueprint.chunk_size,
             validation_samples=0,
             test_samples=0,
             evaluate_every=ENDLESS,
@@ -154,10 +152,10 @@ def copies(number: int, *network: Any) -> Iterator[list[Connection]]:
             process.join()
 
 
-def _serve(asked: Connection, blueprint: Blueprint, chunk_size: int, images: dict[str, Tensor], labels: Tensor) -> None:
+def _serve(asked: Connection, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
     """Trains as asked, on one network with images and labels as `serial_runner` takes them."""
     keep_memory()
-    trainer = Trainer(serial_runner(blueprint, images, labels, None), blueprint, chunk_size, in_flight=1)
+    trainer = Trainer(serial_runner(blueprint, images, labels, None))
     while True:
         threads, seconds = asked.recv()
         with torch_threads(threads):

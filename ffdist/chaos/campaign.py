@@ -21,6 +21,7 @@ from ffdist.chaos.training import NotSurvived, Surroundings, Training, marked, w
 from ffdist.checkpoint import commit_name
 from ffdist.config import Config, ConfigError
 from ffdist.failures import Recovery
+from ffdist.pipeline.blueprint import CHUNK
 from ffdist.pipeline.schedule import Position
 from ffdist.prepare import prepare
 from ffdist.tracking.averages import is_learned
@@ -117,11 +118,13 @@ class Campaign:
         rounds = math.ceil(faults / len(KINDS))
         self._left = [kind for _ in range(rounds) for kind in draw.sample(list(KINDS), len(KINDS))][:faults]
         self._draw, self._faults, self._seconds = draw, faults, minutes * 60
-        steps, self._chunk_size = config.passes * minibatches, config.pipeline.chunk_size
+        steps, size = config.passes * minibatches, config.pipeline.chunk_size
+        self._chunk_size = CHUNK if size == "auto" else size
         self._last = commit_name(Position(*divmod(int(steps * DISTURBED), minibatches)))
         self._words = [
             *words,
             *("pipeline.max_failures=1000", f"pipeline.stall_timeout_s={STALL_TIMEOUT_S}"),
+            f"pipeline.chunk_size={self._chunk_size}",
             *(f"checkpoint.every_minibatches={max(1, steps // COMMITS_A_RUN)}", "checkpoint.keep=3"),
         ]
         self._folder = Path(tempfile.mkdtemp(prefix="ffdist-chaos-"))

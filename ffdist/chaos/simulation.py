@@ -34,8 +34,9 @@ from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.failures import Failures
 from ffdist.loop import Loop
+from ffdist.pipeline.blueprint import Blueprint, Parts
 from ffdist.pipeline.partition import partition
-from ffdist.pipeline.runner import Blueprint, Parts, Runner
+from ffdist.pipeline.runner import Runner
 from ffdist.pipeline.source import NegativePlan
 from ffdist.pipeline.stage import layer_name
 from ffdist.prepare import Prepared, build_architecture
@@ -182,12 +183,14 @@ def _pipeline(config: Config, prepared: Prepared, folder: Path, fate: Fate) -> I
         readout=Readout(["readout"], order),
         writer=CommitWriter(FrailFolder(str(folder / "commits"), fate, WriterDied)),
     )
+    blueprint = Blueprint(prepared.architecture, order, plan, 0, cut, 1, "cpu")
+    blueprint = blueprint.paced(config.pipeline.chunk_size, fate.draw.randint(1, 5))
     yield Runner(
-        Blueprint(prepared.architecture, order, plan, 0, cut, 1, "cpu"),
+        blueprint,
         parts,
         call=cluster.call,
         collect=cluster.collect,
-        max_in_flight=plan.max_in_flight(config.pipeline.chunk_size, fate.draw.randint(1, 5)),
+        max_in_flight=blueprint.max_in_flight,
         ahead=plan.ahead,
     )
 

@@ -17,7 +17,8 @@ TINY = 1e-12
 def squared_length(activity: Tensor) -> Tensor:
     """Returns the sum of squares `[..., H] -> [...]`, in at least float32 (half precision loses the signal)."""
     wide = torch.promote_types(activity.dtype, torch.float32)
-    return torch.linalg.vector_norm(activity, dim=-1, dtype=wide).square()  # one pass
+    length: Tensor = torch.linalg.vector_norm(activity, dim=-1, dtype=wide)  # in one pass
+    return length.square()
 
 
 def sum_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

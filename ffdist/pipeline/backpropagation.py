@@ -11,7 +11,8 @@ from torch import Tensor
 from ffdist.ff.layers import METRICS, Layer
 from ffdist.ff.network import Network
 from ffdist.ff.update import Learner
-from ffdist.pipeline.runner import Blueprint, Evaluated, Result, Trained
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.runner import Evaluated, Result, Trained
 from ffdist.pipeline.schedule import Evaluate, Order, Train
 from ffdist.pipeline.source import Source
 from ffdist.pipeline.stage import Report, State, layer_name, state_of
@@ -32,7 +33,7 @@ class Backpropagation:
     """
 
     def __init__(self, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, writer: Any) -> None:
-        architecture = blueprint.architecture
+        self.blueprint, architecture = blueprint, blueprint.architecture
         self._network = Network(architecture).to(blueprint.device)
         self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
         self._device = blueprint.device

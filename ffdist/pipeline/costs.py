@@ -10,11 +10,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ffdist.data.order import SHARD_SAMPLES
+from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.partition import given_partition
-from ffdist.pipeline.runner import Blueprint, Trained, serial_runner, torch_threads
+from ffdist.pipeline.runner import Trained, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Train
 
-CHUNK, LEAST, MOST, ENOUGH_S = 4, 3, 16, 1.0
+SIZE, LEAST, MOST, ENOUGH_S = 4, 3, 16, 1.0
 """Minibatches of a chunk that is measured, fewest and most of them, and when the fewest are enough."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
 """Processor time of an actor's call, in all processes of driver and Ray, and of a byte that goes from one actor to the
@@ -53,16 +54,19 @@ def measure_costs(
 def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Costs:
     order, one_each = blueprint.order, given_partition([1] * len(blueprint.architecture.layers))
     alone = blueprint._replace(stage_layers=one_each, negatives=replace(blueprint.negatives, store=None))
-    size = min(CHUNK, order.minibatches)
+    size = min(SIZE, order.minibatches)
     chunks = [Train(0, first, size, first, 1.0) for first in range(0, order.minibatches - size + 1, size)][:MOST]
     took: list[tuple[float, list[float]]] = []  # of each chunk all, and its layers
     runner = serial_runner(alone, images, labels, None)
     start = since = time.perf_counter()
+    worked_since = time.thread_time()
     for _, trained in runner.run(chunks, chunks):
         assert isinstance(trained, Trained)
-        now = time.perf_counter()
-        took.append((now - since, [report.compute_s for report in trained.stages]))
-        since = now
+        now, worked = time.perf_counter(), time.thread_time()
+        # Of the time on a processor: others, such as a Ray that starts, take turns with this thread.
+        share = (worked - worked_since) / (now - since) if blueprint.device == "cpu" else 1.0
+        took.append((share * (now - since), [share * report.compute_s for report in trained.stages]))
+        since, worked_since = now, worked
         if len(took) >= LEAST and now - start > ENOUGH_S:
             break
     made_s = took[0][0] - sum(took[0][1])  # the first chunk makes a whole shard of negatives
@@ -73,22 +77,25 @@ def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor
     return Costs(layers, others, blueprint.device)
 
 
-def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: int | None, chunk_size: int) -> float:
+def slowest_stage_s(costs: Costs, stage_layers: Sequence[Sequence[int]]) -> float:
+    """Returns the time that the slowest of these stages takes for a minibatch."""
+    return max(sum(costs.layers[layer] for layer in layers) for layers in stage_layers)
+
+
+def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: int | None) -> float:
     """Returns the throughput that the slowest stage allows, or all parts that share the processors.
 
     Args:
         costs: Of the parts.
-        blueprint: How layers are cut into stages.
+        blueprint: How layers are cut into stages, and how many minibatches travel together.
         processors: Of the kind that the stages compute on, each for one thread; None where all is done in turn.
-        chunk_size: Minibatches that travel together.
     """
-    batch = blueprint.order.batch_size
-    stages = [sum(costs.layers[layer] for layer in layers) for layers in blueprint.stage_layers]
+    batch, stages, busy_s = blueprint.order.batch_size, blueprint.stage_layers, sum(costs.layers) + costs.others
     if processors is None:
-        return batch / (sum(stages) + costs.others)
-    calls_s = CALL_S * (len(stages) + 2) / chunk_size
-    travels_s = BYTE_S * sum(_bytes_out(blueprint, layers) for layers in blueprint.stage_layers)
-    return batch / max(*stages, (sum(stages) + costs.others + calls_s + travels_s) / processors)
+        return batch / busy_s
+    calls_s = CALL_S * (len(stages) + 2) / blueprint.chunk_size
+    travels_s = BYTE_S * sum(_bytes_out(blueprint, layers) for layers in stages)
+    return batch / max(slowest_stage_s(costs, stages), (busy_s + calls_s + travels_s) / processors)
 
 
 def _bytes_out(blueprint: Blueprint, layers: Sequence[int]) -> int:

@@ -8,22 +8,16 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, cycle, islice, repeat
-from typing import Any, Literal, NamedTuple, Protocol
+from itertools import cycle, islice
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ffdist.data.order import SHARD_SAMPLES, SampleOrder
-from ffdist.ff.network import Architecture
-from ffdist.ff.update import OPTIMIZERS
-from ffdist.pipeline.schedule import EVALUATION_ROWS, Evaluate, Order, Snapshot, Train, evaluation_block
-from ffdist.pipeline.source import NegativePlan, NegativeSource
-from ffdist.pipeline.stage import ReadoutStage, Report, Stage, State, layer_name
+from ffdist.pipeline.blueprint import Blueprint, Parts
+from ffdist.pipeline.schedule import Evaluate, Order, Snapshot, Train
+from ffdist.pipeline.stage import Report, State, layer_name
 
-FLOAT32_BYTES = 4
-SPARE = 3
-"""Chunks under way beside one for each stage: in the readout, and on their way."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Of glibc's malloc.h: never give memory back, take a lot at once, take all of it from one heap."""
 
@@ -40,76 +34,6 @@ class Collect(Protocol):
 
     def __call__(self, returned: list[Any], wait: bool = True) -> Any:
         """Returns the results in order; without waiting, None where one of them is not there yet."""
-
-
-class Parts(NamedTuple):
-    """What a run consists of; plain objects or actors that hold them."""
-
-    negatives: list[Any]
-    stages: list[Any]
-    readout: Any
-    writer: Any
-    """Has `write(snapshot, *states)`."""
-
-
-class Blueprint(NamedTuple):
-    """What decides the parts, apart from the data."""
-
-    architecture: Architecture
-    order: SampleOrder
-    negatives: NegativePlan
-    jitter: int
-    """Most pixels that a training image is shifted in either direction."""
-    stage_layers: list[range]
-    measure_every: int
-    """Minibatches between two in which MEASURED is."""
-    device: str
-    """Where the layers live, as torch names it."""
-
-    def window(self, chunk_size: int, max_in_flight: int | Literal["auto"]) -> int:
-        """Returns how many orders may be under way; as many as keep every stage busy, where that is left to it."""
-        most = len(self.stage_layers) + SPARE if max_in_flight == "auto" else max_in_flight
-        return self.negatives.max_in_flight(min(chunk_size, self.order.minibatches), most)
-
-    def bytes_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
-        """Bounds what messages and states take while `max_in_flight` orders are under way; two may be snapshots."""
-        architecture, order, negatives = self.architecture, self.order, self.negatives
-        samples = order.batch_size * min(chunk_size, order.minibatches), evaluation_block(architecture)
-        signals = samples[0] * (negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS - samples[1]
-        # What the readout reads waits for the last layer; the signal is in two places at most.
-        values = (
-            read * sum(architecture.widths[1:]) + 2 * signal * max(architecture.widths[1:])
-            for read, signal in zip(samples, signals, strict=True)
-        )
-        messages = max_in_flight * max(values) * architecture.compute_dtype.itemsize
-        ahead = (max_in_flight + negatives.ahead) * min(chunk_size, order.minibatches) * order.batch_size
-        made = (ahead + 2 * min(SHARD_SAMPLES, order.samples)) * negatives.sample_bytes  # whole shards at both ends
-        kept = 1 + len(OPTIMIZERS[architecture.rule.update.optimizer].slots)
-        states = min(2, max_in_flight) * kept * FLOAT32_BYTES * sum(architecture.weights)
-        return messages + made + states
-
-    def assemble(self, make: Callable[..., Any], images: Any, labels: Any, writer: Any) -> Parts:
-        """Makes all parts: the stages in order, the readout, the negatives.
-
-        Args:
-            make: Makes an object of a class from its arguments, or an actor that holds one.
-            images: uint8 images of each split, or a reference to them.
-            labels: Labels of the training set, or a reference to them.
-            writer: Of snapshots.
-        """
-        architecture, order, negatives = self.architecture, self.order, self.negatives
-        source = (negatives, self.jitter, images, labels)
-        return Parts(
-            stages=[
-                make(Stage, architecture, layers, order, self.measure_every, self.device, *first)
-                for layers, first in zip(self.stage_layers, chain([source], repeat(())), strict=False)
-            ],
-            readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay)),
-            negatives=[
-                make(NegativeSource, negatives, images, labels, architecture, order) for _ in range(negatives.num_parts)
-            ],
-            writer=writer,
-        )
 
 
 class Trained(NamedTuple):
@@ -155,8 +79,8 @@ class Runner:
         max_in_flight: int = 1,
         ahead: int = 0,
     ) -> None:
-        self._blueprint, self._parts, self._call, self._collect = blueprint, parts, call, collect
-        self._max_in_flight, self._ahead = max_in_flight, ahead
+        self.blueprint, self._parts, self._call, self._collect = blueprint, parts, call, collect
+        self.max_in_flight, self._ahead = max_in_flight, ahead
         self._makers = cycle(parts.negatives)
         self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number, asked for and still to be used
         self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch, still to be delivered
@@ -164,7 +88,7 @@ class Runner:
     def restore(self, state: State) -> None:
         """Has every part take up where a snapshot was taken, with however many stages."""
         home = [self._call(self._parts.readout, "restore", {"readout": state["readout"]})]
-        for stage, layers in zip(self._parts.stages, self._blueprint.stage_layers, strict=True):
+        for stage, layers in zip(self._parts.stages, self.blueprint.stage_layers, strict=True):
             names = [layer_name(index) for index in layers] + ["negatives"] * (0 in layers)
             home.append(self._call(stage, "restore", {name: state[name] for name in names if name in state}))
         self._collect(home)
@@ -186,24 +110,24 @@ class Runner:
                 self._ask_for_negatives(islice(chunks, ahead))
                 ahead = 1
             in_flight.append((order, self._submit(order)))
-            if len(in_flight) == self._max_in_flight:
+            if len(in_flight) == self.max_in_flight:
                 yield self._finish(*in_flight.popleft())
         while in_flight:
             yield self._finish(*in_flight.popleft())
 
     def _ask_for_negatives(self, chunks: Iterable[Train]) -> None:
         for chunk in chunks:
-            for number in self._blueprint.order.shards(chunk.first, chunk.num_minibatches):
+            for number in self.blueprint.order.shards(chunk.first, chunk.num_minibatches):
                 if (chunk.epoch, number) not in self._shards:
                     self._shards[chunk.epoch, number] = self._call(next(self._makers), "make", chunk.epoch, number)
 
     def _arriving(self, chunk: Train) -> list[Any]:
         """Returns what the first stage needs of a chunk: its shards, and labels that became old enough for it."""
-        needed = [(chunk.epoch, number) for number in self._blueprint.order.shards(chunk.first, chunk.num_minibatches)]
+        needed = [(chunk.epoch, number) for number in self.blueprint.order.shards(chunk.first, chunk.num_minibatches)]
         for past in [key for key in self._shards if key < needed[0]]:
             del self._shards[past]
         arriving = [self._shards[key] for key in needed]
-        if delay := self._blueprint.negatives.prediction_delay:
+        if delay := self.blueprint.negatives.prediction_delay:
             while self._drawn and self._drawn[0][0] < chunk.step + chunk.num_minibatches - delay:
                 arriving.append(self._drawn.popleft()[1])
         return arriving
@@ -215,16 +139,16 @@ class Runner:
         message = self._arriving(order) if isinstance(order, Train) else []
         method = "train" if isinstance(order, Train) else "evaluate"
         home, read = [], []
-        for stage, layers in zip(self._parts.stages, self._blueprint.stage_layers, strict=True):
+        for stage, layers in zip(self._parts.stages, self.blueprint.stage_layers, strict=True):
             report, signal, *passed = self._call(stage, method, order, *message, returns=2 + len(layers))
             home.append(report)
             read += passed
             message = [signal, passed[-1]]
-        read = read[self._blueprint.architecture.predict_from - 1 :]
+        read = read[self.blueprint.architecture.predict_from - 1 :]
         if isinstance(order, Evaluate):
             return [*home, self._call(self._parts.readout, method, *read)]
         report, drawn = self._call(self._parts.readout, method, order, *read, returns=2)
-        if self._blueprint.negatives.prediction_delay:
+        if self.blueprint.negatives.prediction_delay:
             self._drawn.append((order.step, drawn))
         return [*home, report]
 

@@ -43,10 +43,6 @@ class NegativePlan:
     store: Store | None = None
     """Where they are read from, and added to where they are missing."""
 
-    def max_in_flight(self, chunk_size: int, max_in_flight: int) -> int:
-        """Narrows a window of chunks so that none waits for labels of one that is under way."""
-        return min(max_in_flight, self.prediction_delay // chunk_size) if self.prediction_delay else max_in_flight
-
 
 class Shard(NamedTuple):
     """Negatives of the samples of a shard."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from ffdist.config import ConfigError
-from ffdist.pipeline.runner import Blueprint
+from ffdist.pipeline.blueprint import Blueprint
 from ffdist.sections import Pipeline
 
 PLACEMENT_TIMEOUT_S = 8.0

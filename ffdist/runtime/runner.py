@@ -15,7 +15,8 @@ from ffdist.config import RunFailed
 from ffdist.data.folder import Folder
 from ffdist.failures import PartLost
 from ffdist.ff.negatives import NegativesError
-from ffdist.pipeline.runner import Blueprint, Runner
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.runner import Runner
 from ffdist.runtime.actors import ActorMaker, send_tensors_as_arrays
 from ffdist.sections import Pipeline
 
@@ -37,7 +38,7 @@ def ray_runner(
     Args:
         blueprint: What to make.
         group: Resources of each actor, as `Placement.bundles` lists them.
-        pipeline: Window, chunks, threads, and the patience with parts that do nothing.
+        pipeline: Threads, and the patience with parts that do nothing.
         images: uint8 images of each split `[N, D]`; they go into the object store once.
         labels: Labels of the training set `[N]`.
         commits: Folder of the run's commits.
@@ -58,7 +59,7 @@ def ray_runner(
             parts,
             call=_call_remotely,
             collect=_Collector(make.names, pipeline.stall_timeout_s),
-            max_in_flight=blueprint.window(pipeline.chunk_size, pipeline.max_in_flight),
+            max_in_flight=blueprint.max_in_flight,
             ahead=blueprint.negatives.ahead,
         )
     except (ObjectStoreFullError, OutOfDiskError) as error:
