@@ -1,9 +1,9 @@
 """ffdist trains Forward-Forward networks as a stream over Ray actors.
 
-from ffdist import load_config, train
+from ffdist import train
 
-run = train(load_config("digits", ["training.epochs=20"]), runner="serial")
-print(run.summary["test_goodness_error"], run.folder)
+run = train("digits", runner="serial")
+print(run.summary["test_goodness_error"], run.folder, run.network)
 """
 
 from importlib import import_module
@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffdist.config import Config, ConfigError
     from ffdist.config_file import load_config
+    from ffdist.exported import read_network
     from ffdist.ff.network import Architecture, Network
-    from ffdist.trainer import Run, train
+    from ffdist.finished import Run
+    from ffdist.trainer import train
 
 _HOMES = {
     "Architecture": "ffdist.ff.network",
     "Config": "ffdist.config",
     "ConfigError": "ffdist.config",
     "Network": "ffdist.ff.network",
-    "Run": "ffdist.trainer",
+    "Run": "ffdist.finished",
     "load_config": "ffdist.config_file",
+    "read_network": "ffdist.exported",
     "train": "ffdist.trainer",
 }
 
-__all__ = ["Architecture", "Config", "ConfigError", "Network", "Run", "load_config", "train"]
+__all__ = ["Architecture", "Config", "ConfigError", "Network", "Run", "load_config", "read_network", "train"]
 
 
 def __getattr__(name: str) -> Any:

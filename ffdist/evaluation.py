@@ -20,6 +20,8 @@ class Evaluation(NamedTuple):
     """By the goodness of each layer alone. None without labels."""
     confusion: Tensor
     """Samples by true label (row) and label predicted by goodness, without labels by the readout (column) `[C, C]`."""
+    goodness: Tensor
+    """Each layer's goodness for every label tried `[L, N, C]`; `[L, N, 0]` without labels."""
 
     @property
     def chief_error(self) -> float:
@@ -50,11 +52,12 @@ def evaluate(blocks: list[Evaluated], labels: Tensor, *, classes: int, predict_f
     by_readout = torch.cat([block.predicted for block in blocks])
     readout_error = error(by_readout, labels)
     if not goodness.shape[-1]:
-        return Evaluation(None, readout_error, None, confusion_matrix(by_readout, labels, classes))
+        return Evaluation(None, readout_error, None, confusion_matrix(by_readout, labels, classes), goodness)
     by_goodness = goodness_prediction(goodness[predict_from - 1 :])
     return Evaluation(
         goodness_error=error(by_goodness, labels),
         readout_error=readout_error,
         layer_errors=[error(goodness_prediction(layer.unsqueeze(0)), labels) for layer in goodness],
         confusion=confusion_matrix(by_goodness, labels, classes),
+        goodness=goodness,
     )

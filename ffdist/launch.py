@@ -30,6 +30,8 @@ class Placed(NamedTuple):
 
     blueprint: Blueprint
     in_words: str
+    cluster: str
+    """What there is, in words."""
     predicted_samples_per_s: float | None
     """What it should come to; None where nothing was measured."""
     start: Callable[[Folder], AbstractContextManager[Pipeline]]
@@ -119,6 +121,8 @@ def place(
     )
     images, labels = dataset.images, dataset.labels["train"]
     in_words, predicted = describe(runner, placement, blueprint), None
+    nodes = max(1, sum(name.startswith("node:") and not name.endswith("_head__") for name in there))
+    cluster = f"nodes: {nodes}, CPUs: {there['CPU']:g}, GPUs: {there.get('GPU', 0):g}"
     if costs:
         processors = int(there["CPU"]) // pipeline.threads_per_stage if placement.device == "cpu" else int(there["GPU"])
         predicted = predicted_samples_per_s(
@@ -131,7 +135,7 @@ def place(
             from ffdist.runtime.runner import ray_runner
 
             start = partial(ray_runner, blueprint, group, pipeline, images, labels)
-            yield Placed(blueprint, in_words, predicted, start)
+            yield Placed(blueprint, in_words, cluster, predicted, start)
         return
 
     @contextmanager
@@ -141,4 +145,4 @@ def place(
         with torch_threads(pipeline.threads_per_stage):
             yield make(blueprint, images, labels, CommitWriter(commits))
 
-    yield Placed(blueprint, in_words, predicted, here)
+    yield Placed(blueprint, in_words, cluster, predicted, here)

@@ -3,6 +3,7 @@
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,12 @@ from ffdist.ff.negatives import NegativesError
 from ffdist.launch import Pipeline
 from ffdist.pipeline.runner import Evaluated, Trained
 from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, evaluation_block, schedule
-from ffdist.pipeline.stage import layer_name
 from ffdist.prepare import Prepared
-from ffdist.start import Start
+from ffdist.start import Start, network_of
 from ffdist.tracking.averages import Averages
+from ffdist.tracking.model import log_model
 from ffdist.tracking.progress import Display
+from ffdist.tracking.timeline import Timeline
 from ffdist.tracking.tracker import Tracker
 
 ALWAYS_MEASURED = [name for name in METRICS if name not in MEASURED]
@@ -70,6 +72,7 @@ class Loop:
             "dataset_sha256": prepared.dataset.sha256("train"),
             "made_with": made_with,
         }
+        self._architecture, self._timeline = prepared.architecture, Timeline()
         self._averages = Averages(config.tracking.every_minibatches, self._order.batch_size)
         self._test: Evaluation | None = None
         self._validated: tuple[int, float] | None = None  # the last validation's step and error
@@ -120,6 +123,7 @@ class Loop:
                 self._mark("chunk", self.step)
                 self._train_s = before_s + time.perf_counter() - since
                 self._display.update(self.step)
+                self._timeline.add(order, result)
                 for samples, metrics in self._averages.add(order, result):
                     self._log(metrics, samples)
             elif isinstance(order, Evaluate) and isinstance(result, Evaluated):
@@ -147,16 +151,28 @@ class Loop:
         """Returns the figures that the run ends with, and draws its pictures."""
         for samples, metrics in self._averages.rest(self.step):
             self._log(metrics, samples)
-        from ffdist.tracking.plots import plot_confusion, plot_layers  # matplotlib has had time until now
+        from ffdist.pictures import draw_pictures  # matplotlib has had time until now
 
-        test, history = self._test, self._tracker.history()
+        test, (_, state) = self._test, self._commits.read(self.last)
         assert test, "the schedule ends with it"
-        if f"{layer_name(0)}/loss" in history:
-            self._tracker.log_artifact(plot_layers(history, folder / "layers.png"))
-        by = "readout" if test.goodness_error is None else "goodness"
-        self._tracker.log_artifact(plot_confusion(test.confusion, by, folder / "confusion.png"))
+        dataset, network = self._dataset, network_of(self._architecture, state)
+        seen = test, self._tracker.history(), self._timeline.spans
+        for picture in draw_pictures(folder, self._config, dataset, network, *seen):
+            self._tracker.log_artifact(picture)
+        self._tracker.do(
+            partial(
+                log_model,
+                network=network,
+                image=dataset.images["test"][0],
+                register=self._config.tracking.register,
+            )
+        )
+        if self._timeline.spans:
+            self._tracker.log_artifact(self._timeline.write(folder))
         return {
-            "weights_sha256": weights_sha256(self._commits.read(self.last)[1]),
+            "weights_sha256": weights_sha256(state),
+            "shape": list(self._dataset.shape),
+            "classes": self._dataset.classes,
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
             "layer_errors": test.layer_errors,

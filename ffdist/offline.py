@@ -1,6 +1,5 @@
 """What is done outside of a run: negatives made and looked at, and a readout fitted to layers that stay as they are."""
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from ffdist.config import Config, ConfigError
-from ffdist.config_file import load_config, parse_config
+from ffdist.config_file import parse_config
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.classify import error as share_wrong
 from ffdist.ff.negatives import NegativesError
-from ffdist.ff.network import Architecture, Network
+from ffdist.finished import Run
 from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.source import NegativeSource
-from ffdist.pipeline.stage import State, layer_name
-from ffdist.prepare import build_architecture, prepare
-from ffdist.start import CONFIG, SUMMARY, commits_of, find_run, newest
+from ffdist.prepare import prepare
 from ffdist.tracking.plots import plot_negatives
 from ffdist.tracking.server import log_to_run
 
@@ -112,17 +109,8 @@ def fit_readout(run: str, *, runs: Path) -> float:
     Raises:
         ConfigError: There is no such run, or it has no commit.
     """
-    folder = find_run(run, runs)
-    if not (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder} is not finished; go on with it by `ffdist train CONFIG --resume {folder}`")
-    config = load_config(str(folder / CONFIG))
-    try:
-        summary = json.loads((folder / SUMMARY).read_text())
-    except ValueError as error:
-        raise ConfigError(f"{folder / SUMMARY} is damaged ({error}); train the run again") from error
-    _, state = newest(commits_of(config, folder))
-    dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
-    network = load_network(build_architecture(config, dataset), state)
+    finished = Run.find(run, runs)
+    network, dataset, summary = finished.network, finished.dataset, finished.summary
     rows: dict[str, Any] = {}
     for split in ("train", "test"):
         parts = torch.split(dataset.images[split], ROWS)
@@ -139,18 +127,9 @@ def fit_readout(run: str, *, runs: Path) -> float:
         )
     wrong = share_wrong(readout([rows["test"]]).argmax(1), dataset.labels["test"])
     Console(highlight=False).print(
-        f"test error {wrong:.2%} by a readout fitted to the layers of {folder} (slope left: {slope:.1e} nats); "
-        f"{summary['test_readout_error']:.2%} by the one trained beside them",
+        f"test error {wrong:.2%} by a readout fitted to the layers of {finished.folder} (slope left: {slope:.1e} "
+        f"nats); {summary['test_readout_error']:.2%} by the one trained beside them",
         soft_wrap=True,
     )
     log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
     return wrong
-
-
-def load_network(architecture: Architecture, state: State) -> Network:
-    """Returns the network of a state."""
-    network = Network(architecture)
-    for index, layer in enumerate(network.layers):
-        layer.load_state_dict(state[layer_name(index)])
-    network.readout.load_state_dict(state["readout"])
-    return network

@@ -39,11 +39,16 @@ def prepare(config: Config) -> Prepared:
             f"training.batch_size must be at most the number of training samples "
             f"(batch_size: {order.batch_size}, training samples: {order.samples})"
         )
-    return Prepared(dataset, order, build_architecture(config, dataset), plan_negatives(config, dataset, order))
+    return Prepared(
+        dataset,
+        order,
+        build_architecture(config, dataset.shape, dataset.classes),
+        plan_negatives(config, dataset, order),
+    )
 
 
-def build_architecture(config: Config, dataset: Dataset) -> Architecture:
-    """Returns the network that a configuration describes, for the images and classes of a dataset.
+def build_architecture(config: Config, shape: tuple[int, int, int], classes: int) -> Architecture:
+    """Returns the network that a configuration describes, for images of a shape and a number of classes.
 
     Raises:
         ConfigError: The layers do not fit together, or the label cannot be shown to them.
@@ -51,8 +56,8 @@ def build_architecture(config: Config, dataset: Dataset) -> Architecture:
     model, training = config.model, config.training
     try:
         return Architecture(
-            shape=dataset.shape,
-            classes=dataset.classes,
+            shape=shape,
+            classes=classes,
             layers=tuple(
                 layer if isinstance(layer, int) else Fields(layer.grid, layer.stride, layer.field, layer.units)
                 for layer in model.layers

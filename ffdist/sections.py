@@ -1,5 +1,6 @@
 """The sections of a configuration: each setting with its type, its default and what it means."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 from urllib.parse import parse_qsl, urlsplit
@@ -260,6 +261,9 @@ class Checkpoint(Section):
     """Folder, or URI of one, that gets a folder of commits for each run; without it they lie in the run's own."""
 
 
+warnings.filterwarnings("ignore", 'Field name "register" in "Tracking" shadows')  # of a class method that nobody needs
+
+
 class Tracking(Section):
     """MLflow."""
 
@@ -269,6 +273,8 @@ class Tracking(Section):
     """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
+    register: Annotated[str, Field(min_length=1)] | None = None
+    """Name of a registered model of MLflow that gets the run's network as a new version."""
     outbox_bytes: Count = 100_000_000
     """About how much may wait in the run's folder for a server that is away; beyond it points are thinned out."""
     flush_timeout_s: NotNegative = 30.0

@@ -78,6 +78,15 @@ def newest(commits: Commits) -> tuple[Manifest, State]:
         return commits.read(names[-1])
 
 
+def network_of(architecture: Architecture, state: State) -> Network:
+    """Returns the network of a state."""
+    network = Network(architecture)
+    for index, layer in enumerate(network.layers):
+        layer.load_state_dict(state[layer_name(index)])
+    network.readout.load_state_dict(state["readout"])
+    return network
+
+
 def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) -> Start:
     """Reads the commit that a run goes on from.
 

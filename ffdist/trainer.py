@@ -5,16 +5,19 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ffdist.checkpoint import Commits
 from ffdist.config import Config, ConfigError, RunFailed
+from ffdist.config_file import load_config, parse_config
+from ffdist.data.datasets import Dataset
 from ffdist.data.folder import Folder
 from ffdist.failures import Failures
 from ffdist.ff.negatives import NegativesError
+from ffdist.finished import Run
 from ffdist.interrupts import stop_requests
 from ffdist.launch import Pipeline, Placed, RunnerName, machine, measure, place
 from ffdist.loop import Loop
@@ -22,25 +25,15 @@ from ffdist.prepare import prepare
 from ffdist.recovery import run_to_the_end
 from ffdist.start import CONFIG, SUMMARY, Start, commits_of, differences, made_with, resume, start_from
 from ffdist.tracking.progress import Display, closing_words
-from ffdist.tracking.server import how_to_look, tracking_uri
+from ffdist.tracking.server import how_to_look, log_dataset, tracking_uri
 from ffdist.tracking.tracker import Tracker
 
 PLACING_AGAIN_S = 60.0
 """Longest that a run waits for places after a loss."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    folder: Path
-    """Holds `config.yaml`, `summary.json`, `commits/` and pictures."""
-    summary: dict[str, Any]
-    """The final figures, as `--summary` writes them; errors in [0, 1]."""
-
-
 def train(
-    config: Config,
+    config: Config | Path | str | dict[str, Any],
     *,
     runner: RunnerName = "ray",
     address: str | None = "local",
@@ -53,7 +46,7 @@ def train(
     """Trains a network, evaluates it and keeps it.
 
     Args:
-        config: What to train.
+        config: What to train: a configuration, the path of a file, the name of a shipped one, or nested dicts.
         runner: `ray` spreads the stages over actors; `serial` runs the same in this process; `backpropagation` trains
             the same layers end to end in this process, as a reference.
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
@@ -69,6 +62,10 @@ def train(
         KeyboardInterrupt: The run was asked to stop; it can go on from its last commit.
     """
     started = time.time()
+    if isinstance(config, dict):
+        config = parse_config(config, "config")
+    elif not isinstance(config, Config):
+        config = load_config(str(config))
     if runner == "backpropagation":
         config = config.by_backpropagation()
     with ExitStack() as stack:
@@ -92,6 +89,8 @@ def train(
         folder = resumed or _new_folder(runs, name)
         made = made_with(config, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner})
+        if not start.manifest:
+            tracker.do(partial(log_dataset, **_described(config, prepared.dataset)))
         if runner == "ray":
             _ = tracker.run_id  # where the store refuses it, before any actor starts
         commits, limits = commits_of(config, folder), config.pipeline
@@ -110,7 +109,7 @@ def train(
             while True:
                 display.say(placed.in_words)
                 display.doing("starting the pipeline")
-                tracker.log_tags({"decided": placed.in_words})
+                tracker.log_tags({"decided": placed.in_words, "cluster": placed.cluster})
                 yield _started(attempt, placed, commits)
                 attempt = stack.enter_context(ExitStack())
                 placed = _place_again(attempt, asked_to_stop, placed, runner, prepared, config, resources, costs)
@@ -150,6 +149,19 @@ def train(
             raise ConfigError(f"negatives.kind={prepared.negatives.kind}: {error}") from error
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
     return Run(folder, summary)
+
+
+def _described(config: Config, dataset: Dataset) -> dict[str, Any]:
+    return {
+        "name": config.data.name,
+        "digest": dataset.sha256("train"),
+        "source": str(config.data.path or config.data.name),
+        "profile": {
+            "samples": {split: len(labels) for split, labels in dataset.labels.items()},
+            "classes": dataset.classes,
+            "channels, height, width": dataset.shape,
+        },
+    }
 
 
 def _begin(

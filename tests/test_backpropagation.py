@@ -13,13 +13,10 @@ from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
 from ffdist.ff.update import Update
-from ffdist.offline import load_network
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import NegativePlan
-from ffdist.prepare import build_architecture
-from ffdist.start import commits_of, newest
 
 SAMPLES, BATCH, SHAPE, CLASSES = 30, 10, (1, 6, 6), 3
 DRAW = torch.Generator().manual_seed(0)
@@ -97,7 +94,7 @@ def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     assert finished.summary["test_readout_error"] < 0.06
     assert finished.summary["test_goodness_error"] is None
     dataset = load_dataset(config.data, seed=0, validation_samples=100)
-    network = load_network(build_architecture(config, dataset), newest(commits_of(config, finished.folder))[1])
+    network = finished.network
     wrong = (network(dataset.images["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
     assert wrong == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
     assert finished.summary["best_commit"]

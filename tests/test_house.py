@@ -16,14 +16,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Arrows point down: a room may import from its own row and the rows below it.
 ROWS = [
     {"cli", "run"},
-    {"offline", "chaos", "bench"},
+    {"offline", "using", "chaos", "bench"},
     {"trainer"},
     {"recovery"},
-    {"loop"},
-    {"launch", "start"},
+    {"loop", "finished"},
+    {"launch", "start", "pictures"},
     {"prepare"},
     {"runtime", "tracking"},
     {"pipeline", "checkpoint", "evaluation"},
+    {"exported"},
     {"ff", "data", "config", "config_file", "sections", "failures", "interrupts"},
 ]
 HOMES = {
@@ -35,7 +36,7 @@ HOMES = {
     "sklearn": {"data"},
     "pydantic": {"config", "config_file", "sections", "checkpoint"},
     "yaml": {"config", "config_file"},
-    "safetensors": {"checkpoint"},
+    "safetensors": {"checkpoint", "exported"},
     "click": {"cli"},
     "psutil": {"chaos", "bench"},
 }

@@ -10,8 +10,10 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from ffdist.config_file import load_config
 
@@ -25,10 +27,12 @@ TRAINING = [
     for line in COMMANDS
     if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py")) and line not in GOING_ON
 ]
+USING = [line for line in COMMANDS if line.split()[1] in ("evaluate", "predict", "plot", "export")]
+SERVING = [line for line in COMMANDS if line.startswith("mlflow")]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
 CHAOS = ["ffdist chaos digits --faults 50 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
 BENCH = [line for line in COMMANDS if line.startswith("ffdist bench")]
-CLUSTER = [line for line in COMMANDS if line.startswith(("ray up", "ray submit"))]
+CLUSTER = [line for line in COMMANDS if line.startswith("ray ")]
 
 
 def arguments(line: str) -> list[str]:
@@ -78,6 +82,35 @@ def test_commands_around_a_run_in_their_order(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
         assert run.returncode == 0, run.stderr
     assert run.stdout.count("| digits |") == 1
+
+
+def test_commands_that_use_a_run(tmp_path):
+    """Those that serve have a test of their own, test_using."""
+    assert len(USING) == 4
+    short = ["training.epochs=1", "model.layers=[40,30]", "--runner", "serial"]
+    subprocess.run([*arguments("ffdist train digits"), *short], cwd=tmp_path, check=True, capture_output=True)
+    run_folder = next(tmp_path.glob("runs/digits-*"))
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "black.png")
+    for line in USING:
+        command = arguments(line.replace("RUN", str(run_folder)).replace("IMAGES", "images"))
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+        assert run.returncode == 0, run.stderr
+    assert {"found.parquet", "pictures", "network"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_python_examples(tmp_path, monkeypatch):
+    """One after the other, as in a notebook; the network of the hand-written loop has learned."""
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n((?:from ffdist|import torch).*?)```", README, re.S)
+    assert len(examples) == 2
+    kept: dict[str, Any] = {}
+    exec(examples[0], kept)
+    data = kept["run"].dataset
+    kept |= {"images": data.images["train"], "labels": data.labels["train"]}
+    exec(examples[1], kept)
+    found = kept["network"].predict(data.images["test"]).label
+    assert (found == data.labels["test"]).double().mean() > 0.9
 
 
 def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
@@ -152,26 +185,13 @@ def test_ui_shows_a_finished_run(tmp_path, free_port):
     assert answer["runs"][0]["info"]["run_name"].startswith("digits-")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.yaml")), ids=lambda path: path.name)
-def test_cluster_files_pass_rays_own_validation(path):
-    import yaml
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = prepare_config(yaml.safe_load(path.read_text()))
-    validate_config(config)
-    for source in config["file_mounts"].values():
-        assert (ROOT / source).exists()
-    assert not any(target in ("~/ffdist", "~/ffdist/") for target in config["file_mounts"])
-    assert not any("-e " in command for command in config["setup_commands"])
-
-
 @pytest.mark.parametrize("line", CLUSTER)
 def test_cluster_commands_name_files_that_exist(line):
     assert all((ROOT / word).is_file() for word in shlex.split(line) if word.endswith((".yaml", ".py")))
 
 
 def test_no_command_is_left_untried():
-    assert set(COMMANDS) == {*TRAINING, *NEGATIVES, *GOING_ON, *CHAOS, *BENCH, *CLUSTER, "ffdist ui"}
+    assert set(COMMANDS) == {*TRAINING, *USING, *SERVING, *NEGATIVES, *GOING_ON, *CHAOS, *BENCH, *CLUSTER, "ffdist ui"}
     assert len(TRAINING) >= 4
 
 

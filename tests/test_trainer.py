@@ -3,8 +3,6 @@ import torch
 
 from ffdist import load_config, train
 from ffdist.data.datasets import load_dataset
-from ffdist.offline import load_network
-from ffdist.prepare import build_architecture
 from ffdist.start import commits_of, newest
 
 SHORT = ["model.layers=[40,30]", "training.epochs=6", "training.validation_samples=200", "training.evaluate_every=1"]
@@ -31,7 +29,7 @@ def test_the_best_commit_is_kept_beside_the_newest(run):
 def test_a_commit_is_a_network_that_predicts_as_the_run_says(run):
     config, finished = run
     dataset = load_dataset(config.data, seed=0, validation_samples=200)
-    network = load_network(build_architecture(config, dataset), newest(commits_of(config, finished.folder))[1])
+    network = finished.network
     prediction, labels = network.predict(dataset.images["test"]), dataset.labels["test"]
     error = (prediction.label != labels).double().mean().item()
     assert error == pytest.approx(finished.summary["test_goodness_error"], abs=1.5 / 360)

@@ -162,7 +162,7 @@ def _prepared(config: Config) -> Prepared:
     dataset = Dataset(images, labels, CLASSES, (1, 2, 2))
     order = SampleOrder(config.seed, TRAINING, BATCH)
     plan = NegativePlan("hard_label", prediction_delay=DELAY, num_parts=2, ahead=2)
-    return Prepared(dataset, order, build_architecture(config, dataset), plan)
+    return Prepared(dataset, order, build_architecture(config, dataset.shape, CLASSES), plan)
 
 
 def _pipelines(

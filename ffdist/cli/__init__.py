@@ -5,6 +5,7 @@ import click
 from ffdist.cli.around import negatives, readout, results, ui
 from ffdist.cli.proof import bench, chaos
 from ffdist.cli.training import baseline, train
+from ffdist.cli.using import evaluate, export, plot, predict
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,5 +14,5 @@ def main() -> None:
     """Train Forward-Forward networks as a stream over Ray actors."""
 
 
-for command in (train, baseline, negatives, readout, results, ui, chaos, bench):
+for command in (train, baseline, evaluate, predict, plot, export, readout, results, ui, negatives, chaos, bench):
     main.add_command(command)

@@ -11,6 +11,7 @@ from ffdist.cli.words import check_writable, load, runs_option, told, words_argu
 from ffdist.config import RunFailed
 
 json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
+CHUNKS = "pipeline.chunk_size=20"  # of one size, whatever they take, or the memory would tell of them
 seconds_option = click.option("--seconds", default=10.0, show_default=True, help="Length of each measured stretch.")
 
 
@@ -102,7 +103,7 @@ def growth(words: tuple[str, ...], units: int, seconds: float, path: Path | None
         configs = {}
         for layers, stages in SIZES:
             own = (f"model.layers={[units] * layers}", f"pipeline.stages={stages}")
-            configs[f"{layers}_layers_{stages}_stages"] = load((*words, *own))[0]
+            configs[f"{layers}_layers_{stages}_stages"] = load((CHUNKS, *words, *own))[0]
         found = measure_growth(configs, seconds, lambda what: click.echo(what, err=True))
         print_figures(found)
         _write(path, found)

@@ -16,7 +16,9 @@ from ffdist.sections import Data
 SPLITS = ("train", "test")
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
+    """An image that is still to be decoded."""
+
     image: Any
     """Encoded bytes, or the path of a file."""
     label: Any
@@ -38,7 +40,7 @@ def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     assert config.path is not None
     return _read(
-        config, {split: chain.from_iterable(_rows(f, config) for f in _files(config.path, split)) for split in SPLITS}
+        config, {split: chain.from_iterable(rows(f, config) for f in _files(config.path, split)) for split in SPLITS}
     )
 
 
@@ -69,13 +71,13 @@ def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor
     return _read(
         config,
         {
-            split: (_Sample(Path(path), label, path) for path, label in folder.samples)
+            split: (Sample(Path(path), label, path) for path, label in folder.samples)
             for split, folder in folders.items()
         },
     )
 
 
-def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from rich.progress import track
 
     classes, mode, size = config.classes, None, config.image_size
@@ -84,7 +86,7 @@ def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str,
         decoded: list[Tensor] = []
         numbers: list[int] = []
         for sample in track(samples, f"reading {split} images", transient=True):
-            image = _decode(sample)
+            image = decode(sample)
             if image.mode in ("F", "I") or image.mode.startswith("I;"):
                 raise ConfigError(
                     f"{sample.place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255"
@@ -104,7 +106,7 @@ def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str,
             image = image.convert(mode)
             if image.size != size[::-1]:
                 image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-            decoded.append(_pixels(image))
+            decoded.append(pixels(image))
             if not isinstance(sample.label, int) or not 0 <= sample.label < (classes or 256):
                 below = f"{classes}, the number of classes" if classes else "256"
                 raise ConfigError(
@@ -118,7 +120,12 @@ def _read(config: Data, splits: dict[str, Iterable[_Sample]]) -> tuple[dict[str,
     return images, labels
 
 
-def _decode(sample: _Sample) -> Image.Image:
+def decode(sample: Sample) -> Image.Image:
+    """Returns the image of a sample, whatever its mode.
+
+    Raises:
+        ConfigError: It cannot be decoded.
+    """
     try:
         image = Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image)
         image.load()
@@ -130,7 +137,8 @@ def _decode(sample: _Sample) -> Image.Image:
     return image
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels(image: Image.Image) -> Tensor:
+    """Returns the pixels of an image, uint8 `[channels, height, width]`."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, -1).permute(2, 0, 1)
 
@@ -146,7 +154,12 @@ def _files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _rows(file: Path, config: Data) -> Iterator[_Sample]:
+def rows(file: Path, config: Data, *, labelled: bool = True) -> Iterator[Sample]:
+    """Yields the samples of a Parquet file; where they need no label, None stands for one that there is not.
+
+    Raises:
+        ConfigError: The file cannot be read, or its columns are not there.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -154,14 +167,18 @@ def _rows(file: Path, config: Data) -> Iterator[_Sample]:
         with pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
             image = _column(file, schema, "image_column", config.image_column, _holds_images)
-            label = _column(file, schema, "label_column", config.label_column, pa.types.is_integer)
+            integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+            columns = [image]
+            if labelled or len(integers) == 1 or config.label_column in integers:
+                columns.append(_column(file, schema, "label_column", config.label_column, pa.types.is_integer))
             row = 0
-            for batch in parquet.iter_batches(batch_size=1024, columns=[image, label]):
-                for encoded, number in zip(batch[image].to_pylist(), batch[label].to_pylist(), strict=True):
+            for batch in parquet.iter_batches(batch_size=1024, columns=columns):
+                listed = batch[columns[-1]].to_pylist() if len(columns) == 2 else [None] * batch.num_rows
+                for encoded, number in zip(batch[image].to_pylist(), listed, strict=True):
                     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
                     if content is None:
                         raise ConfigError(f"{file}, row {row}: an image is its encoded bytes, and here are none")
-                    yield _Sample(content, number, f"{file}, row {row}")
+                    yield Sample(content, number, f"{file}, row {row}")
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error

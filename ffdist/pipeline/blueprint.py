@@ -14,7 +14,7 @@ from ffdist.pipeline.stage import ReadoutStage, Stage
 FLOAT32_BYTES = 4
 SPARE = 3
 """Chunks under way beside one for each stage: in the readout, and on their way."""
-CHUNK, CHUNK_S, CHUNK_BYTES = 20, 0.35, 2**26
+CHUNK, CHUNK_S, CHUNK_BYTES = 20, 0.35, 2**25
 """Minibatches of a chunk whose costs are not known; the time that one is to take of the slowest stage, so that calls
 and their messages take little beside it; and the most that it may fill of a message."""
 

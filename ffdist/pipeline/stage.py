@@ -38,6 +38,8 @@ class Report(NamedTuple):
     """The part of it in which the process was at work, packing what goes out and unpacking what comes in."""
     queued_s: float = 0.0
     """The part of it in which the stage could have gone on, and others had the processors; 0 where it is not told."""
+    begun_at: float = 0.0
+    """Time of day at which the chunk was here, in seconds; 0 where it is not told."""
 
 
 class _Clock:
@@ -60,7 +62,8 @@ class _Clock:
         until_made_s = time.time() - compute_s - max((shard.made_at for shard in shards), default=-math.inf)
         making_s = sum(shard.make_s for shard in shards)
         negatives_wait_s = max(0.0, min(making_s, self._wait_s - until_made_s))
-        return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s, self._queued_s)
+        begun_at = time.time() - compute_s
+        return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s, self._queued_s, begun_at)
 
     def free(self) -> float:
         """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""

@@ -83,11 +83,14 @@ class Outbox:
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all points by metric, as step and value, in order."""
-        found: dict[str, list[tuple[int, float]]] = {}
         with self._lock:
-            for name, step, value in self._database.execute("select name, step, value from points order by name, step"):
-                found.setdefault(name, []).append((step, value))
-        return found
+            return _series(self._database)
+
+    @staticmethod
+    def history_of(path: Path) -> dict[str, list[tuple[int, float]]]:
+        """Returns all points of an outbox that is no longer written to, as `history` does."""
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            return _series(database)
 
     def fact(self, key: str) -> str | None:
         """Returns what was noted under a key."""
@@ -134,3 +137,10 @@ class Outbox:
             self._database.execute(
                 f"delete from points where (name, step) in (select name, step from ({numbered}) where k % 2 = 0)"
             )
+
+
+def _series(database: sqlite3.Connection) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name, step, value in database.execute("select name, step, value from points order by name, step"):
+        found.setdefault(name, []).append((step, value))
+    return found

@@ -1,16 +1,45 @@
-"""Pictures of a run, made with matplotlib."""
+"""Pictures of a run, made with matplotlib; each can be read in grey."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ffdist.evaluation import Evaluation
+from ffdist.ff.local import Fields
+from ffdist.ff.network import Network
+from ffdist.tracking.timeline import Span
+
 History = dict[str, list[tuple[int, float]]]
 """Samples seen and value, by metric."""
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "savefig.dpi": 110,
+}
+UNITS, BINS, CHUNKS = 64, 60, 14
+"""Receptive fields, bins of a histogram and chunks of a timeline that are drawn."""
+LOOKS = {"compute": ("#2a6f97", "#89c2d9"), "wait": ("#eeeeee",), "wait for negatives": ("#333333",)}
+"""Of the timeline's spans; one chunk after the other."""
 
 
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path)
+    return path
+
+
+def _shade(index: int, count: int) -> tuple[float, ...]:
+    """Returns a colour that is lighter the higher the layer."""
+    return colormaps["viridis"](0.85 * index / max(1, count - 1))
+
+
+@rc_context(STYLE)
 def plot_layers(history: History, path: Path) -> Path:
     """Draws loss and goodness of every layer over the samples seen, and returns the picture's path."""
     layers = sorted(
@@ -19,19 +48,92 @@ def plot_layers(history: History, path: Path) -> Path:
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for index, layer in enumerate(layers):
-        color = colormaps["viridis"](index / max(1, len(layers)))
+        color = _shade(index, len(layers))
         panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=layer.replace("_", " "))
         for name, style in (("positive", "-"), ("negative", "--")):
             panels[1].plot(*zip(*history[f"{layer}/goodness_{name}"], strict=True), color=color, linestyle=style)
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
     panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness: positive solid, negative dashed")
-    for panel in panels:
-        panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=8)
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, path)
 
 
+@rc_context(STYLE)
+def plot_goodness(goodness: Tensor, labels: Tensor, thresholds: Sequence[float | None], path: Path) -> Path:
+    """Draws how the goodness of true and of wrong labels is distributed in each layer, and returns the picture's path.
+
+    A layer that learns has them on different sides of its threshold.
+
+    Args:
+        goodness: For every label tried `[L, N, C]`.
+        labels: True labels `[N]`.
+        thresholds: Of each layer; None where the loss has none.
+        path: Where to draw.
+    """
+    figure = Figure(figsize=(min(16, 3.2 * len(goodness) + 1), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(goodness), squeeze=False)[0]
+    is_true = torch.nn.functional.one_hot(labels, goodness.shape[-1]).bool()
+    for number, (panel, layer, threshold) in enumerate(zip(panels, goodness, thresholds, strict=True), 1):
+        span = (layer.min().item(), layer.max().item())
+        for name, values, look in (
+            ("true label", layer[is_true], {"color": "#2a6f97", "alpha": 0.85}),
+            ("wrong labels", layer[~is_true], {"color": "black", "histtype": "step", "linewidth": 1.2}),
+        ):
+            panel.hist(values.numpy(), BINS, range=span, density=True, label=name, **look)
+        if threshold is not None:
+            panel.axvline(threshold, color="black", linestyle=":", label="threshold")
+        panel.set(xlabel="goodness", yticks=[], title=f"layer {number}")
+    panels[0].set_ylabel("share of test samples")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
+@rc_context(STYLE)
+def plot_errors(evaluation: Evaluation, path: Path) -> Path:
+    """Draws the test error by the goodness of each layer alone, and of all by either way; returns the path."""
+    layers = evaluation.layer_errors or []
+    bars = {f"layer {number} alone": error for number, error in enumerate(layers, 1)}
+    if evaluation.goodness_error is not None:
+        bars["goodness"] = evaluation.goodness_error
+    bars["readout"] = evaluation.readout_error
+    figure = Figure(figsize=(6, 0.45 * len(bars) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    colors = [_shade(index, len(layers)) for index in range(len(layers))] + ["#555555"] * (len(bars) - len(layers))
+    drawn = panel.barh(list(bars), [100 * error for error in bars.values()], color=colors)
+    panel.bar_label(drawn, [f" {error:.2%}" for error in bars.values()])
+    panel.margins(x=0.15)
+    panel.invert_yaxis()
+    panel.set(xlabel="test error, %", title="who is wrong how often")
+    return _save(figure, path)
+
+
+@rc_context({**STYLE, "axes.grid": False})
+def plot_fields(network: Network, path: Path) -> Path:
+    """Draws what units of the first layer look for, those of the longest weights first; returns the picture's path.
+
+    Mid-grey is no weight; each unit has a scale of its own.
+    """
+    channels, height, width = network.architecture.shape
+    first, weight = network.architecture.layers[0], cast(Tensor, network.layers[0].weight)
+    if isinstance(first, Fields):
+        pixels = weight[..., : first.field**2 * channels].reshape(-1, first.field, first.field, channels)
+    else:
+        pixels = weight[:, : network.architecture.pixels].view(-1, channels, height, width).permute(0, 2, 3, 1)
+    longest = pixels.flatten(1).norm(dim=1).argsort(descending=True)[:UNITS]
+    shown = pixels[longest] / pixels[longest].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / 2 + 0.5
+    framed = torch.nn.functional.pad(shown, (0, 0, 1, 1, 1, 1), value=1.0)
+    across = min(16, len(framed))
+    blank = framed.new_ones((-len(framed) % across, *framed.shape[1:]))
+    rows = [torch.cat(list(row), 1) for row in torch.split(torch.cat((framed, blank)), across)]
+    mosaic = torch.cat(rows)
+    figure = Figure(figsize=(9, 9 * len(mosaic) / mosaic.shape[1] + 0.5), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(mosaic.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    panel.set(xticks=[], yticks=[], title=f"weights of {len(longest)} units of layer 1; mid-grey is zero")
+    return _save(figure, path)
+
+
+@rc_context({**STYLE, "axes.grid": False})
 def plot_confusion(confusion: Tensor, predicted_by: str, path: Path) -> Path:
     """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path."""
     classes = len(confusion)
@@ -47,10 +149,10 @@ def plot_confusion(confusion: Tensor, predicted_by: str, path: Path) -> Path:
             count = str(int(confusion[row, column]))
             panel.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
     panel.set(xlabel=f"predicted by {predicted_by}", ylabel="true label", title="test samples")
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, path)
 
 
+@rc_context({**STYLE, "axes.grid": False})
 def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tuple[int, int, int], path: Path) -> Path:
     """Draws samples above their negatives, and returns the picture's path.
 
@@ -74,5 +176,28 @@ def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tup
             panel.imshow(picture.view(shape).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
             panel.set(xticks=[], yticks=[], title=title)
         panels[row, 0].set_ylabel(name)
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, path)
+
+
+@rc_context(STYLE)
+def plot_timeline(spans: Sequence[Span], path: Path) -> Path:
+    """Draws who computed and who waited when, for the first chunks; returns the picture's path."""
+    shown = [span for span in spans if span.chunk < CHUNKS]
+    parts = list(dict.fromkeys(span.part for span in shown))
+    figure = Figure(figsize=(11, 0.5 * len(parts) + 1.6), layout="constrained")
+    panel = figure.subplots()
+    for row, part in enumerate(parts):
+        for what, shades in LOOKS.items():
+            own = [span for span in shown if (span.part, span.what) == (part, what)]
+            colors = [shades[span.chunk % len(shades)] for span in own]
+            spots = [(span.begun_s, span.took_s) for span in own]
+            panel.broken_barh(spots, (row - 0.4, 0.8), facecolors=colors, label=what if not row else None)
+    for span in shown:
+        if span.what == "compute" and span.took_s > max(s.begun_s + s.took_s for s in shown) / 60:
+            color, middle = ("white", "black")[span.chunk % 2], span.begun_s + span.took_s / 2
+            panel.text(middle, parts.index(span.part), str(span.chunk), color=color, ha="center", va="center")
+    panel.set_yticks(range(len(parts)), parts)
+    panel.invert_yaxis()
+    panel.grid(axis="y", visible=False)
+    panel.set(xlabel="seconds", title="chunks by number where a part computes; light where it waits")
+    return _save(figure, path)

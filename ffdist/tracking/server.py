@@ -1,5 +1,6 @@
 """Where runs are tracked: finding the server or database, and asking it."""
 
+import json
 import logging
 import os
 import sqlite3
@@ -18,6 +19,8 @@ from ffdist.sections import Tracking, hold_no_secret
 
 WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
 SQLITE = "sqlite:///"
+GIT_COMMIT = "mlflow.source.git.commit"
+"""Tag that MLflow's UI shows as a run's version."""
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open on runs and curves, not on its pages for language models."""
 
@@ -125,13 +128,35 @@ def make_run(uri: str, client: Any, experiment_id: str, name: str, parameters: d
     """
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
+    from mlflow.tracking.context.registry import resolve_tags
+    from mlflow.utils.git_utils import get_git_commit
 
+    tags = resolve_tags()
+    if commit := get_git_commit(str(Path.cwd())):
+        tags[GIT_COMMIT] = commit
     try:
-        run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+        run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
     except MlflowException as error:
         raise ConfigError(f"tracking at {uri} is not possible ({brief(error)}); {WAY_OUT}") from error
     return run_id
+
+
+def log_dataset(client: Any, run_id: str, *, name: str, digest: str, source: str, profile: dict[str, Any]) -> None:
+    """Logs what a run is trained on.
+
+    Args:
+        client: MLflow's.
+        run_id: The run's.
+        name: The dataset's.
+        digest: Of its training samples; MLflow takes 36 characters.
+        source: Where it is from.
+        profile: What is in it.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(name, digest[:36], "ffdist", source, profile=json.dumps(profile))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def brief(error: BaseException) -> str:

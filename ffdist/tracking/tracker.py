@@ -20,7 +20,9 @@ from filelock import FileLock, Timeout
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
 from ffdist.tracking.outbox import OUTBOX, RECOVERIES, Outbox, Point
+from ffdist.tracking.sending import LOCK, send_leftovers, send_points
 from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store
+from ffdist.tracking.system import System
 
 SEND_EVERY_S = 2.0
 RETRY_EVERY_S = 0.5
@@ -28,10 +30,7 @@ OPEN_TIMEOUT_S = 60.0
 INTERRUPTED_FLUSH_S = 3.0
 TRIES = 3
 """Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
-BATCH = 1000
-"""Most metrics that MLflow takes in one request."""
-LOCK, LOCK_TIMEOUT_S = ".lock", 5.0
-"""In the folder of a run, held by the process that trains it, or for a moment by one that sends what it left."""
+LOCK_TIMEOUT_S = 5.0
 
 Call = Callable[[Any, str], Any]
 """Something to be told to MLflow's client about a run."""
@@ -58,7 +57,7 @@ class Tracker:
         self._parameters, self._making = dict[str, Any](), threading.Lock()
         self._config, self._runs = config, runs
         self._client: Any = None
-        self._experiment_id = ""
+        self._experiment_id, self._samples = "", 0
         self._folder, self._lock = Path(), FileLock("")
         self._outbox: Outbox | None = None
         self._calls: deque[Call] = deque()
@@ -151,6 +150,7 @@ class Tracker:
         assert self._outbox, "the run has begun"
         if self._opened.is_set():
             self._wait_until_open()
+        self._samples = step
         self._outbox.add(metrics, step)
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
@@ -160,28 +160,32 @@ class Tracker:
 
     def recoveries(self) -> list[dict[str, Any]]:
         """Returns what the run recovered from, as it was noted."""
-        assert self._outbox, "the run has begun"
-        return list(json.loads(self._outbox.fact(RECOVERIES) or "[]"))
+        return list(json.loads((self._outbox.fact(RECOVERIES) if self._outbox else None) or "[]"))
 
     def note_recoveries(self, recoveries: list[dict[str, Any]]) -> None:
         """Keeps what the run recovered from beside its metrics, for a later driver of it."""
-        assert self._outbox, "the run has begun"
-        with suppress(sqlite3.Error):  # on a full disk there is worse to tell
-            self._outbox.note(**{RECOVERIES: json.dumps(recoveries)})
+        self._note(RECOVERIES, json.dumps(recoveries))
 
     def note_end(self, status: str) -> None:
         """Notes that the run is at its end, so that a later run tells the server if this one cannot."""
+        self._note("left", status)
+
+    def _note(self, key: str, value: str) -> None:
         assert self._outbox, "the run has begun"
         with suppress(sqlite3.Error):  # on a full disk there is worse to tell
-            self._outbox.note(left=status)
+            self._outbox.note(**{key: value})
 
     def log_tags(self, tags: dict[str, str]) -> None:
         """Has tags set; returns at once."""
-        self._calls.append(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
+        self.do(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
 
     def log_artifact(self, path: Path) -> None:
         """Has a file kept with the run; returns at once, so the file must stay as it is."""
-        self._calls.append(lambda client, run: client.log_artifact(run, str(path)))
+        self.do(lambda client, run: client.log_artifact(run, str(path)))
+
+    def do(self, call: Call) -> None:
+        """Has MLflow's client told something about the run; returns at once."""
+        self._calls.append(call)
 
     def _wait_until_open(self) -> None:
         if not self._opened.wait(OPEN_TIMEOUT_S):
@@ -230,10 +234,12 @@ class Tracker:
             return
         finally:
             self._opened.set()
-        leftovers = True
+        leftovers, system = True, System()
         while True:
             closing = self._closing.wait(SEND_EVERY_S)
             try:
+                if self._outbox and not closing:
+                    self._outbox.add(system.metrics(), self._samples)
                 done = not self._outbox or (
                     self._send_points(client, self._outbox, self.run_id) and self._send_calls(client, self._outbox)
                 )
@@ -242,7 +248,7 @@ class Tracker:
                 return
             if done and leftovers and (self._outbox or closing):  # by now its own folder is locked, and passed over
                 leftovers = False
-                self._send_leftovers(client)
+                send_leftovers(client, self.uri, self._runs, self._config.outbox_bytes)
             if closing and (done or time.monotonic() > self._deadline):
                 return
             if not done:
@@ -250,12 +256,8 @@ class Tracker:
 
     def _send_points(self, client: Any, outbox: Outbox, run_id: str) -> bool:
         """Sends all that wait, in order; says whether it could."""
-        from mlflow.entities import Metric
-
         try:
-            while points := outbox.waiting(BATCH):
-                client.log_batch(run_id, metrics=[Metric(*point) for point in points])
-                outbox.mark_sent(points)
+            send_points(client, outbox, run_id)
         except Exception as error:  # whatever it is, the server may come back
             self._failure = brief(error)
             return False
@@ -283,17 +285,3 @@ class Tracker:
             with suppress(sqlite3.Error):
                 outbox.note(left="")
         return True
-
-    def _send_leftovers(self, client: Any) -> None:
-        """Sends what earlier runs of the folder could not."""
-        for path in sorted(self._runs.glob(f"*/{OUTBOX}")):
-            # Whatever it is, such as a run that was deleted since, it must not keep this run from being tracked.
-            with suppress(Exception), FileLock(path.parent / LOCK).acquire(timeout=0):
-                outbox = Outbox(path, self._config.outbox_bytes)
-                run_id, status = outbox.fact("run_id"), outbox.fact("left")
-                waits = outbox.fact("uri") == self.uri and (status or outbox.num_waiting)
-                if run_id and waits and self._send_points(client, outbox, run_id):
-                    if status:
-                        client.set_terminated(run_id, status)
-                    outbox.note(left="")
-                outbox.close()

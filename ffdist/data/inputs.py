@@ -1,0 +1,117 @@
+"""Images that a finished network is to look at: files, folders and Parquet files, brought to its shape."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageChops
+from rich.progress import track
+from torch import Tensor
+
+from ffdist.config import ConfigError
+from ffdist.data.images import Sample, decode, pixels, rows
+from ffdist.sections import Data
+
+
+class Inputs(NamedTuple):
+    """Images and where they stand."""
+
+    images: Tensor
+    """uint8 `[N, channels, height, width]`."""
+    labels: Tensor | None
+    """True labels `[N]`, where all are known."""
+    places: list[str]
+    """A file, or a file and row."""
+
+
+def read_inputs(paths: Sequence[Path], config: Data, shape: tuple[int, int, int], classes: int) -> Inputs:
+    """Reads images and brings them to the shape that a network was trained on.
+
+    Where the shape is another, an image is resized as in training (`data.image_size`) or to the same proportions; grey
+    becomes colour, and colour that is grey in every pixel becomes grey.
+
+    Args:
+        paths: Image files, Parquet files and folders of either. A folder that has one for each class, and no images
+            elsewhere, tells the labels.
+        config: Columns of Parquet files, and whether training resized.
+        shape: Channels, height and width.
+        classes: Number of them.
+
+    Raises:
+        ConfigError: Names the file or row that cannot be brought to it, and the rule.
+    """
+    images, labels, places = list[Tensor](), list[int | None](), list[str]()
+    for sample in track(_samples(paths, config, classes), "reading images", transient=True):
+        images.append(pixels(_fitted(decode(sample), sample.place, shape, resize=config.image_size is not None)))
+        labels.append(sample.label)
+        places.append(sample.place)
+    if not images:
+        raise ConfigError(f"there must be an image to look at (none in: {', '.join(map(str, paths))})")
+    wrong = next((place for place, label in zip(places, labels, strict=True) if not _is_one(label, classes)), None)
+    return Inputs(torch.stack(images), None if wrong else torch.tensor(labels), places)
+
+
+def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
+    """Writes columns to a Parquet file.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(pa.table(columns), path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error}); name another file") from error
+
+
+def _is_one(label: object, classes: int) -> bool:
+    return isinstance(label, int) and 0 <= label < classes
+
+
+def _samples(paths: Sequence[Path], config: Data, classes: int) -> Iterator[Sample]:
+    for path in paths:
+        if path.suffix == ".parquet":
+            yield from rows(path, config, labelled=False)
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            if parquet := [file for file in files if file.suffix == ".parquet"]:
+                yield from _samples(parquet, config, classes)
+                continue
+            files = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+            folders = sorted({file.parent for file in files})
+            known = len(folders) == classes and {folder.parent for folder in folders} == {path}
+            yield from (Sample(file, folders.index(file.parent) if known else None, str(file)) for file in files)
+        elif path.is_file():
+            yield Sample(path, None, str(path))
+        else:
+            raise ConfigError(f"{path} must be an image, a Parquet file or a folder of either; there is none")
+
+
+def _fitted(image: Image.Image, place: str, shape: tuple[int, int, int], *, resize: bool) -> Image.Image:
+    channels, height, width = shape
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        raise ConfigError(f"{place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255")
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if min(alpha.tobytes()) < 255:
+            raise ConfigError(f"{place}: an image must not be transparent (mode: {image.mode}); put it on a background")
+        image = image.convert("RGBA").convert("RGB")
+    if channels == 1 and image.mode not in ("1", "L"):
+        red, green, blue = image.convert("RGB").split()
+        if any(ImageChops.difference(red, other).getbbox() for other in (green, blue)):
+            raise ConfigError(
+                f"{place}: the network was trained on grey images, and this one is in colour; write it in grey"
+            )
+        image = red
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size == (width, height):
+        return image
+    if not resize and image.width * height != image.height * width:
+        raise ConfigError(
+            f"{place}: the network was trained on images of {height} x {width}, and this one, {image.height} x "
+            f"{image.width}, has other proportions; cut it to them"
+        )
+    return image.resize((width, height), Image.Resampling.BILINEAR)

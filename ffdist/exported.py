@@ -1,0 +1,57 @@
+"""A network as two files that need no run: its weights, and what it is made of."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ffdist.ff.layers import Rule
+from ffdist.ff.local import Fields
+from ffdist.ff.network import Architecture, Network
+from ffdist.ff.update import Update
+
+WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
+
+
+def save_network(network: Network, folder: Path) -> None:
+    """Writes a network into a folder that is there; what it only learned by is left out."""
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if _predicts(name)}
+    save_file(tensors, folder / WEIGHTS)
+    (folder / ARCHITECTURE).write_text(json.dumps(asdict(network.architecture), indent=2))
+
+
+def read_network(folder: str | Path) -> Network:
+    """Returns the network that `ffdist export` wrote into a folder.
+
+    Raises:
+        OSError: One of its files is missing.
+        ValueError: One of them is damaged.
+    """
+    try:
+        network = Network(_architecture(json.loads((Path(folder) / ARCHITECTURE).read_text())))
+        missing = network.load_state_dict(load_file(Path(folder) / WEIGHTS), strict=False).missing_keys
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no network that can be read: {error}") from error
+    if any(map(_predicts, missing)):
+        raise ValueError(f"{folder} lacks {', '.join(filter(_predicts, missing))}")
+    return network
+
+
+def _predicts(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))
+
+
+def _architecture(facts: dict[str, Any]) -> Architecture:
+    rule, layers = facts["rule"], facts["layers"]
+    return Architecture(
+        **facts
+        | {
+            "shape": tuple(facts["shape"]),
+            "layers": tuple(layer if isinstance(layer, int) else Fields(**layer) for layer in layers),
+            "thresholds": tuple(facts["thresholds"]),
+            "rule": Rule(**rule | {"update": Update(**rule["update"])}),
+            "readout_update": Update(**facts["readout_update"]),
+        }
+    )

@@ -1,0 +1,73 @@
+"""The pictures of a run: made at its end, and again whenever they are asked for."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ffdist.config import Config
+from ffdist.data.datasets import Dataset
+from ffdist.evaluation import Evaluation
+from ffdist.ff.keyed import generator
+from ffdist.ff.layers import Layer
+from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
+from ffdist.ff.network import Network
+from ffdist.pipeline.stage import layer_name
+from ffdist.tracking import plots
+from ffdist.tracking.timeline import Span
+
+SHOWN = 10
+
+
+def draw_pictures(
+    folder: Path,
+    config: Config,
+    dataset: Dataset,
+    network: Network,
+    test: Evaluation,
+    history: plots.History,
+    spans: Sequence[Span],
+) -> Iterator[Path]:
+    """Draws a run.
+
+    Args:
+        folder: Where to draw.
+        config: What was trained.
+        dataset: What it was trained on.
+        network: What it came to.
+        test: Its evaluation on the test set.
+        history: All of its metrics.
+        spans: Who computed when; may be empty.
+
+    Yields:
+        The path of each picture.
+    """
+    by = "readout" if test.goodness_error is None else "goodness"
+    if f"{layer_name(0)}/loss" in history:  # backpropagation has no such thing
+        yield plots.plot_layers(history, folder / "layers.png")
+        samples = torch.arange(min(SHOWN, len(dataset.labels["train"])))
+        images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
+        negatives = _some_negatives(config, dataset, network, samples)
+        yield plots.plot_negatives(images, labels, negatives, dataset.shape, folder / "negatives.png")
+    if test.goodness_error is not None:
+        compared = config.training.loss == "symmetric"
+        thresholds = [None if compared else cast(Layer, layer).threshold for layer in network.layers]
+        yield plots.plot_goodness(test.goodness, dataset.labels["test"], thresholds, folder / "goodness.png")
+    yield plots.plot_errors(test, folder / "errors.png")
+    yield plots.plot_fields(network, folder / "fields.png")
+    yield plots.plot_confusion(test.confusion, by, folder / "confusion.png")
+    if spans:
+        yield plots.plot_timeline(spans, folder / "timeline.png")
+
+
+def _some_negatives(config: Config, dataset: Dataset, network: Network, samples: Tensor) -> Tensor:
+    """Returns negatives of some training samples; hard labels are those that the network, as it is, would give."""
+    negatives, images, labels = config.negatives, dataset.images["train"], dataset.labels["train"]
+    draw = generator(config.seed, "picture")
+    if negatives.kind == "hard_label":
+        return draw_wrong_labels(network(images[samples]), labels[samples], draw)
+    data = TrainingSet(images, labels, dataset.classes, dataset.shape, config.seed)
+    kind = find_kind(negatives.kind, negatives.options)
+    return make_checked(kind, data, samples, draw, labels_shown=config.data.label != "none")

@@ -1,0 +1,107 @@
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+from ffdist import ConfigError, Run, load_config, train
+from ffdist.config_file import find_config
+from ffdist.tracking.timeline import read_timeline
+
+TREE = {
+    "data": {"name": "digits", "label": "append"},
+    "model": {"layers": [40, 30]},
+    "training": {"epochs": 3},
+    "tracking": {"every_minibatches": 28},
+}
+PICTURES = {"layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(TREE, runner="serial", runs=tmp_path_factory.mktemp("runs"))
+
+
+def test_a_configuration_is_nested_dicts_or_a_file_or_a_name(tmp_path):
+    short = {"training": {"epochs": 1}, "model": {"layers": [20]}}
+    (tmp_path / "some.yaml").write_text(json.dumps(short | {"data": {"name": "digits"}}))
+    given = [short | {"data": {"name": "digits"}}, tmp_path / "some.yaml", load_config(str(tmp_path / "some.yaml"))]
+    found = {train(config, runner="serial", runs=tmp_path).summary["weights_sha256"] for config in given}
+    assert len(found) == 1
+    with pytest.raises(ConfigError, match="did you mean digits"):
+        train("digit", runner="serial", runs=tmp_path)
+    assert find_config("digits").is_file()
+
+
+def test_metrics_are_those_of_the_run(run):
+    assert run.metrics["test/goodness_error"] == [(4200, run.summary["test_goodness_error"])]
+    assert [samples for samples, _ in run.metrics["layer_2/loss"]] == [2800, 4200]
+
+
+def test_it_is_found_again_and_evaluated_as_it_was(run):
+    for name in (run.folder, run.summary["mlflow_run_id"]):
+        found = Run.find(name, run.folder.parent)
+        assert found.summary == run.summary
+    test = found.evaluate(found.dataset.images["test"], found.dataset.labels["test"])
+    assert test.goodness_error == pytest.approx(run.summary["test_goodness_error"], abs=1.5 / 360)
+    assert test.layer_errors == pytest.approx(run.summary["layer_errors"], abs=1.5 / 360)
+
+
+def test_what_is_no_finished_run_is_told(run, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.yaml").write_text(run.config.to_yaml())
+    with pytest.raises(ConfigError, match="not finished; go on with it"):
+        Run.find(tmp_path / "half")
+    (tmp_path / "half" / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"summary.json is damaged"):
+        Run.find(tmp_path / "half")
+    with pytest.raises(ConfigError, match="a run is its folder"):
+        Run.find("nothing", tmp_path)
+
+
+def test_images_of_another_shape_are_refused(run):
+    with pytest.raises(ConfigError, match=r"shape \[1, 8, 8\] \(given: torch.uint8, \[3, 8, 8\]\)"):
+        run.predict(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"torch\.float32"):
+        run.predict(torch.zeros(2, 64))
+
+
+def test_pictures_are_drawn_at_the_end_and_again(run, tmp_path):
+    assert {path.stem for path in run.folder.glob("*.png")} == PICTURES
+    for path in run.plot(tmp_path / "again"):
+        with Image.open(path) as picture, Image.open(run.folder / path.name) as before:
+            assert picture.size == before.size
+            assert min(picture.size) > 100
+            assert len(set(picture.convert("L").tobytes())) > 10
+    assert {path.stem for path in (tmp_path / "again").iterdir()} == PICTURES
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["negatives.kind=hybrid", "data.label=none"],
+        ["negatives.kind=hard_label"],
+        ["training.loss=symmetric"],
+        ["data.label=everywhere", "model.layers=[{kind: local, grid: 3, stride: 2, field: 4, units: 9}, 20]"],
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_can_be_drawn(changes, tmp_path):
+    run = train(
+        load_config("digits", ["model.layers=[20,20]", *changes, "training.epochs=1"]), runner="serial", runs=tmp_path
+    )
+    without = {"goodness"} if "none" in str(changes) else set()
+    assert {path.stem for path in run.folder.glob("*.png")} == PICTURES - without
+
+
+def test_the_timeline_tells_who_computed_and_waited_when(run):
+    spans = read_timeline(run.folder)
+    assert {span.part for span in spans} == {"stage 1", "stage 2", "readout"}
+    assert {span.what for span in spans} >= {"compute", "wait"}
+    assert min(span.begun_s for span in spans) == 0
+    for part in ("stage 1", "stage 2", "readout"):
+        own = sorted((span.begun_s, span.took_s) for span in spans if span.part == part)
+        assert all(begun + took < after + 1e-3 for (begun, took), (after, _) in pairwise(own))
+    trace = json.loads((run.folder / "timeline.json").read_text())["traceEvents"]
+    assert {event["ph"] for event in trace} == {"M", "X"}

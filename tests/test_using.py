@@ -1,0 +1,131 @@
+"""What leaves a run, used as people would."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ffdist import load_config, read_network, train
+from ffdist.exported import save_network
+from ffdist.ff.local import Fields
+from ffdist.ff.network import Architecture, Network
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = load_config("digits", ["training.epochs=12", "model.layers=[200,200]", "tracking.register=digits-net"])
+    return train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
+
+
+def ffdist(*words) -> str:
+    command = [sys.executable, "-m", "ffdist.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("layers", [(5, 4), (Fields(2, 2, 3, 4), 6)])
+@pytest.mark.parametrize("label", ["append", "none"])
+def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
+    label = "everywhere" if label == "append" and not isinstance(layers[0], int) else label
+    network = Network(Architecture((1, 6, 6), 3, layers, label=label, precision="bfloat16", seed=3))
+    save_network(network, tmp_path)
+    images = torch.randint(256, (7, 36), dtype=torch.uint8)
+    for one, other in zip(network.predict(images), read_network(tmp_path).predict(images), strict=True):
+        assert torch.equal(one, other)
+    (tmp_path / "network.json").write_text("{}")
+    with pytest.raises(ValueError, match="no network that can be read"):
+        read_network(tmp_path)
+
+
+def test_exported_files_need_torch_alone(run, tmp_path):
+    assert "readout.pt2" in ffdist("export", run.folder, "--to", tmp_path / "out")
+    images = run.dataset.images["test"][:9]
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch; images = torch.load(sys.argv[1]); network = torch.export.load(sys.argv[2]).module(); "
+        "print(network(images).argmax(1).tolist()); assert 'ffdist' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "out" / "readout.pt2"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
+    assert json.loads(said) == run.predict(images).probabilities.argmax(1).tolist()
+    again = subprocess.run(
+        [sys.executable, "-m", "ffdist.cli", "export", run.folder, "--to", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert again.returncode == 2
+    assert "new or empty" in again.stderr
+
+
+def test_predictions_as_a_table_and_as_parquet(run, tmp_path):
+    images, labels = run.dataset.images["test"][:20], run.dataset.labels["test"][:20]
+    for number, image in enumerate(images):
+        Image.fromarray(image.view(8, 8).numpy()).save(tmp_path / f"{number:02}.png")
+    said = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
+    found = pq.read_table(tmp_path / "found.parquet").to_pydict()
+    assert found["label"] == run.predict(images).label.tolist()
+    assert sum(one == other for one, other in zip(found["label"], labels.tolist(), strict=True)) >= 16
+    assert [len(row) for row in found["probability"] + found["goodness"]] == [10] * 40
+    assert found["goodness"][0].index(max(found["goodness"][0])) == found["label"][0]
+    assert "07.png" in said
+
+
+def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path):
+    assert f"{run.summary['test_goodness_error']:.2%} by goodness" in ffdist("evaluate", run.folder)
+    images, labels = run.dataset.images["test"], run.dataset.labels["test"]
+    for label in range(10):
+        (tmp_path / str(label)).mkdir()
+        for number in (labels == label).nonzero().flatten()[:5].tolist():
+            Image.fromarray(images[number].view(8, 8).numpy()).save(tmp_path / str(label) / f"{number}.png")
+    assert "of 50 samples" in ffdist("evaluate", run.folder, "--data", tmp_path)
+
+
+def test_the_registered_model_is_served(run, tmp_path, free_port):
+    """By MLflow's own server, from the registry, with an answer for a known digit."""
+    uri = run.summary["mlflow_tracking_uri"]
+    image, label = run.dataset.images["test"][0], run.predict(run.dataset.images["test"][:1]).label[0].item()
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        "models:/digits-net/1",
+        "--env-manager",
+        "local",
+    ]
+    server = subprocess.Popen(
+        [*command, "--port", str(free_port)],
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)},
+        cwd=tmp_path,  # where there is no ffdist but the model's
+        stderr=(tmp_path / "log").open("w"),
+    )
+    body = json.dumps({"inputs": image.view(1, 1, 8, 8).tolist()}).encode()
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                ask = urllib.request.Request(
+                    f"http://127.0.0.1:{free_port}/invocations", body, {"Content-Type": "application/json"}
+                )
+                answer = json.load(urllib.request.urlopen(ask, timeout=10))["predictions"]
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, "no answer"
+                time.sleep(1)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert answer["label"] == [label] == [run.dataset.labels["test"][0].item()]
+    assert len(answer["probability"][0]) == len(answer["goodness"][0]) == 10
