@@ -143,7 +143,7 @@ def _shares(stretch: Stretch) -> dict[str, float]:
     whole_s = compute_s[chief] + wait_s[chief]
     return {
         "stage_imbalance": 1 - fmean(compute_s) / compute_s[chief],
-        "wait_fraction": (wait_s[chief] - packing_s[chief] - queued_s[chief]) / whole_s,
+        "wait_fraction": max(0.0, wait_s[chief] - packing_s[chief] - queued_s[chief]) / whole_s,
         "serialization_fraction": packing_s[chief] / whole_s,
         "queued_fraction": queued_s[chief] / whole_s,
         "driver_cpu_fraction": stretch.driver_cpu_fraction,
