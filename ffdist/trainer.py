@@ -12,7 +12,7 @@ from typing import Any
 
 from ffdist.checkpoint import Commits
 from ffdist.config import Config, ConfigError, RunFailed
-from ffdist.config_file import load_config, parse_config
+from ffdist.config_file import find_config, load_config, parse_config
 from ffdist.data.datasets import Dataset
 from ffdist.data.folder import Folder
 from ffdist.failures import Failures
@@ -38,7 +38,7 @@ def train(
     runner: RunnerName = "ray",
     address: str | None = "local",
     runs: Path = Path("runs"),
-    name: str = "run",
+    name: str | None = None,
     resumed: Path | None = None,
     from_older: bool = False,
     origin: Path | None = None,
@@ -51,7 +51,7 @@ def train(
             the same layers end to end in this process, as a reference.
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
         runs: Folder that gets the run's own folder, and the tracking database where nothing else is set.
-        name: Start of the run's name.
+        name: Start of the run's name; the configuration's, where it has one, if there is none.
         resumed: Folder of a run that goes on from its newest commit, and ends as if it had never stopped.
         from_older: Whether a damaged commit is passed over.
         origin: Folder of a run from whose weights this one starts.
@@ -65,7 +65,7 @@ def train(
     if isinstance(config, dict):
         config = parse_config(config, "config")
     elif not isinstance(config, Config):
-        config = load_config(str(config))
+        name, config = name or find_config(str(config)).stem, load_config(str(config))
     if runner == "backpropagation":
         config = config.by_backpropagation()
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def train(
         asked_to_stop = stack.enter_context(stop_requests())
         attempt = stack.enter_context(ExitStack())  # refused, it leaves no trace of the run
         placed = attempt.enter_context(place(runner, prepared, config, resources, costs))
-        folder = resumed or _new_folder(runs, name)
+        folder = resumed or _new_folder(runs, name or "run")
         made = made_with(config, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner})
         if not start.manifest:

@@ -84,7 +84,11 @@ def test_mlflow_has_every_series_of_both_runners(finished):
             for name in series | errors
         }
         files = {file.path for file in client.list_artifacts(facts["mlflow_run_id"])}
-        assert files == {"config.yaml", "layers.png", "confusion.png"}
+        pictures = ("layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline")
+        assert files == {"config.yaml", "timeline.json", *(f"{picture}.png" for picture in pictures)}
+        (trained_on,) = run.inputs.dataset_inputs
+        assert (trained_on.dataset.name, len(run.outputs.model_outputs)) == ("digits", 1)
+        assert run.data.tags["cluster"].startswith("nodes: 1, CPUs: ")
     assert learned["serial"] == learned["ray"]
     assert len(learned["ray"]["validation/goodness_error"]) == 2
 

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from ffdist import ConfigError, Run, load_config, train
-from ffdist.config_file import find_config
 from ffdist.tracking.timeline import read_timeline
 
 TREE = {
@@ -27,11 +26,11 @@ def test_a_configuration_is_nested_dicts_or_a_file_or_a_name(tmp_path):
     short = {"training": {"epochs": 1}, "model": {"layers": [20]}}
     (tmp_path / "some.yaml").write_text(json.dumps(short | {"data": {"name": "digits"}}))
     given = [short | {"data": {"name": "digits"}}, tmp_path / "some.yaml", load_config(str(tmp_path / "some.yaml"))]
-    found = {train(config, runner="serial", runs=tmp_path).summary["weights_sha256"] for config in given}
-    assert len(found) == 1
+    found = [train(config, runner="serial", runs=tmp_path) for config in given]
+    assert len({run.summary["weights_sha256"] for run in found}) == 1
+    assert [run.folder.name.split("-")[0] for run in found] == ["run", "some", "run"]
     with pytest.raises(ConfigError, match="did you mean digits"):
         train("digit", runner="serial", runs=tmp_path)
-    assert find_config("digits").is_file()
 
 
 def test_metrics_are_those_of_the_run(run):

@@ -197,8 +197,10 @@ def test_a_job_over_two_nodes(ray_folder, tmp_path):
     for server in ports:
         server.close()
     home = tmp_path / "home"
-    home.mkdir()
-    environment = os.environ | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
     def run(*words: object) -> str:
         command = [sys.executable, "-m", *map(str, words)]
