@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from ffdist.ff.layers import Rule
@@ -37,6 +38,28 @@ def read_network(folder: str | Path) -> Network:
     if any(map(_predicts, missing)):
         raise ValueError(f"{folder} lacks {', '.join(filter(_predicts, missing))}")
     return network
+
+
+class Served:
+    """What MLflow asks, on behalf of whoever asks the model of a run."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def predict(self, images: Any, params: Any = None) -> dict[str, Any]:
+        """Returns what images show, uint8 `[N, channels, height, width]`.
+
+        It is each one's `label` by goodness, else by the readout, and `probability` and `goodness` of every label.
+        """
+        found = self._network.predict(torch.as_tensor(images).to(torch.uint8).flatten(1))
+        goodness = found.goodness[self._network.architecture.predict_from - 1 :].sum(0)
+        named = {"label": found.label, "probability": found.probabilities, "goodness": goodness}
+        return {name: tensor.numpy() for name, tensor in named.items()}
+
+
+def _load_pyfunc(path: str) -> Served:
+    """Reads a model; MLflow calls it by this name."""
+    return Served(read_network(path))
 
 
 def _predicts(name: str) -> bool:

@@ -1,7 +1,6 @@
 """The network of a run as an MLflow model, that `mlflow models serve` answers requests with."""
 
 import shutil
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist.exported import save_network
+from ffdist import exported
 from ffdist.ff.network import Network
 
 NAME = "model"
@@ -81,12 +80,11 @@ def save_model(network: Network, image: Tensor, path: Path, **facts: Any) -> Non
             shutil.copy(package / name, part)
         kept = Path(folder) / "network"
         kept.mkdir()
-        save_network(network, kept)
-        warnings.filterwarnings("ignore", ".*Add type hints to the `predict`")  # it is given the signature
+        exported.save_network(network, kept)
         pyfunc.save_model(
             path,
-            python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={"network": str(kept)},
+            loader_module=exported.__name__,
+            data_path=str(kept),
             code_paths=[str(part)],
             signature=signature,
             input_example=image.view(1, *architecture.shape).numpy(),
