@@ -123,7 +123,7 @@ class Loop:
                 self._mark("chunk", self.step)
                 self._train_s = before_s + time.perf_counter() - since
                 self._display.update(self.step)
-                self._timeline.add(order, result)
+                self._timeline.add(result)
                 for samples, metrics in self._averages.add(order, result):
                     self._log(metrics, samples)
             elif isinstance(order, Evaluate) and isinstance(result, Evaluated):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ffdist.pipeline.runner import Trained
-from ffdist.pipeline.schedule import Train
 
 TIMELINE = "timeline.json"
 """In the folder of a run, as Chrome's and Perfetto's viewers read it."""
@@ -33,7 +32,7 @@ class Timeline:
         self._spans: list[Span] = []
         self._chunks = 0
 
-    def add(self, chunk: Train, trained: Trained) -> None:
+    def add(self, trained: Trained) -> None:
         """Takes in when the parts worked on a chunk."""
         if self._chunks == CHUNKS or not trained.stages[0].begun_at:
             return
