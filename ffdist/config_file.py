@@ -18,13 +18,18 @@ def config_folder() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Returns the shipped configurations by their names."""
+    return {path.stem: path for path in sorted(config_folder().rglob("*.yaml"))}
+
+
 def find_config(name: str) -> Path:
     """Finds a configuration by its path, or a shipped one by its bare name.
 
     Raises:
         ConfigError: There is neither.
     """
-    shipped = {path.stem: path for path in sorted(config_folder().rglob("*.yaml"))}
+    shipped = shipped_configs()
     if Path(name).is_file():
         return Path(name)
     if name in shipped:

@@ -175,6 +175,7 @@ class Loop:
             "classes": self._dataset.classes,
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
+            "test_fitted_readout_error": None,
             "layer_errors": test.layer_errors,
             "samples_per_s": self.samples / self._train_s,
             "train_s": self._train_s,

@@ -1,5 +1,6 @@
 """What is done outside of a run: negatives made and looked at, and a readout fitted to layers that stay as they are."""
 
+import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from ffdist.config import Config, ConfigError
 from ffdist.config_file import parse_config
 from ffdist.data.datasets import load_dataset
+from ffdist.data.folder import Folder
 from ffdist.data.order import SampleOrder
 from ffdist.data.store import Store
 from ffdist.ff.classify import error as share_wrong
@@ -20,6 +22,7 @@ from ffdist.finished import Run
 from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.source import NegativeSource
 from ffdist.prepare import prepare
+from ffdist.start import SUMMARY
 from ffdist.tracking.plots import plot_negatives
 from ffdist.tracking.server import log_to_run
 
@@ -100,7 +103,7 @@ def show_store(uri: str, picture: Path) -> None:
 def fit_readout(run: str, *, runs: Path) -> float:
     """Fits a readout to the layers of a finished run as they stand, until it is converged.
 
-    Its test error is printed, logged to the run as `test/fitted_readout_error`, and returned.
+    Its test error is printed, logged to the run as `test/fitted_readout_error`, kept in its summary, and returned.
 
     Args:
         run: Folder of the run, or its MLflow run id.
@@ -132,4 +135,7 @@ def fit_readout(run: str, *, runs: Path) -> float:
         soft_wrap=True,
     )
     log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
+    Folder(str(finished.folder), ConfigError).put(
+        SUMMARY, json.dumps(summary | {"test_fitted_readout_error": wrong}, indent=2).encode()
+    )
     return wrong

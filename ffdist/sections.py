@@ -281,3 +281,5 @@ class Tracking(Section):
     """Time that the end of a run waits for the server to take what is left."""
     paper_error: Fraction | None = None
     """Test error that the paper gives for the experiment, in [0, 1); stands in the table of results."""
+    target_error: Fraction | None = None
+    """Test error that is to be reached by goodness, or by a readout where no label is shown; stands there as well."""

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Arrows point down: a room may import from its own row and the rows below it.
 ROWS = [
     {"cli", "run"},
-    {"offline", "using", "chaos", "bench"},
+    {"offline", "reproduce", "using", "chaos", "bench"},
     {"trainer"},
     {"recovery"},
     {"loop", "finished"},

@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from ffdist.tracking.results import HEAD, _rows
+from ffdist.tracking.results import result_rows, results_table
 
 LOCAL = "[{'kind': 'local', 'grid': 4, 'stride': 6, 'field': 10, 'units': 128}, 500]"
 
@@ -24,7 +24,7 @@ def a_run(name, seed, goodness, readout, *, train_s=60.0, **changes):
 
 
 def cells(*runs):
-    return [dict(zip(HEAD, row, strict=True)) for row in _rows(list(runs))]
+    return result_rows(list(runs))
 
 
 def test_seeds_are_one_row_with_their_median_and_range():
@@ -38,6 +38,26 @@ def test_seeds_are_one_row_with_their_median_and_range():
     assert row["by goodness"] == "1.40% (1.30% to 1.50%, 3 seeds)"
     assert row["by readout"] == "1.70% (1.60% to 1.80%, 3 seeds)"
     assert (row["paper"], row["seconds"], row["network"], row["negatives"]) == ("1.36%", "60", "30-20", "hard_label")
+
+
+def test_columns_that_say_nothing_are_left_out():
+    table = results_table(cells(a_run("a-20261122-101010", 0, 0.1, 0.2)))
+    assert table.splitlines()[0] == (
+        "| run | network | label | negatives | epochs | paper | by goodness | by readout | seconds |"
+    )
+    assert table.splitlines()[2] == "| a | 30-20 | overwrite | hard_label | 40 | 1.36% | 10.00% | 20.00% | 60 |"
+    assert results_table([]) == "| run |\n| --- |"
+
+
+def test_a_target_is_for_goodness_or_without_labels_for_a_readout():
+    target = {"tracking__target_error": "0.02"}
+    goodness = [a_run("a-20261122-101010", seed, error, 0.01, **target) for seed, error in enumerate((0.01, 0.02, 0.9))]
+    unlabelled = a_run("u-20261122-101010", 0, None, 0.03, data__label="none", **target)
+    (first, second) = cells(*goodness, unlabelled)
+    assert (first["target"], second["target"]) == ("2.00%, reached", "2.00%, missed")
+    unlabelled.data.metrics["test/fitted_readout_error"] = 0.019
+    assert cells(unlabelled)[0]["target"] == "2.00%, reached"
+    assert cells(a_run("b-20261122-101010", 0, 0.021, 0.01, **target))[0]["target"] == "2.00%, missed"
 
 
 def test_what_decides_the_result_makes_another_row():

@@ -4,7 +4,7 @@ import click
 
 from ffdist.cli.around import negatives, readout, results, ui
 from ffdist.cli.proof import bench, chaos
-from ffdist.cli.training import baseline, train
+from ffdist.cli.training import baseline, reproduce, train
 from ffdist.cli.using import evaluate, export, plot, predict
 
 
@@ -14,5 +14,19 @@ def main() -> None:
     """Train Forward-Forward networks as a stream over Ray actors."""
 
 
-for command in (train, baseline, evaluate, predict, plot, export, readout, results, ui, negatives, chaos, bench):
+for command in (
+    train,
+    reproduce,
+    baseline,
+    evaluate,
+    predict,
+    plot,
+    export,
+    readout,
+    results,
+    ui,
+    negatives,
+    chaos,
+    bench,
+):
     main.add_command(command)

@@ -59,9 +59,10 @@ def readout(run: str, runs: Path) -> None:
 def results(runs: Path, experiment: str) -> None:
     """Print a table of all finished runs, in Markdown; MLFLOW_TRACKING_URI may name another store."""
     with told():
-        from ffdist.tracking.results import results_table
+        from ffdist.tracking.results import finished_runs, result_rows, results_table
 
-        click.echo(results_table(os.environ.get("MLFLOW_TRACKING_URI") or database(runs), experiment))
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or database(runs)
+        click.echo(results_table(result_rows(finished_runs(uri, experiment))))
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ffdist.cli.words import check_writable, load, runs_option, told, words_argument
-from ffdist.config import ConfigError
+from ffdist.config import ConfigError, RunFailed
 
 RUN_OPTIONS = (
     runs_option,
@@ -29,12 +29,16 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
-@words_argument
-@click.option(
+runner_option = click.option(
     "--runner", type=click.Choice(["ray", "serial"]), default="ray", show_default=True, help="Where stages run."
 )
-@click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of the run's own.")
+address_option = click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of its own.")
+
+
+@click.command()
+@words_argument
+@runner_option
+@address_option
 @run_options
 @click.pass_context
 def train(context: click.Context, /, words: tuple[str, ...], runner: Any, address: str | None, **run: Any) -> None:
@@ -44,6 +48,29 @@ def train(context: click.Context, /, words: tuple[str, ...], runner: Any, addres
     """
     default = context.obj.get("address", "local") if context.obj else "local"
     _train(words, **run, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or default)
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[CONFIG]...")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each, by seed from 0 on.")
+@runner_option
+@address_option
+@runs_option
+def reproduce(names: tuple[str, ...], seeds: int, runner: Any, address: str | None, runs: Path) -> None:
+    """Train CONFIG after CONFIG, all that are shipped if none is named, and print their figures side by side.
+
+    What the runs folder has of them is not trained again, and what was stopped goes on. Exit code 1 tells that a figure
+    missed its configuration's target.
+    """
+    with told():
+        from ffdist.reproduce import reproduce as run_them
+
+        found = run_them(
+            names, seeds=seeds, runs=runs, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or "local"
+        )
+        click.echo(found.table)
+        if found.missed:
+            raise RunFailed(f"a target was missed by {', '.join(found.missed)}")
 
 
 @click.command()

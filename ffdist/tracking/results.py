@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable
 from statistics import median
 from typing import Any
 
@@ -27,83 +27,98 @@ RULE = (
     *("training.updates", "training.schedule", "training.repeats", "training.optimizer"),
 )
 """Parameters that the table tells where they are not the default."""
+GOODNESS, READOUT, FITTED = (f"test/{name}_error" for name in ("goodness", "readout", "fitted_readout"))
 FINISHED = "attributes.status = 'FINISHED'"
-HEAD = (
-    "run",
-    "network",
-    "label",
-    "negatives",
-    "rule",
-    "epochs",
-    "by goodness",
-    "by readout",
-    "backprop",
-    "paper",
-    "seconds",
-)
+REACHED, MISSED = ", reached", ", missed"
+Row = dict[str, str]
+"""What a row of the table says, by the words at the head of its columns."""
 
 
-def results_table(uri: str, experiment: str) -> str:
-    """Returns a table in Markdown, one row for each configuration; of several seeds it tells the median and the range.
+def result_rows(runs: list[Any]) -> list[Row]:
+    """Returns one row for each configuration; of several seeds it tells the median and the range.
+
+    Args:
+        runs: As `finished_runs` returns them; the newest of each seed counts.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    references: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if _is_reference(run):
+            by_seed = references.setdefault(_told(run, REFERENCE), {})
+        else:
+            decides = [key for key in run.data.params if not key.startswith(("seed", "runner", *DECIDES_NOTHING))]
+            by_seed = groups.setdefault(_told(run, decides), {})
+        by_seed.setdefault(run.data.params["seed"], run)
+    told = [(list(group.values()), _told(next(iter(group.values())), REFERENCE)) for group in groups.values()]
+    told += [([], alone) for alone in references.keys() - {reference for _, reference in told}]
+    rows = [(own, list(references.get(reference, {}).values())) for own, reference in told]
+    return [_row(own, reference) for own, reference in sorted(rows, key=lambda row: _order((row[0] or row[1])[0]))]
+
+
+def results_table(rows: list[Row]) -> str:
+    """Returns rows as a table in Markdown; columns that say nothing are left out."""
+    head = [name for name in rows[0] if any(row[name] for row in rows)] if rows else ["run"]
+    cells = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def finished_runs(uri: str, experiment: str, only: Container[str] | None = None) -> list[Any]:
+    """Returns finished runs, newest first.
 
     Args:
         uri: Tracking server or database.
         experiment: Name of the experiment.
+        only: MLflow run ids that count, beside runs by backpropagation that are the reference of one of them.
     """
-    rows = [list(HEAD), ["---"] * len(HEAD), *_rows(_finished(uri, experiment))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _finished(uri: str, experiment: str) -> list[Any]:
-    """Returns the finished runs, newest first."""
     runs: list[Any] = []
     with a_client(uri) as client:
         found, token = client.get_experiment_by_name(experiment), None
         while found:
             page = client.search_runs([found.experiment_id], FINISHED, page_token=token)
-            runs += [run for run in page if "test/readout_error" in run.data.metrics]
+            runs += [run for run in page if READOUT in run.data.metrics]
             token = page.token
             if not token:
                 break
-    return runs
+    if only is None:
+        return runs
+    beside = {_told(run, REFERENCE) for run in runs if run.info.run_id in only}
+    return [run for run in runs if run.info.run_id in only or (_is_reference(run) and _told(run, REFERENCE) in beside)]
 
 
-def _rows(runs: list[Any]) -> Iterator[list[str]]:
-    groups: dict[str, dict[str, Any]] = {}
-    references: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if run.data.params["runner"] == "backpropagation":
-            by_seed = references.setdefault(_told(run, REFERENCE), {})
-        else:
-            decides = [key for key in run.data.params if not key.startswith(("seed", "runner", *DECIDES_NOTHING))]
-            by_seed = groups.setdefault(_told(run, decides), {})
-        by_seed.setdefault(run.data.params["seed"], run)  # the newest of each seed
-    told = [(list(group.values()), _told(next(iter(group.values())), REFERENCE)) for group in groups.values()]
-    told += [([], alone) for alone in references.keys() - {reference for _, reference in told}]
-    rows = [(own, list(references.get(reference, {}).values())) for own, reference in told]
-    yield from (_row(own, reference) for own, reference in sorted(rows, key=lambda row: _order((row[0] or row[1])[0])))
+def _is_reference(run: Any) -> bool:
+    return bool(run.data.params["runner"] == "backpropagation")
 
 
-def _row(runs: list[Any], references: list[Any]) -> list[str]:
+def _row(runs: list[Any], references: list[Any]) -> Row:
     """Returns the row of runs that differ in their seeds alone, and of those by backpropagation that stand beside."""
     first = (runs or references)[0]
     params = first.data.params
-    paper, jitter = params.get("tracking.paper_error", "None"), params.get("data.jitter", "0")
+    paper, target = params.get("tracking.paper_error", "None"), params.get("tracking.target_error", "None")
+    jitter = params.get("data.jitter", "0")
     rule = [f"{key.split('.')[1]} {params[key]}" for key in RULE if params.get(key, DEFAULTS[key]) != DEFAULTS[key]]
+    fitted = _errors(runs, FITTED)
     times = [run.data.metrics["train_s"] for run in runs or references if "train_s" in run.data.metrics]
-    return [
-        re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", first.info.run_name),
-        _network(params),
-        params["data.label"] + (f", jitter {jitter}" if jitter != "0" else ""),
-        params["negatives.kind"] if runs else "",
-        ", ".join(rule),
-        params["training.epochs"],
-        _errors(runs, "test/goodness_error"),
-        _errors(runs, "test/readout_error") + _fitted(runs),
-        _errors(references, "test/readout_error"),
-        "" if paper == "None" else f"{float(paper):.2%}",
-        f"{median(times):,.0f}" if times else "",
-    ]
+    return {
+        "run": re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", first.info.run_name),
+        "network": _network(params),
+        "label": params["data.label"] + (f", jitter {jitter}" if jitter != "0" else ""),
+        "negatives": params["negatives.kind"] if runs else "",
+        "rule": ", ".join(rule),
+        "epochs": params["training.epochs"],
+        "paper": "" if paper == "None" else f"{float(paper):.2%}",
+        "target": "" if target == "None" or not runs else f"{float(target):.2%}{_verdict(runs, float(target))}",
+        "by goodness": _errors(runs, GOODNESS),
+        "by readout": _errors(runs, READOUT) + (fitted and f"; {fitted} fitted"),
+        "backprop": _errors(references, READOUT),
+        "seconds": f"{median(times):,.0f}" if times else "",
+    }
+
+
+def _verdict(runs: list[Any], target: float) -> str:
+    """Says whether the median of runs reached a target: by goodness, or by a readout where no label was shown."""
+    medians = [_median(runs, name) for name in (GOODNESS, READOUT, FITTED)]
+    reached = [medians[0]] if medians[0] is not None else medians[1:]
+    return REACHED if min(error for error in reached if error is not None) <= target else MISSED
 
 
 def _told(run: Any, names: Iterable[str]) -> str:
@@ -129,14 +144,18 @@ def _network(params: dict[str, str]) -> str:
     )
 
 
+def _values(runs: list[Any], name: str) -> list[float]:
+    return [run.data.metrics[name] for run in runs if name in run.data.metrics]
+
+
+def _median(runs: list[Any], name: str) -> float | None:
+    values = _values(runs, name)
+    return median(values) if values else None
+
+
 def _errors(runs: list[Any], name: str) -> str:
-    errors = [run.data.metrics[name] for run in runs if name in run.data.metrics]
+    errors = _values(runs, name)
     if not errors:
         return ""
     spread = f" ({min(errors):.2%} to {max(errors):.2%}, {len(errors)} seeds)" if len(errors) > 1 else ""
     return f"{median(errors):.2%}{spread}"
-
-
-def _fitted(runs: list[Any]) -> str:
-    fitted = _errors(runs, "test/fitted_readout_error")
-    return fitted and f"; {fitted} fitted"
