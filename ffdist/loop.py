@@ -159,14 +159,8 @@ class Loop:
         seen = test, self._tracker.history(), self._timeline.spans
         for picture in draw_pictures(folder, self._config, dataset, network, *seen):
             self._tracker.log_artifact(picture)
-        self._tracker.do(
-            partial(
-                log_model,
-                network=network,
-                image=dataset.images["test"][0],
-                register=self._config.tracking.register,
-            )
-        )
+        image, register = dataset.images["test"][0], self._config.tracking.register
+        self._tracker.do(partial(log_model, network=network, image=image, register=register))
         if self._timeline.spans:
             self._tracker.log_artifact(self._timeline.write(folder))
         return {
@@ -258,8 +252,16 @@ class Loop:
         if split == "test":
             self._test = found
             return
-        self._validated = self.step, found.chief_error
-        self._display.say(f"epoch {self.step // self._order.minibatches}: validation error {found.in_words()}")
+        self._validated, epoch = (self.step, found.chief_error), self.step // self._order.minibatches
+        self._display.say(f"epoch {epoch}: validation error {found.in_words()}")
+
+        def keep_picture(client: Any, run_id: str) -> None:
+            from ffdist.pictures import log_goodness  # of matplotlib, beside the training
+
+            log_goodness(client, run_id, self._config, self._architecture, found, labels, f"epoch_{epoch:04}")
+
+        if found.goodness_error is not None:
+            self._tracker.do(keep_picture)
 
     def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
         self._finish_commit(wait=True)

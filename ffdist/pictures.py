@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,10 @@ from torch import Tensor
 from ffdist.config import Config
 from ffdist.data.datasets import Dataset
 from ffdist.evaluation import Evaluation
+from ffdist.ff.goodness import MINUS
 from ffdist.ff.keyed import generator
-from ffdist.ff.layers import Layer
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
-from ffdist.ff.network import Network
+from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.stage import layer_name
 from ffdist.tracking import plots
 from ffdist.tracking.timeline import Span
@@ -52,14 +53,48 @@ def draw_pictures(
         negatives = _some_negatives(config, dataset, network, samples)
         yield plots.plot_negatives(images, labels, negatives, dataset.shape, folder / "negatives.png")
     if test.goodness_error is not None:
-        compared = config.training.loss == "symmetric"
-        thresholds = [None if compared else cast(Layer, layer).threshold for layer in network.layers]
+        thresholds = _thresholds(config, network.architecture)
         yield plots.plot_goodness(test.goodness, dataset.labels["test"], thresholds, folder / "goodness.png")
     yield plots.plot_errors(test, folder / "errors.png")
     yield plots.plot_fields(network, folder / "fields.png")
     yield plots.plot_confusion(test.confusion, by, folder / "confusion.png")
     if spans:
         yield plots.plot_timeline(spans, folder / "timeline.png")
+
+
+def log_goodness(
+    client: Any,
+    run_id: str,
+    config: Config,
+    architecture: Architecture,
+    found: Evaluation,
+    labels: Tensor,
+    name: str,
+) -> None:
+    """Keeps the picture of an evaluation's goodness with a run of MLflow, in the folder `goodness`.
+
+    Args:
+        client: MLflow's.
+        run_id: The run's.
+        config: What is trained.
+        architecture: Of it.
+        found: The evaluation, with labels tried.
+        labels: The true ones `[N]`.
+        name: Of the picture.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.png"
+        plots.plot_goodness(found.goodness, labels, _thresholds(config, architecture), path)
+        client.log_artifact(run_id, str(path), "goodness")
+
+
+def _thresholds(config: Config, architecture: Architecture) -> list[float | None]:
+    """Returns each layer's threshold as its goodness is counted; None where the loss has none."""
+    if config.training.loss == "symmetric":
+        return [None for _ in architecture.layers]
+    sign = -1 if config.model.goodness.startswith(MINUS) else 1
+    given = zip(config.thresholds, architecture.widths[1:], strict=True)
+    return [sign * (float(units) if threshold is None else threshold) for threshold, units in given]
 
 
 def _some_negatives(config: Config, dataset: Dataset, network: Network, samples: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from ffdist.loop import Loop
 from ffdist.prepare import prepare
 from ffdist.recovery import run_to_the_end
 from ffdist.start import CONFIG, SUMMARY, Start, commits_of, differences, made_with, resume, start_from
-from ffdist.tracking.progress import Display, closing_words
-from ffdist.tracking.server import how_to_look, log_dataset, tracking_uri
+from ffdist.tracking.progress import Display, closing_words, description
+from ffdist.tracking.server import DESCRIPTION, how_to_look, log_dataset, tracking_uri
 from ffdist.tracking.tracker import Tracker
 
 PLACING_AGAIN_S = 60.0
@@ -139,7 +139,7 @@ def train(
                 "mlflow_tracking_uri": tracker.uri,
                 "recoveries": failures.recoveries,
             }
-            tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
+            tracker.log_tags({"weights_sha256": summary["weights_sha256"], DESCRIPTION: description(summary)})
             tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
             tracker.note_end("FINISHED")
             Folder(str(folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())

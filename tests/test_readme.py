@@ -165,13 +165,17 @@ def test_ui_shows_a_finished_run(tmp_path, free_port):
     short = ["--runner", "serial", "training.epochs=1"]
     subprocess.run([*arguments("ffdist train digits"), *short], cwd=tmp_path, check=True, capture_output=True)
     server = subprocess.Popen(
-        [*arguments("ffdist ui"), "--port", str(free_port)], cwd=tmp_path, stderr=subprocess.DEVNULL
+        [*arguments("ffdist ui"), "--port", str(free_port)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
-        url, body = (
-            f"http://127.0.0.1:{free_port}/api/2.0/mlflow/runs/search",
-            json.dumps({"experiment_ids": ["1"]}).encode(),
-        )
+        said = server.stdout.readline()
+        page = rf"in some seconds: (http://127.0.0.1:{free_port})/#/experiments/(\d+)/runs\?.*viewStateShareKey=(\w+)\n"
+        address, experiment, view = re.fullmatch(page, said).groups()
+        url, body = f"{address}/api/2.0/mlflow/runs/search", json.dumps({"experiment_ids": [experiment]}).encode()
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -181,9 +185,13 @@ def test_ui_shows_a_finished_run(tmp_path, free_port):
             except OSError:
                 assert time.monotonic() < deadline
                 time.sleep(1)
+        found = f"{address}/api/2.0/mlflow/experiments/get?experiment_id={experiment}"
+        tags = json.load(urllib.request.urlopen(found, timeout=10))["experiment"]["tags"]
     finally:
         server.terminate()
         server.wait(30)
+        server.stdout.close()
+    assert f"mlflow.sharedViewState.{view}" in {tag["key"] for tag in tags}
     assert answer["runs"][0]["info"]["run_name"].startswith("digits-")
 
 

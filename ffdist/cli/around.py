@@ -8,6 +8,8 @@ import click
 
 from ffdist.cli.words import database, load, runs_option, told, words_argument
 
+experiment_option = click.option("--experiment", default="ffdist", show_default=True, help="MLflow experiment.")
+
 
 @click.group()
 def negatives() -> None:
@@ -55,7 +57,7 @@ def readout(run: str, runs: Path) -> None:
 
 @click.command()
 @runs_option
-@click.option("--experiment", default="ffdist", show_default=True, help="MLflow experiment.")
+@experiment_option
 def results(runs: Path, experiment: str) -> None:
     """Print a table of all finished runs, in Markdown; MLFLOW_TRACKING_URI may name another store."""
     with told():
@@ -67,10 +69,14 @@ def results(runs: Path, experiment: str) -> None:
 
 @click.command()
 @runs_option
+@experiment_option
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
-def ui(runs: Path, port: int) -> None:
-    """Open the MLflow UI on the runs folder's database, on this machine only."""
+def ui(runs: Path, experiment: str, port: int) -> None:
+    """Serve the MLflow UI on the runs folder's database, to this machine only, and say where the runs are in it."""
     with told():
+        from ffdist.tracking.server import runs_page
+
         uri = database(runs)
+        click.echo(f"in some seconds: http://127.0.0.1:{port}{runs_page(uri, experiment)}")
     program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
     os.execv(sys.executable, program)

@@ -1,12 +1,16 @@
 """Pictures of a run, made with matplotlib; each can be read in grey."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
 from matplotlib import colormaps, rc_context
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 from ffdist.evaluation import Evaluation
@@ -17,16 +21,23 @@ from ffdist.tracking.timeline import Span
 History = dict[str, list[tuple[int, float]]]
 """Samples seen and value, by metric."""
 STYLE: dict[Any, Any] = {
-    "axes.grid": True,
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "font.size": 9,
     "savefig.dpi": 110,
 }
-UNITS, BINS, CHUNKS = 64, 60, 14
-"""Receptive fields, bins of a histogram and chunks of a timeline that are drawn."""
+_ONE_AT_A_TIME = Lock()
+UNITS, BINS, CHUNKS, FIRST = 64, 60, 14, 4
+"""Receptive fields, bins of a histogram and chunks of a timeline that are drawn, and the first of these."""
 LOOKS = {"compute": ("#2a6f97", "#89c2d9"), "wait": ("#eeeeee",), "wait for negatives": ("#333333",)}
 """Of the timeline's spans; one chunk after the other."""
+
+
+@contextmanager
+def _styled(*, grid: bool = True) -> Iterator[None]:
+    """Gives what is drawn in a `with` block its style; matplotlib has one for all threads."""
+    with _ONE_AT_A_TIME, rc_context({**STYLE, "axes.grid": grid}):
+        yield
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -39,7 +50,7 @@ def _shade(index: int, count: int) -> tuple[float, ...]:
     return colormaps["viridis"](0.85 * index / max(1, count - 1))
 
 
-@rc_context(STYLE)
+@_styled()
 def plot_layers(history: History, path: Path) -> Path:
     """Draws loss and goodness of every layer over the samples seen, and returns the picture's path."""
     layers = sorted(
@@ -52,13 +63,15 @@ def plot_layers(history: History, path: Path) -> Path:
         panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=layer.replace("_", " "))
         for name, style in (("positive", "-"), ("negative", "--")):
             panels[1].plot(*zip(*history[f"{layer}/goodness_{name}"], strict=True), color=color, linestyle=style)
+    for panel in panels:
+        panel.xaxis.set_major_formatter(EngFormatter())
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
     panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness: positive solid, negative dashed")
     figure.legend(loc="outside lower center", ncols=8)
     return _save(figure, path)
 
 
-@rc_context(STYLE)
+@_styled()
 def plot_goodness(goodness: Tensor, labels: Tensor, thresholds: Sequence[float | None], path: Path) -> Path:
     """Draws how the goodness of true and of wrong labels is distributed in each layer, and returns the picture's path.
 
@@ -83,12 +96,12 @@ def plot_goodness(goodness: Tensor, labels: Tensor, thresholds: Sequence[float |
         if threshold is not None:
             panel.axvline(threshold, color="black", linestyle=":", label="threshold")
         panel.set(xlabel="goodness", yticks=[], title=f"layer {number}")
-    panels[0].set_ylabel("share of test samples")
+    panels[0].set_ylabel("share of samples")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _save(figure, path)
 
 
-@rc_context(STYLE)
+@_styled()
 def plot_errors(evaluation: Evaluation, path: Path) -> Path:
     """Draws the test error by the goodness of each layer alone, and of all by either way; returns the path."""
     layers = evaluation.layer_errors or []
@@ -103,15 +116,15 @@ def plot_errors(evaluation: Evaluation, path: Path) -> Path:
     panel.bar_label(drawn, [f" {error:.2%}" for error in bars.values()])
     panel.margins(x=0.15)
     panel.invert_yaxis()
-    panel.set(xlabel="test error, %", title="who is wrong how often")
+    panel.set(xlabel="test error, %", title="goodness of each layer, of all that predict, and readout")
     return _save(figure, path)
 
 
-@rc_context({**STYLE, "axes.grid": False})
+@_styled(grid=False)
 def plot_fields(network: Network, path: Path) -> Path:
     """Draws what units of the first layer look for, those of the longest weights first; returns the picture's path.
 
-    Mid-grey is no weight; each unit has a scale of its own.
+    Mid-grey is no weight; each unit has a scale of its own, which its few largest weights pass.
     """
     channels, height, width = network.architecture.shape
     first, weight = network.architecture.layers[0], cast(Tensor, network.layers[0].weight)
@@ -120,7 +133,8 @@ def plot_fields(network: Network, path: Path) -> Path:
     else:
         pixels = weight[:, : network.architecture.pixels].view(-1, channels, height, width).permute(0, 2, 3, 1)
     longest = pixels.flatten(1).norm(dim=1).argsort(descending=True)[:UNITS]
-    shown = pixels[longest] / pixels[longest].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / 2 + 0.5
+    scale = pixels[longest].abs().flatten(1).quantile(0.98, dim=1).clamp(min=1e-12)
+    shown = (pixels[longest] / scale.view(-1, 1, 1, 1) / 2 + 0.5).clamp(0, 1)
     framed = torch.nn.functional.pad(shown, (0, 0, 1, 1, 1, 1), value=1.0)
     across = min(16, len(framed))
     blank = framed.new_ones((-len(framed) % across, *framed.shape[1:]))
@@ -133,26 +147,26 @@ def plot_fields(network: Network, path: Path) -> Path:
     return _save(figure, path)
 
 
-@rc_context({**STYLE, "axes.grid": False})
+@_styled(grid=False)
 def plot_confusion(confusion: Tensor, predicted_by: str, path: Path) -> Path:
     """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path."""
     classes = len(confusion)
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     panel = figure.subplots()
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    panel.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    panel.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.3, 0, 1))  # so that rare errors are seen
     if classes <= 30:
         panel.set_xticks(range(classes))
         panel.set_yticks(range(classes))
         for row, column in confusion.nonzero().tolist():
-            color = "white" if share[row, column] > 0.5 else "black"
+            color = "white" if share[row, column] > 0.1 else "black"
             count = str(int(confusion[row, column]))
             panel.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
     panel.set(xlabel=f"predicted by {predicted_by}", ylabel="true label", title="test samples")
     return _save(figure, path)
 
 
-@rc_context({**STYLE, "axes.grid": False})
+@_styled(grid=False)
 def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tuple[int, int, int], path: Path) -> Path:
     """Draws samples above their negatives, and returns the picture's path.
 
@@ -179,10 +193,11 @@ def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tup
     return _save(figure, path)
 
 
-@rc_context(STYLE)
+@_styled()
 def plot_timeline(spans: Sequence[Span], path: Path) -> Path:
-    """Draws who computed and who waited when, for the first chunks; returns the picture's path."""
-    shown = [span for span in spans if span.chunk < CHUNKS]
+    """Draws who computed and who waited when, for some of the first chunks; returns the picture's path."""
+    first = max(0, min(FIRST, spans[-1].chunk - CHUNKS))
+    shown = [span for span in spans if first <= span.chunk < first + CHUNKS]
     parts = list(dict.fromkeys(span.part for span in shown))
     figure = Figure(figsize=(11, 0.5 * len(parts) + 1.6), layout="constrained")
     panel = figure.subplots()
@@ -192,12 +207,16 @@ def plot_timeline(spans: Sequence[Span], path: Path) -> Path:
             colors = [shades[span.chunk % len(shades)] for span in own]
             spots = [(span.begun_s, span.took_s) for span in own]
             panel.broken_barh(spots, (row - 0.4, 0.8), facecolors=colors, label=what if not row else None)
+    length = max(span.begun_s + span.took_s for span in shown) - min(span.begun_s for span in shown)
     for span in shown:
-        if span.what == "compute" and span.took_s > max(s.begun_s + s.took_s for s in shown) / 60:
+        if span.what == "compute" and span.took_s > length / 70:
             color, middle = ("white", "black")[span.chunk % 2], span.begun_s + span.took_s / 2
             panel.text(middle, parts.index(span.part), str(span.chunk), color=color, ha="center", va="center")
     panel.set_yticks(range(len(parts)), parts)
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
-    panel.set(xlabel="seconds", title="chunks by number where a part computes; light where it waits")
+    panel.set(
+        xlabel="seconds",
+        title="chunks by number where a part computes; light where it waits for work, black for negatives",
+    )
     return _save(figure, path)

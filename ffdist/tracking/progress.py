@@ -98,6 +98,18 @@ class Display:
         return Group(self._bar, table) if table.rows else Group(self._bar)
 
 
+def description(summary: dict[str, Any]) -> str:
+    """Returns what a run's page in MLflow says of it, as Markdown; the table of runs has room for the first line."""
+    layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    return (
+        f"test error {errors_in_words(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
+        + (f"{layers} by the goodness of each layer alone.\n\n" if layers else "")
+        + "Artifacts: `goodness.png` shows whether each layer tells positive from negative data, `negatives.png` "
+        "what it learned against, `fields.png` what the first looks for, `timeline.png` who computed and who waited. "
+        "`config.yaml` trains it again."
+    )
+
+
 def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
     """Returns what a run ends with.
 

@@ -1,11 +1,13 @@
 """Where runs are tracked: finding the server or database, and asking it."""
 
+import base64
 import json
 import logging
 import os
 import sqlite3
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPException
@@ -23,6 +25,15 @@ GIT_COMMIT = "mlflow.source.git.commit"
 """Tag that MLflow's UI shows as a run's version."""
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open on runs and curves, not on its pages for language models."""
+DESCRIPTION = "mlflow.note.content"
+"""Tag that MLflow's UI shows as a run's description, as Markdown."""
+VIEW = "ffdist"
+COLUMNS = (
+    *("attributes.`Created`", "attributes.`Description`", "attributes.`Duration`"),
+    *("metrics.`test/goodness_error`", "metrics.`test/readout_error`"),
+    *("params.`model.layers`", "params.`negatives.kind`", "params.`training.epochs`", "params.`seed`"),
+)
+"""What the table of runs shows; MLflow's own choice has no figure among them."""
 
 
 def default_uri(runs: Path) -> str:
@@ -71,6 +82,27 @@ def metric_histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]
             name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
             for name in client.get_run(run_id).data.metrics
         }
+
+
+def runs_page(uri: str, experiment: str) -> str:
+    """Returns where MLflow's UI shows the runs of an experiment, after its host, and prepares the view of them.
+
+    Args:
+        uri: Tracking server or database.
+        experiment: Its name.
+
+    Raises:
+        ConfigError: It is not there, or cannot be reached.
+    """
+    with a_client(uri) as client:
+        found = client.get_experiment_by_name(experiment)
+        if not found:
+            names = ", ".join(known.name for known in client.search_experiments(max_results=20))
+            raise ConfigError(f"there is no experiment {experiment} at {uri} (there are: {names}); set --experiment")
+        view = json.dumps({"selectedColumns": COLUMNS}).encode()  # as the UI itself keeps a view that is shared
+        tag = "deflate;" + base64.b64encode(zlib.compress(view)).decode()
+        client.set_experiment_tag(found.experiment_id, f"mlflow.sharedViewState.{VIEW}", tag)
+    return f"/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
 @contextmanager
