@@ -59,7 +59,7 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **how: Any) -> Re
         else:
             run = train(config, name=find_config(name).stem, runs=runs, resumed=earlier, **how)
         ids.add(run.summary["mlflow_run_id"])
-        if config.data.label == "none" and run.summary["test_fitted_readout_error"] is None:
+        if config.data.label == "none" and run.summary.get("test_fitted_readout_error") is None:
             fit_readout(str(run.folder), runs=runs)
     tracking = todo[0][1].tracking
     rows = result_rows(finished_runs(tracking_uri(tracking, runs), tracking.experiment, ids))
