@@ -1,7 +1,8 @@
-"""Ctrl-C, and a cluster's SIGTERM: the first asks a run to end in order, the second ends it at once."""
+"""Ctrl-C, a cluster's SIGTERM, a terminal that is gone: the first asks a run to end in order, the second ends it."""
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,15 +27,28 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     late.daemon = True
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _look_away()
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
         late.start()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    asking = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        asking.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in asking}
     try:
         yield asked.is_set
     finally:
         late.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _look_away() -> None:
+    """Sends to nowhere what would be written to a terminal that is gone, and would fail."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123, a descriptor is needed
+        for output in (1, 2):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nowhere.fileno(), output)

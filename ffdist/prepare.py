@@ -64,6 +64,7 @@ def build_architecture(config: Config, shape: tuple[int, int, int], classes: int
             ),
             label=config.data.label,
             label_scale=config.data.label_scale,
+            center=shape[0] > 1 if config.data.center == "auto" else config.data.center,
             predict_from=config.predict_from,
             seed=config.seed,
             rule=Rule(

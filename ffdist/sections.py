@@ -76,6 +76,9 @@ class Data(Section):
     first layer, or not at all (unsupervised: only the readout learns labels)."""
     label_scale: Positive = 1.0
     """Value that stands for the label, as pixels count from 0 to 1."""
+    center: bool | Literal["auto"] = "auto"
+    """Whether every image's mean is taken off its pixels, as large as it would else drown what they show; `auto`: of
+    images in colour, because the paper's recipes for grey ones do not."""
     jitter: Annotated[int, Number, Field(ge=0)] = 0
     """Most pixels that each training image is shifted, down or up and right or left, afresh every epoch."""
     image_column: str | None = None

@@ -53,6 +53,16 @@ def test_readout_sums_to_one_and_input_is_left_alone():
     assert torch.equal(images, before)
 
 
+def test_centred_images_differ_in_what_they_show_and_not_in_their_mean():
+    dark, bright = some_images() // 2, some_images() // 2 + 100
+    network = a_network(label="append", center=True)
+    for one, other in zip(network.predict(dark), network.predict(bright), strict=True):
+        torch.testing.assert_close(one, other)
+    rows = network.architecture.rows(dark, torch.ones(6, 4))
+    torch.testing.assert_close(rows[:, :20].sum(1), torch.zeros(6), atol=1e-5, rtol=0)
+    assert not torch.equal(a_network(label="append").predict(dark).goodness, network.predict(dark).goodness)
+
+
 def test_initial_weights_do_not_depend_on_other_layers():
     one, other = Architecture((1, 4, 5), 4, (30, 25)), Architecture((1, 4, 5), 4, (30, 25, 9))
     assert torch.equal(one.layer(1).weight, other.layer(1).weight)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ffdist.config import ConfigError
-from ffdist.config_file import load_config
-from ffdist.prepare import prepare
+from ffdist.config_file import load_config, parse_config
+from ffdist.prepare import build_architecture, prepare
 
 LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
 
@@ -59,6 +59,18 @@ def test_where_a_run_is_tracked_is_not_written_to_the_store(tmp_path):
     secret = ["tracking.uri=http://SECRET", f"negatives.store={tmp_path}/SECRET"]
     prepare(load_config("digits", secret)).negatives.store.write(0, 0, torch.zeros(5).long())
     assert "SECRET" not in (tmp_path / "SECRET/manifest.json").read_text()
+
+
+def test_images_in_colour_are_centred_unless_that_is_said():
+    data = {"name": "digits"}
+    for shape, asked, center in (
+        ((1, 4, 4), "auto", False),
+        ((3, 4, 4), "auto", True),
+        ((1, 4, 4), True, True),
+        ((3, 4, 4), False, False),
+    ):
+        config = parse_config({"data": data | {"center": asked}, "model": {"layers": [5]}}, "test")
+        assert build_architecture(config, shape, 3).center is center
 
 
 def test_a_long_chunk_is_as_long_as_the_epoch():

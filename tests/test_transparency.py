@@ -60,6 +60,7 @@ def a_blueprint(
     store=None,
     rule=RELEASE,
     thresholds=(),
+    center=False,
 ) -> Blueprint:
     architecture = Architecture(
         digits.shape,
@@ -71,6 +72,7 @@ def a_blueprint(
         predict_from=2,
         rule=rule,
         thresholds=thresholds,
+        center=center,
     )
     plan = NegativePlan(
         kind, num_parts=actors, ahead=2, prediction_delay=32 if kind == "hard_label" else None, store=store
@@ -147,7 +149,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "label", "layers"), KINDS)
 def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digits, kind, label, layers):
-    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1}
+    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1, "center": True}
     truth = serial(digits, **changes)
     for stages, chunk_size, actors in [(1, 1, 1), (2, 7, 2), (3, 32, 3)]:
         assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
@@ -185,7 +187,12 @@ ACTORS = {
     ),
     "more in flight than an epoch has, its evaluation and snapshot included": (3, 1, 60, {}),
     "predictions travel back": (3, 4, 4, {"kind": "hard_label", "actors": 2}),
-    "images are negatives": (2, 7, 3, {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "jitter": 1}),
+    "images are negatives": (
+        2,
+        7,
+        3,
+        {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "center": True},
+    ),
     "an optimizer of torch, layer after layer": (3, 5, 4, {"rule": Rule(update=ADAMW), "greedy": 3}),
     "many negatives for one positive": (2, 5, 4, {"kind": "all_wrong", "label": "everywhere", "layers": CLIPPED}),
 }

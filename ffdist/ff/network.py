@@ -31,6 +31,8 @@ class Architecture:
     """How the input shows the label, a key of `LABELS`, or `none`."""
     label_scale: float = 1.0
     """Value that stands for the label, as pixels count from 0 to 1."""
+    center: bool = False
+    """Whether every image's mean is taken off its pixels."""
     predict_from: int = 2
     """First layer, counted from 1, that goodness and readout look at when they predict."""
     seed: int = 0
@@ -142,6 +144,8 @@ class Architecture:
             Normalized rows `[..., D']`, in the compute type.
         """
         rows = images.to(torch.float32) / 255
+        if self.center:  # of whole numbers, whose sum is the same in any order
+            rows = rows - images.sum(-1, keepdim=True) / (255 * self.pixels)
         if values is not None:
             rows = LABELS[self.label](rows, values * self.label_scale)
         return NORMALIZATIONS[self.rule.normalization](rows, squared_length(rows)).to(self.compute_dtype)

@@ -18,7 +18,7 @@ DEFAULTS = {
 }
 """Parameters that say nothing: runs of a version that did not have them stand in one row with those of later ones."""
 REFERENCE = (
-    *("data.name", "data.path", "data.image_", "data.jitter", "model.layers", "model.normalization"),
+    *("data.name", "data.path", "data.image_", "data.jitter", "data.center", "model.layers", "model.normalization"),
     *("model.predict_from", "training.epochs", "training.batch_size", "training.validation_samples"),
 )
 """Parameters, by the start of their name, in which runs and their reference by backpropagation must be equal."""
