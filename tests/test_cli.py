@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -269,6 +271,24 @@ def test_interrupting_leaves_a_killed_run_and_no_process(tmp_path, to_whole_grou
     (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
     assert run.info.status == "KILLED"
     assert run.data.metrics["layer_1/loss"] > 0
+
+
+def test_a_terminal_that_is_gone_leaves_a_killed_run(tmp_path):
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        train = ["train", "digits", "training.epochs=100000", "checkpoint.every_minibatches=50", "--runner", "serial"]
+        os.execv(sys.executable, [sys.executable, "-m", "ffdist.cli", *train])
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("runs/digits-*/commits/*/manifest.json"))) and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)  # which would fill up
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    last = sorted(path.parent.name for path in found[0].parents[1].glob("*/manifest.json"))[-1]
+    assert last > found[0].parent.name  # one more commit
+    (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
+    assert run.info.status == "KILLED"
 
 
 def test_two_local_runs_at_once_do_not_disturb_each_other(tmp_path):

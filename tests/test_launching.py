@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 ROOT = Path(__file__).parent.parent
 LAUNCHED = sorted(path for path in (ROOT / "cluster").glob("*.yaml") if path.stem != "kuberay")
@@ -81,7 +83,7 @@ def test_the_job_of_kuberay_has_its_published_fields():
 
 
 @pytest.fixture
-def machine(tmp_path, free_port):
+def machine(tmp_path, free_port, ray_folder):
     """A machine that is reached by ssh: an sshd on 127.0.0.1 whose users have a throwaway home.
 
     Yields the home, and what a cluster file says of the way there.
@@ -102,7 +104,7 @@ def machine(tmp_path, free_port):
         "UsePAM": "no",
         "PermitRootLogin": "yes",
         "PidFile": "none",
-        "SetEnv": f"HOME={home} PATH={os.environ['PATH']}",
+        "SetEnv": f"HOME={home} PATH={os.environ['PATH']} RAY_TMPDIR={ray_folder}",  # where it looks for a cluster
     }
     (keys / "sshd").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
     if os.geteuid() == 0:
@@ -139,7 +141,7 @@ def end_processes_of(home: Path) -> None:
 
 
 def test_ray_up_and_submit(machine, ray_folder, tmp_path):
-    """Ends in a run with the digest of a local one; a run that fails is told by the exit code."""
+    """Ends in a run with the digest of a local one; the exit code tells of one that fails; Ctrl-C ends it in order."""
     home, auth = machine
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     config |= {"provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}, "auth": auth}
@@ -161,9 +163,7 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
         port = server.getsockname()[1]
     stop, start = config["head_start_ray_commands"]
     assert stop == "~/ffdist-env/bin/ray stop", "which would end all of this user's Ray"
-    start = start.replace(
-        "--port=6379", f"--port={port} --ray-client-server-port={port + 1} --num-cpus=4 --temp-dir={ray_folder}"
-    )
+    start = start.replace("--port=6379", f"--port={port} --ray-client-server-port={port + 1} --num-cpus=4")
     config["head_start_ray_commands"] = [start]
     file = tmp_path / "local.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -185,6 +185,22 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
     assert far["weights_sha256"] == near["weights_sha256"]
     assert (far["runner"], near["runner"]) == ("ray", "serial")
     assert far["weights_sha256"] in submitted.stdout
+    assert "0.5 CPU each" in submitted.stdout  # of the cluster's four for five actors
+    words = ["digits", "training.epochs=100000", "checkpoint.every_minibatches=50", "--runs", str(tmp_path / "stopped")]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "submit", str(file), "ffdist/run.py", "--", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stopped:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("stopped/digits-*/commits/*/manifest.json")):
+            assert stopped.poll() is None, stopped.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        stopped.send_signal(signal.SIGINT)
+        stopped.communicate(timeout=60)
+    assert stopped.returncode == 1
+    client = MlflowClient(f"sqlite:///{tmp_path}/stopped/mlflow.db")
+    while client.search_runs(["1"])[0].info.status == "RUNNING" and time.monotonic() < deadline + 60:
+        time.sleep(0.5)
+    assert client.search_runs(["1"])[0].info.status == "KILLED"
     failed = ray("submit", str(file), "ffdist/run.py", "--", "digits", "training.epochs=none")
     assert failed.returncode == 1
     assert "training.epochs" in failed.stdout + failed.stderr

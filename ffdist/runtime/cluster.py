@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from ffdist.config import ConfigError
 
@@ -44,12 +46,30 @@ def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
     if address and ":" in address:
         _check_reachable(address)
     with ThreadPoolExecutor(1) as beside:  # whose thread must outlive Ray's processes, or the kernel ends them with it
+        hearing = _deaf_to_hangups()
         joining = beside.submit(_join, address)
+
+        def joined() -> Resources:
+            with hearing:
+                return joining.result()
+
         try:
-            yield joining.result
+            yield joined
         finally:
             if not joining.exception():  # waits
                 sys.modules["ray"].shutdown()
+            hearing.close()
+
+
+def _deaf_to_hangups() -> ExitStack:
+    """Ignores that the terminal goes, and returns what ends that; processes that are started in it go on ignoring it.
+
+    Ray's must not be gone with the terminal before their driver has taken its leave of them.
+    """
+    hearing = ExitStack()
+    if threading.current_thread() is threading.main_thread():
+        hearing.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    return hearing
 
 
 def _join(address: str | None) -> Resources:
