@@ -63,7 +63,8 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **how: Any) -> Re
             fit_readout(str(run.folder), runs=runs)
     tracking = todo[0][1].tracking
     rows = result_rows(finished_runs(tracking_uri(tracking, runs), tracking.experiment, ids))
-    return Reproduced(results_table(rows), [row["run"] for row in rows if row["target"].endswith(MISSED)])
+    told = [row | {"rule": ""} for row in rows]  # which the configuration's name stands for
+    return Reproduced(results_table(told), [row["run"] for row in rows if row["target"].endswith(MISSED)])
 
 
 def _earlier(config: Config, runs: Path) -> Run | Path | None:

@@ -30,6 +30,7 @@ TRAINING = [
 USING = [line for line in COMMANDS if line.split()[1] in ("evaluate", "predict", "plot", "export")]
 SERVING = [line for line in COMMANDS if line.startswith("mlflow")]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
+REPRODUCING = [line for line in COMMANDS if line.startswith("ffdist reproduce")]
 CHAOS = ["ffdist chaos digits --faults 50 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
 BENCH = [line for line in COMMANDS if line.startswith("ffdist bench")]
 CLUSTER = [line for line in COMMANDS if line.startswith("ray ")]
@@ -84,6 +85,14 @@ def test_commands_around_a_run_in_their_order(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
         assert run.returncode == 0, run.stderr
     assert run.stdout.count("| digits |") == 1
+
+
+@pytest.mark.parametrize("line", REPRODUCING)
+def test_commands_that_reproduce(line, tmp_path):
+    command = [*arguments(line), "xor", "--runner", "serial"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    assert "| xor | 8 | none | noise | 20 | 0.00%, reached | 0.00%; 0.00% fitted |" in run.stdout
 
 
 def test_commands_that_use_a_run(tmp_path):
@@ -201,7 +210,8 @@ def test_cluster_commands_name_files_that_exist(line):
 
 
 def test_no_command_is_left_untried():
-    assert set(COMMANDS) == {*TRAINING, *USING, *SERVING, *NEGATIVES, *GOING_ON, *CHAOS, *BENCH, *CLUSTER, "ffdist ui"}
+    tried = [TRAINING, USING, SERVING, NEGATIVES, REPRODUCING, GOING_ON, CHAOS, BENCH, CLUSTER, ["ffdist ui"]]
+    assert set(COMMANDS) == set().union(*tried)
     assert len(TRAINING) >= 4
 
 
