@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 
+from ffdist.cli import main
 from ffdist.config_file import load_config
 
 SHORT = ["training.epochs=2", "model.layers=[30,20]"]
+SERIAL = ["--runner", "serial"]
 
 
 def ffdist(*arguments, cwd, **more) -> subprocess.CompletedProcess:
@@ -113,31 +116,40 @@ def test_mlflow_has_every_series_of_both_runners(finished):
             "may fill half of Ray's object store",
         ),
         (
-            ["train", "digits", "tracking.uri=http://127.0.0.1:9"],
+            ["train", "digits", "tracking.uri=http://127.0.0.1:9", *SERIAL],
             "tracking at http://127.0.0.1:9 is not possible",
         ),
         (
-            ["train", "digits", "tracking.uri=sqlite:////proc/all.db"],
+            ["train", "digits", "tracking.uri=sqlite:////proc/all.db", *SERIAL],
             "tracking at sqlite:////proc/all.db is not possible",
         ),
         (["train", "digits", "--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
         (["train", "digits", "--summary", "nowhere/file.json"], "--summary must be a file that can be written"),
-        (["train", "digits", "--runs", "/proc/runs"], "the folder /proc/runs cannot be written"),
-        (["train", "digits", "data.name=parquet", "data.path=nowhere"], "must hold train*.parquet"),
+        (["train", "digits", "--runs", "/proc/runs", *SERIAL], "the folder /proc/runs cannot be written"),
+        (["train", "digits", "data.name=parquet", "data.path=nowhere", *SERIAL], "must hold train*.parquet"),
         (["ui"], "holds no tracked run"),
-        (["train", "digits", "negatives.kind=hybird"], "negatives.kind=hybird: is none of wrong_label, fixed"),
+        (["train", "digits", "negatives.kind=hybird", *SERIAL], "negatives.kind=hybird: is none of wrong_label, fixed"),
         (["negatives", "make", "digits"], "give negatives.store=FOLDER"),
         (["negatives", "show", "nowhere"], "nowhere holds no negatives"),
         (["readout", "nowhere"], "a run is its folder, or the MLflow run id of one in runs"),
     ],
 )
-def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, arguments, words):
-    run = ffdist(*arguments, cwd=tmp_path)
-    assert run.returncode == 2, run.stderr
-    assert words in run.stderr
-    assert "Traceback" not in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(main, arguments)  # in this process, which has imported everything
+    assert isinstance(run.exception, SystemExit), run.output
+    assert run.exit_code == 2
+    (told,) = run.output.strip().splitlines()
+    assert words in told
+    assert told.startswith("Error: ")
     assert not list(tmp_path.glob("runs/digits-*"))
+
+
+def test_an_error_is_told_without_a_traceback_in_a_process_of_its_own(tmp_path):
+    run = ffdist("train", "digits", "pipeline.stages=4", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "every stage needs a layer" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.fixture(scope="module")

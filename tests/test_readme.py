@@ -50,8 +50,15 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def a_database(tmp_path_factory) -> str:
+    """It takes seconds to make; runs that are not looked at share one."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracked')}/mlflow.db"
+
+
 @pytest.mark.parametrize("line", [line for line in TRAINING if "store" not in line])
-def test_training_commands(line, checkout, request):
+def test_training_commands(line, checkout, request, a_database, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", a_database)
     if "mnist" in line:
         request.getfixturevalue("mnist_root")
     short = ["training.epochs=1", "model.layers=[40,30,20]", "--summary", "figures.json"]
