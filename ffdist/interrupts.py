@@ -30,6 +30,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if number == signal.SIGHUP:
             _look_away()
         if asked.is_set():
+            if number == signal.SIGHUP:  # a shell and the kernel both tell that the terminal is gone
+                return
             raise KeyboardInterrupt
         asked.set()
         late.start()

@@ -26,7 +26,7 @@ from ffdist.tracking.progress import Display
 from ffdist.tracking.timeline import Timeline
 from ffdist.tracking.tracker import Tracker
 
-ALWAYS_MEASURED = [name for name in METRICS if name not in MEASURED]
+ALWAYS_MEASURED = [METRICS.index(name) for name in METRICS if name not in MEASURED]
 
 
 class _Cut(NamedTuple):
@@ -64,9 +64,8 @@ class Loop:
         mark: Callable[[str, int], None],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
-        self._block = evaluation_block(prepared.architecture)
         self._commits, self._start, self._tracker, self._display = commits, start, tracker, display
-        self._mark = mark
+        self._block, self._mark = evaluation_block(prepared.architecture), mark
         self._same = {
             "config": config.model_dump(mode="json"),
             "dataset_sha256": prepared.dataset.sha256("train"),
@@ -76,6 +75,7 @@ class Loop:
         self._averages = Averages(config.tracking.every_minibatches, self._order.batch_size)
         self._test: Evaluation | None = None
         self._validated: tuple[int, float] | None = None  # the last validation's step and error
+        self._to_draw: tuple[Evaluation, Tensor, str] | None = None  # the newest validation
         self._cut: _Cut | None = None
         self._train_s = 0.0
         self.step = 0
@@ -84,8 +84,7 @@ class Loop:
         """The newest commit that it started from or made."""
         self._best: tuple[float, str] | None = None
         if manifest := start.manifest:
-            self.step, self._train_s = manifest.step, manifest.train_s
-            self.last = commit_name(start.position)
+            self.step, self._train_s, self.last = manifest.step, manifest.train_s, commit_name(start.position)
             if manifest.best_commit is not None and manifest.best_error is not None:
                 self._best = manifest.best_error, manifest.best_commit
             self._averages.restore(start.state["position"])
@@ -153,11 +152,10 @@ class Loop:
             self._log(metrics, samples)
         from ffdist.pictures import draw_pictures  # matplotlib has had time until now
 
-        test, (_, state) = self._test, self._commits.read(self.last)
+        test, (_, state), history = self._test, self._commits.read(self.last), self._tracker.history()
         assert test, "the schedule ends with it"
         dataset, network = self._dataset, network_of(self._architecture, state)
-        seen = test, self._tracker.history(), self._timeline.spans
-        for picture in draw_pictures(folder, self._config, dataset, network, *seen):
+        for picture in draw_pictures(folder, self._config, dataset, network, test, history, self._timeline.spans):
             self._tracker.log_artifact(picture)
         image, register = dataset.images["test"][0], self._config.tracking.register
         self._tracker.do(partial(log_model, network=network, image=image, register=register))
@@ -225,8 +223,7 @@ class Loop:
         return due
 
     def _check_finite(self, chunk: Train, trained: Trained) -> None:
-        measured = [METRICS.index(name) for name in ALWAYS_MEASURED]
-        layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, measured]
+        layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, ALWAYS_MEASURED]
         finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
         if not finite.all():
             self._finish_commit(wait=True)  # what was cut before it is good
@@ -255,13 +252,16 @@ class Loop:
         self._validated, epoch = (self.step, found.chief_error), self.step // self._order.minibatches
         self._display.say(f"epoch {epoch}: validation error {found.in_words()}")
 
-        def keep_picture(client: Any, run_id: str) -> None:
-            from ffdist.pictures import log_goodness  # of matplotlib, beside the training
-
-            log_goodness(client, run_id, self._config, self._architecture, found, labels, f"epoch_{epoch:04}")
-
         if found.goodness_error is not None:
-            self._tracker.do(keep_picture)
+            self._to_draw = found, labels, f"epoch_{epoch:04}"
+            self._tracker.do(self._keep_picture)
+
+    def _keep_picture(self, client: Any, run_id: str) -> None:
+        from ffdist.pictures import log_goodness  # of matplotlib, beside the training
+
+        drawn, self._to_draw = self._to_draw, None
+        if drawn:  # of several that wait the newest, once
+            log_goodness(client, run_id, self._config, self._architecture, *drawn)
 
     def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
         self._finish_commit(wait=True)

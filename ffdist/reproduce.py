@@ -1,18 +1,19 @@
-"""The figures of shipped configurations, reached anew: what is finished counts, what was stopped goes on."""
+"""The figures of configurations, reached anew: what is finished counts, what was stopped goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from ffdist.checkpoint import CommitError
-from ffdist.config import DECIDES_NOTHING, Config, ConfigError
+from ffdist.config import DECIDES_NOTHING, Config, ConfigError, RunFailed
 from ffdist.config_file import find_config, load_config, shipped_configs
 from ffdist.finished import Run
 from ffdist.offline import fit_readout
 from ffdist.prepare import prepare
 from ffdist.start import CONFIG, SUMMARY, commits_of
+from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
 from ffdist.tracking.results import MISSED, finished_runs, result_rows, results_table
 from ffdist.tracking.server import tracking_uri
 from ffdist.trainer import train
@@ -35,54 +36,82 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **how: Any) -> Re
 
     Args:
         names: Paths, or names of shipped ones; all that are shipped where there is none.
-        seeds: Of each, from 0 on.
+        seeds: Of each, counted on from the configuration's.
         runs: Runs folder.
         **how: Runner and address, as `train` takes them.
 
     Raises:
         ConfigError: One of them cannot be trained; nothing was yet, unless it is MLflow or the cluster that refuses.
-        RunFailed: A run had to stop.
-        KeyboardInterrupt: The same, asked to; calling again goes on.
+        RunFailed: A run had to stop, or MLflow does not have one that is finished.
+        KeyboardInterrupt: A run was asked to stop; calling again goes on.
     """
-    names = list(names) or list(shipped_configs())
-    todo = [(name, load_config(name, [f"seed={seed}"])) for seed in range(seeds) for name in names]
-    found = [_earlier(config, runs) for _, config in todo]
-    for (_, config), earlier in zip(todo, found, strict=True):
-        if not isinstance(earlier, Run):
-            prepare(config)
-    console, ids = Console(highlight=False), set[str]()
+    first = {name: load_config(name) for name in dict.fromkeys(names or shipped_configs())}
+    todo = [
+        (name, config.model_copy(update={"seed": config.seed + more}))
+        for more in range(seeds)
+        for name, config in first.items()
+    ]
+    past = list(_past(runs))
+    found = [_earlier(config, past, runs) for _, config in todo]
+    for name in {name for (name, _), earlier in zip(todo, found, strict=True) if not isinstance(earlier, Run)}:
+        prepare(first[name])
+    console, made = Console(highlight=False), dict[str, Config]()
     for number, ((name, config), earlier) in enumerate(zip(todo, found, strict=True), 1):
-        console.print(f"[bold]{number} of {len(todo)}: {name}, seed {config.seed}")
+        console.print(f"{number} of {len(todo)}: {name}, seed {config.seed}", style="bold", markup=False)
         if isinstance(earlier, Run):
             run = earlier
             console.print(f"finished: {run.folder}", markup=False, soft_wrap=True)
         else:
             run = train(config, name=find_config(name).stem, runs=runs, resumed=earlier, **how)
-        ids.add(run.summary["mlflow_run_id"])
+        made[run.summary["mlflow_run_id"]] = config
         if config.data.label == "none" and run.summary.get("test_fitted_readout_error") is None:
             fit_readout(str(run.folder), runs=runs)
-    tracking = todo[0][1].tracking
-    rows = result_rows(finished_runs(tracking_uri(tracking, runs), tracking.experiment, ids))
-    told = [row | {"rule": ""} for row in rows]  # which the configuration's name stands for
-    return Reproduced(results_table(told), [row["run"] for row in rows if row["target"].endswith(MISSED)])
+    return _table(made, runs)
 
 
-def _earlier(config: Config, runs: Path) -> Run | Path | None:
+def _table(made: dict[str, Config], runs: Path) -> Reproduced:
+    stores = {(tracking_uri(config.tracking, runs), config.tracking.experiment) for config in made.values()}
+    tracked = [run for uri, experiment in sorted(stores) for run in finished_runs(uri, experiment, made)]
+    if lost := made.keys() - {run.info.run_id for run in tracked}:
+        raise RunFailed(
+            f"MLflow has no finished run {', '.join(sorted(lost))}; correct it there, or set another --runs"
+        )
+    for run in tracked:  # paper and target are those of today
+        run.data.params.update(_tracking(made.get(run.info.run_id)))
+    rows = [row | {"rule": ""} for row in result_rows(tracked)]  # which the configuration's name stands for
+    return Reproduced(results_table(rows), [row["run"] for row in rows if row["target"].endswith(MISSED)])
+
+
+def _tracking(config: Config | None) -> dict[str, str]:
+    return {key: str(value) for key, value in config.flat().items() if key.startswith("tracking.")} if config else {}
+
+
+def _past(runs: Path) -> Iterator[tuple[Config, Path]]:
+    """Yields the runs that began anew in a runs folder, oldest first; none of another version or damaged."""
+    for path in sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime):
+        if not Outbox.fact_of(path.parent / OUTBOX, ORIGIN):
+            try:
+                yield load_config(str(path)), path.parent
+            except ConfigError:
+                continue
+
+
+def _earlier(config: Config, past: list[tuple[Config, Path]], runs: Path) -> Run | Path | None:
     """Returns a finished run of a configuration, else the folder of one that can go on."""
     stopped = None
-    for path in sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime):
+    for then, folder in past:
+        if _identity(then, runs) != _identity(config, runs):
+            continue
         try:
-            then, folder = load_config(str(path)), path.parent
-            if _decisive(then) != _decisive(config):
-                continue
             if not (folder / SUMMARY).is_file():
-                stopped = folder if commits_of(then, folder).names() else stopped
+                stopped = folder if commits_of(config, folder).names() else stopped
             elif (run := Run.find(folder)).summary["mlflow_tracking_uri"] == tracking_uri(config.tracking, runs):
                 return run
-        except (ConfigError, CommitError):  # of another version, or damaged
+        except (ConfigError, CommitError):  # damaged
             continue
     return stopped
 
 
-def _decisive(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.flat().items() if not key.startswith(DECIDES_NOTHING)}
+def _identity(config: Config, runs: Path) -> dict[str, Any]:
+    decisive = {key: value for key, value in config.flat().items() if not key.startswith(DECIDES_NOTHING)}
+    return decisive | {"uri": tracking_uri(config.tracking, runs), "experiment": config.tracking.experiment}

@@ -285,4 +285,4 @@ class Tracking(Section):
     paper_error: Fraction | None = None
     """Test error that the paper gives for the experiment, in [0, 1); stands in the table of results."""
     target_error: Fraction | None = None
-    """Test error that is to be reached by goodness, or by a readout where no label is shown; stands there as well."""
+    """Test error to be reached by goodness, or, where no label is shown, by a fitted readout; stands there, too."""

@@ -88,7 +88,7 @@ def train(
         placed = attempt.enter_context(place(runner, prepared, config, resources, costs))
         folder = resumed or _new_folder(runs, name or "run")
         made = made_with(config, placed.blueprint.device)
-        _begin(tracker, display, config, folder, start, made, {"runner": runner})
+        _begin(tracker, display, config, folder, start, made, {"runner": runner}, origin)
         if not start.manifest:
             tracker.do(partial(log_dataset, **_described(config, prepared.dataset)))
         if runner == "ray":
@@ -147,7 +147,7 @@ def train(
             raise RunFailed(f"{error}; go on by --resume {folder}") from error
         except NegativesError as error:
             raise ConfigError(f"negatives.kind={prepared.negatives.kind}: {error}") from error
-    display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, runs)))
+    display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, config.tracking.experiment, runs)))
     return Run(folder, summary)
 
 
@@ -172,6 +172,7 @@ def _begin(
     start: Start,
     made: dict[str, str | int],
     parameters: dict[str, Any],
+    origin: Path | None,
 ) -> None:
     """Begins the run in its folder and in MLflow, or goes on with it."""
     remarks = [*start.remarks, *differences(start, made)]
@@ -181,7 +182,9 @@ def _begin(
         tracker.resume(folder, start.manifest.mlflow_run_id)
         tracker.log_tags({"resumed": "; ".join(remarks)})
     else:
-        tracker.begin(folder, config.flat() | parameters)
+        tracker.begin(folder, config.flat() | parameters | ({"from": str(origin)} if origin else {}))
+        if origin:
+            tracker.note_origin(origin)
         tracker.log_artifact(folder / CONFIG)
     tracker.log_tags({"folder": str(folder.resolve())})
     for remark in remarks:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+from ffdist.cli import main
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested here is decided alike on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -26,6 +29,22 @@ def ray_start_4_cpus(tmp_path_factory):
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ffdist(tmp_path, monkeypatch):
+    """The command line in the test's folder, and in its process, which has imported everything.
+
+    Takes the words and the exit code that is right, and returns what was said.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, code: int = 0) -> str:
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == code, (done.output, done.exception)
+        return done.output
+
+    return run
 
 
 @pytest.fixture

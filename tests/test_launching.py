@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -188,7 +189,9 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
     assert "0.5 CPU each" in submitted.stdout  # of the cluster's four for five actors
     words = ["digits", "training.epochs=100000", "checkpoint.every_minibatches=50", "--runs", str(tmp_path / "stopped")]
     command = [sys.executable, "-m", "ray.scripts.scripts", "submit", str(file), "ffdist/run.py", "--", *words]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stopped:
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # which a shell may have ignored
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeding, **more) as stopped:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("stopped/digits-*/commits/*/manifest.json")):
             assert stopped.poll() is None, stopped.stdout.read()

@@ -2,8 +2,6 @@
 
 import io
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -33,14 +31,7 @@ def letter(draw: random.Random, label: int) -> bytes:
     return data.getvalue()
 
 
-def ffdist(folder: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "ffdist.cli", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_coloured_letters_are_learned_by_defaults(tmp_path):
+def test_coloured_letters_are_learned_by_defaults(tmp_path, ffdist):
     """Bright images of one mean drown what they show, unless it is taken off: then all is guessed."""
     (tmp_path / "letters").mkdir()
     draw, labels = random.Random(0), [index % 26 for index in range(5200)]
@@ -49,13 +40,13 @@ def test_coloured_letters_are_learned_by_defaults(tmp_path):
     for split, rows in (("train", slice(0, 4680)), ("test", slice(4680, None))):
         pq.write_table(pa.table({"image": images[rows], "label": labels[rows]}), tmp_path / f"letters/{split}.parquet")
     (tmp_path / "letters.yaml").write_text(CONFIG)
-    ffdist(tmp_path, "train", "letters.yaml", "--runner", "serial")
+    ffdist("train", "letters.yaml", "--runner", "serial")
     (folder,) = tmp_path.glob("runs/letters-*")
-    said = ffdist(tmp_path, "evaluate", str(folder), "--data", "letters/test.parquet")
+    said = ffdist("evaluate", str(folder), "--data", "letters/test.parquet")
     (tmp_path / "images").mkdir()
     for index in range(4680, 5200):
         (tmp_path / "images" / f"{index}.png").write_bytes(images[index]["bytes"])
-    ffdist(tmp_path, "predict", str(folder), "--input", "images", "--to", "found.parquet")
+    ffdist("predict", str(folder), "--input", "images", "--to", "found.parquet")
     found = pq.read_table(tmp_path / "found.parquet")["label"].to_pylist()
     wrong = sum(one != other for one, other in zip(found, labels[4680:], strict=True)) / 520
     assert f"test error {wrong:.2%} by goodness" in said

@@ -38,16 +38,8 @@ CLUSTER = [line for line in COMMANDS if line.startswith("ray ")]
 
 def arguments(line: str) -> list[str]:
     program, *rest = shlex.split(line)
-    python = {"ffdist": [sys.executable, "-m", "ffdist.cli"], "python": [sys.executable]}[program]
-    return [*python, *rest]
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    """The repository as `ray submit` or a newcomer sees it, in a folder that may be written to."""
-    for folder in ("ffdist", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    return tmp_path
+    assert program == "ffdist"
+    return [sys.executable, "-m", "ffdist.cli", *rest]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +49,21 @@ def a_database(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("line", [line for line in TRAINING if "store" not in line])
-def test_training_commands(line, checkout, request, a_database, monkeypatch):
+def test_training_commands(line, tmp_path, request, a_database, monkeypatch, ffdist):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", a_database)
     if "mnist" in line:
         request.getfixturevalue("mnist_root")
     short = ["training.epochs=1", "model.layers=[40,30,20]", "--summary", "figures.json"]
     if line.startswith("ffdist train") and "pipeline" not in line:  # which has a test of its own with Ray
         short += ["--runner", "serial"]
-    run = subprocess.run([*arguments(line), *short], cwd=checkout, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0, run.stderr
-    assert 0 < json.loads((checkout / "figures.json").read_text())["test_readout_error"] < 1
+    program, *words = shlex.split(line)
+    if program == "ffdist":
+        ffdist(*words, *short)
+    else:  # python, in a checkout
+        for folder in ("ffdist", "configs"):
+            shutil.copytree(ROOT / folder, tmp_path / folder)
+        subprocess.run([sys.executable, *words, *short], check=True, timeout=250)
+    assert 0 < json.loads((tmp_path / "figures.json").read_text())["test_readout_error"] < 1
 
 
 def test_the_first_command_reaches_its_figure(tmp_path):
@@ -81,39 +78,33 @@ def test_the_first_command_reaches_its_figure(tmp_path):
     assert "ffdist ui" in run.stdout
 
 
-def test_commands_around_a_run_in_their_order(tmp_path):
+def test_commands_around_a_run_in_their_order(tmp_path, ffdist):
     """A store made, shown and trained from; a readout fitted to what was trained; the table of results."""
     before = [line for line in COMMANDS if line.startswith("ffdist negatives") or "store" in line]
     for line in [*before, "ffdist readout RUN", "ffdist results"]:
         assert line in COMMANDS
         run_folder = next(tmp_path.glob("runs/digits-*"), Path())
         short = ["training.epochs=1", "model.layers=[40,30,20]"] if "digits" in line else []
-        command = [*arguments(line.replace("RUN", str(run_folder))), *short]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
-        assert run.returncode == 0, run.stderr
-    assert run.stdout.count("| digits |") == 1
+        said = ffdist(*shlex.split(line.replace("RUN", str(run_folder)))[1:], *short)
+    assert said.count("| digits |") == 1
 
 
 @pytest.mark.parametrize("line", REPRODUCING)
-def test_commands_that_reproduce(line, tmp_path):
-    command = [*arguments(line), "xor", "--runner", "serial"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0, run.stderr
-    assert "| xor | 8 | none | noise | 20 | 0.00%, reached | 0.00%; 0.00% fitted |" in run.stdout
+def test_commands_that_reproduce(line, ffdist):
+    said = ffdist(*shlex.split(line)[1:], "--runner", "serial")
+    assert "| xor | 8 | none | noise | 20 | 0.00%, reached |  | 0.00%; 0.00% fitted |" in said
 
 
-def test_commands_that_use_a_run(tmp_path):
+def test_commands_that_use_a_run(tmp_path, ffdist):
     """Those that serve have a test of their own, test_using."""
     assert len(USING) == 4
     short = ["training.epochs=1", "model.layers=[40,30]", "--runner", "serial"]
-    subprocess.run([*arguments("ffdist train digits"), *short], cwd=tmp_path, check=True, capture_output=True)
+    ffdist("train", "digits", *short)
     run_folder = next(tmp_path.glob("runs/digits-*"))
     (tmp_path / "images").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "images" / "black.png")
     for line in USING:
-        command = arguments(line.replace("RUN", str(run_folder)).replace("IMAGES", "images"))
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
-        assert run.returncode == 0, run.stderr
+        ffdist(*shlex.split(line.replace("RUN", str(run_folder)).replace("IMAGES", "images"))[1:])
     assert {"found.parquet", "pictures", "network"} < {path.name for path in tmp_path.iterdir()}
 
 
@@ -131,7 +122,7 @@ def test_python_examples(tmp_path, monkeypatch):
     assert (found == data.labels["test"]).double().mean() > 0.9
 
 
-def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
+def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path, ffdist):
     short = ["--runner", "serial", "training.epochs=120", "model.layers=[40,30,20]", "checkpoint.every_minibatches=50"]
     process = subprocess.Popen([*arguments("ffdist train digits"), *short], cwd=tmp_path)
     while not (found := list(tmp_path.glob("runs/digits-*/commits/*/manifest.json"))):
@@ -141,23 +132,14 @@ def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path):
     assert process.wait(30) == 130
     for line in GOING_ON:
         assert line in COMMANDS
-        run = subprocess.run(
-            [*arguments(line.replace("RUN", str(found[0].parents[2]))), *short],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=250,
-        )
-        assert run.returncode == 0, run.stderr
-        assert ("going on from" if "--resume" in line else "starting from") in run.stdout
+        said = ffdist(*shlex.split(line.replace("RUN", str(found[0].parents[2])))[1:], *short)
+        assert ("going on from" if "--resume" in line else "starting from") in said
     assert len(list(tmp_path.glob("runs/digits-*"))) == 2
 
 
-def test_simulated_chaos(tmp_path):
+def test_simulated_chaos(ffdist):
     """Real faults and benchmarks have tests of their own, test_chaos and test_bench."""
-    command = [*arguments(CHAOS[1]), "--simulated", "20"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stdout + run.stderr
+    ffdist(*shlex.split(CHAOS[1])[1:], "--simulated", "20")
 
 
 def test_a_kind_of_ones_own_beside_the_user(tmp_path):

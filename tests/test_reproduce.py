@@ -5,6 +5,9 @@ import sys
 import time
 
 import pytest
+from mlflow import MlflowClient
+
+from ffdist.reproduce import _past
 
 SMALL = """
 data: {name: digits, label: LABEL}
@@ -20,55 +23,64 @@ def write(folder, name, *, label="append", kind="wrong_label", epochs=12, target
     (folder / f"{name}.yaml").write_text(text.replace("TARGET", str(target)))
 
 
-def command(*words):
-    return [sys.executable, "-m", "ffdist.cli", *words]
-
-
-def reproduce(folder, *words, code=0):
-    said = subprocess.run(
-        command("reproduce", "--runner", "serial", *words), cwd=folder, capture_output=True, text=True, timeout=200
-    )
-    assert said.returncode == code, said.stderr
+def table_of(said):
     head, _, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.stdout.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")
     )
-    return [dict(zip(head, row, strict=True)) for row in rows], said
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path):
+def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path, ffdist):
+    reproduce = ("reproduce", "--runner", "serial", "labelled.yaml")
     write(tmp_path, "labelled")
     write(tmp_path, "unlabelled", label="none", kind="hybrid")
-    rows, said = reproduce(tmp_path, "labelled.yaml", "unlabelled.yaml")
-    assert "2 of 2: unlabelled.yaml, seed 0" in said.stdout
-    labelled, unlabelled = rows
+    said = ffdist(*reproduce, "unlabelled.yaml")
+    assert "2 of 2: unlabelled.yaml, seed 0" in said
+    labelled, unlabelled = rows = table_of(said)
     assert (labelled["run"], labelled["paper"], labelled["target"]) == ("labelled", "1.20%", "90.00%, reached")
     assert labelled["by goodness"].endswith("%")
     assert unlabelled["by readout"].endswith("% fitted")  # by a readout of its own
     made = sorted(tmp_path.glob("runs/*/"))
-    again, said = reproduce(tmp_path, "labelled.yaml", "unlabelled.yaml")
-    assert again == rows
-    assert said.stdout.count("finished: runs/") == 2
+    said = ffdist(*reproduce, "unlabelled.yaml")
+    assert table_of(said) == rows
+    assert said.count("finished: runs/") == 2
     assert sorted(tmp_path.glob("runs/*/")) == made
-    write(tmp_path, "labelled", epochs=1, target=0.0001)  # which makes another run of it
-    (row,), said = reproduce(tmp_path, "labelled.yaml", "--seeds", "2", code=1)
+    write(tmp_path, "labelled", target=0.0001)  # the run is judged by what is asked for today
+    said = ffdist(*reproduce, "labelled.yaml", "--seeds", "2", code=1)
+    assert said.count("finished: runs/") == 1
+    (row,) = table_of(said)
     assert row["target"] == "0.01%, missed"
     assert "2 seeds" in row["by goodness"]
-    assert "a target was missed by labelled" in said.stderr
+    assert "a target was missed by labelled" in said
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    for run in client.search_runs(["1"]):
+        client.delete_run(run.info.run_id)
+    assert "MLflow has no finished run" in ffdist(*reproduce, code=1)
 
 
-def test_what_was_stopped_goes_on(tmp_path):
+def test_what_starts_from_other_weights_reproduces_nothing(tmp_path, ffdist):
+    write(tmp_path, "labelled", epochs=1)
+    train = ("train", "labelled.yaml", "--runner", "serial")
+    ffdist(*train)
+    (first,) = tmp_path.glob("runs/labelled-*")
+    ffdist(*train, "--from", str(first))
+    assert [folder for _, folder in _past(tmp_path / "runs")] == [first]
+    assert len(list(tmp_path.glob("runs/labelled-*"))) == 2
+    assert ffdist("results").count("| labelled |") == 2
+
+
+def test_what_was_stopped_goes_on(tmp_path, ffdist):
     write(tmp_path, "long", epochs=60)
-    process = subprocess.Popen(
-        command("train", "long.yaml", "--runner", "serial", "checkpoint.every_minibatches=10"), cwd=tmp_path
-    )
+    words = ["train", "long.yaml", "--runner", "serial", "checkpoint.every_minibatches=10"]
+    process = subprocess.Popen([sys.executable, "-m", "ffdist.cli", *words], cwd=tmp_path)
     while not list(tmp_path.glob("runs/long-*/commits/*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     assert process.wait(30) == 130
-    (row,), said = reproduce(tmp_path, "long.yaml")
-    assert "going on from" in said.stdout
-    assert row["epochs"] == "60"
+    said = ffdist("reproduce", "long.yaml", "--runner", "serial")
+    assert "going on from" in said
+    assert [row["epochs"] for row in table_of(said)] == ["60"]
     assert len(list(tmp_path.glob("runs/long-*"))) == 1
 
 
@@ -77,12 +89,12 @@ def test_what_was_stopped_goes_on(tmp_path):
     [
         (["labelled.yaml", "lost.yaml"], "given: lost.yaml; shipped: "),
         (["labelled.yaml", "broken.yaml"], "needs data.path"),
+        (["labelled.yaml", "large.yaml"], "training samples: 1437"),
     ],
 )
-def test_all_are_checked_before_the_first_begins(tmp_path, words, rule):
+def test_all_are_checked_before_the_first_begins(tmp_path, ffdist, words, rule):
     write(tmp_path, "labelled")
     (tmp_path / "broken.yaml").write_text("data: {name: parquet}\nmodel: {layers: [9]}\n")
-    said = subprocess.run(command("reproduce", *words), cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert said.returncode == 2
-    assert rule in said.stderr
+    (tmp_path / "large.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\ntraining: {batch_size: 9999}\n")
+    assert rule in ffdist("reproduce", *words, code=2)
     assert not (tmp_path / "runs").exists()

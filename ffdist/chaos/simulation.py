@@ -228,6 +228,9 @@ class _Books:
             raise DriverDied
         self._outbox.mark_sent(points)
 
+    def do(self, call: object) -> None:
+        pass  # nobody looks at pictures here
+
     def history(self) -> dict[str, list[tuple[int, float]]]:
         return self._outbox.history()
 

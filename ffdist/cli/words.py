@@ -37,7 +37,7 @@ class Stopped(click.ClickException):
 @contextmanager
 def told() -> Iterator[None]:
     """Turns what went wrong into words and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except ConfigError as error:
@@ -47,6 +47,8 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         click.echo(str(interrupt) or "interrupted; a run that had begun is marked as killed", err=True)
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 OUTBOX = "metrics.db"
 """In the folder of a run."""
-RECOVERIES = "recoveries"
-"""The fact that tells what the run recovered from."""
+RECOVERIES, ORIGIN = "recoveries", "origin"
+"""The facts that tell what the run recovered from, and whose weights it started from."""
 POINT_BYTES = 100
 """What a point takes, roughly."""
 

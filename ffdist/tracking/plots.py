@@ -196,7 +196,7 @@ def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tup
 @_styled()
 def plot_timeline(spans: Sequence[Span], path: Path) -> Path:
     """Draws who computed and who waited when, for some of the first chunks; returns the picture's path."""
-    first = max(0, min(FIRST, spans[-1].chunk - CHUNKS))
+    first = max(0, min(FIRST, spans[-1].chunk + 1 - CHUNKS))
     shown = [span for span in spans if first <= span.chunk < first + CHUNKS]
     parts = list(dict.fromkeys(span.part for span in shown))
     figure = Figure(figsize=(11, 0.5 * len(parts) + 1.6), layout="constrained")

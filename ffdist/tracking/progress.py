@@ -1,6 +1,7 @@
 """What the terminal shows while a run goes on."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,11 +49,13 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
     def say(self, text: str) -> None:
-        """Prints a line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Prints a line that stays, unless the terminal is gone."""
+        with suppress(OSError):
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def doing(self, what: str) -> None:
         """Shows what is going on, in front of the bar."""

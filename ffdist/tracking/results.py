@@ -115,10 +115,9 @@ def _row(runs: list[Any], references: list[Any]) -> Row:
 
 
 def _verdict(runs: list[Any], target: float) -> str:
-    """Says whether the median of runs reached a target: by goodness, or by a readout where no label was shown."""
-    medians = [_median(runs, name) for name in (GOODNESS, READOUT, FITTED)]
-    reached = [medians[0]] if medians[0] is not None else medians[1:]
-    return REACHED if min(error for error in reached if error is not None) <= target else MISSED
+    """Says whether a median reached a target: by goodness, or where no label is shown by a fitted readout."""
+    values = next(filter(None, (_values(runs, name) for name in (GOODNESS, FITTED, READOUT))))
+    return REACHED if median(values) <= target else MISSED
 
 
 def _told(run: Any, names: Iterable[str]) -> str:
@@ -146,11 +145,6 @@ def _network(params: dict[str, str]) -> str:
 
 def _values(runs: list[Any], name: str) -> list[float]:
     return [run.data.metrics[name] for run in runs if name in run.data.metrics]
-
-
-def _median(runs: list[Any], name: str) -> float | None:
-    values = _values(runs, name)
-    return median(values) if values else None
 
 
 def _errors(runs: list[Any], name: str) -> str:

@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+import shlex
 import sqlite3
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open on runs and curves, not on its pages for language models."""
 DESCRIPTION = "mlflow.note.content"
 """Tag that MLflow's UI shows as a run's description, as Markdown."""
+EXPERIMENT = Tracking().experiment
 VIEW = "ffdist"
 COLUMNS = (
     *("attributes.`Created`", "attributes.`Description`", "attributes.`Duration`"),
@@ -53,10 +55,11 @@ def tracking_uri(config: Tracking, runs: Path) -> str:
         raise ConfigError(f"MLFLOW_TRACKING_URI: {error}") from None
 
 
-def how_to_look(uri: str, runs: Path) -> str:
+def how_to_look(uri: str, experiment: str, runs: Path) -> str:
     """Returns the command or address that shows what was tracked."""
     if uri == default_uri(runs):
-        return "ffdist ui" if runs == Path("runs") else f"ffdist ui --runs {runs}"
+        where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+        return f"ffdist ui{where}" + ("" if experiment == EXPERIMENT else f" --experiment {shlex.quote(experiment)}")
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 

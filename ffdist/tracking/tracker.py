@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
-from ffdist.tracking.outbox import OUTBOX, RECOVERIES, Outbox, Point
+from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
 from ffdist.tracking.sending import LOCK, send_leftovers, send_points
 from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store
 from ffdist.tracking.system import System
@@ -165,6 +165,10 @@ class Tracker:
     def note_recoveries(self, recoveries: list[dict[str, Any]]) -> None:
         """Keeps what the run recovered from beside its metrics, for a later driver of it."""
         self._note(RECOVERIES, json.dumps(recoveries))
+
+    def note_origin(self, origin: Path) -> None:
+        """Notes the run whose weights this one starts from."""
+        self._note(ORIGIN, str(origin))
 
     def note_end(self, status: str) -> None:
         """Notes that the run is at its end, so that a later run tells the server if this one cannot."""
