@@ -93,7 +93,7 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         pictures = ("layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline")
         assert files == {"config.yaml", "timeline.json", "goodness", *(f"{picture}.png" for picture in pictures)}
         validations = {file.path for file in client.list_artifacts(facts["mlflow_run_id"], "goodness")}
-        assert validations == {"goodness/epoch_0001.png", "goodness/epoch_0002.png"}
+        assert "goodness/epoch_0002.png" in validations  # of those that wait, the newest
         assert run.data.tags["mlflow.note.content"].startswith(f"test error {facts['test_goodness_error']:.2%} by good")
         (trained_on,) = run.inputs.dataset_inputs
         assert (trained_on.dataset.name, len(run.outputs.model_outputs)) == ("digits", 1)
