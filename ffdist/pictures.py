@@ -11,8 +11,8 @@ from torch import Tensor
 from ffdist.config import Config
 from ffdist.data.datasets import Dataset
 from ffdist.evaluation import Evaluation
-from ffdist.ff.goodness import MINUS
 from ffdist.ff.keyed import generator
+from ffdist.ff.layers import counted_threshold
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.stage import layer_name
@@ -92,9 +92,8 @@ def _thresholds(config: Config, architecture: Architecture) -> list[float | None
     """Returns each layer's threshold as its goodness is counted; None where the loss has none."""
     if config.training.loss == "symmetric":
         return [None for _ in architecture.layers]
-    sign = -1 if config.model.goodness.startswith(MINUS) else 1
     given = zip(config.thresholds, architecture.widths[1:], strict=True)
-    return [sign * (float(units) if threshold is None else threshold) for threshold, units in given]
+    return [counted_threshold(architecture.rule, threshold, units) for threshold, units in given]
 
 
 def _some_negatives(config: Config, dataset: Dataset, network: Network, samples: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The commands that train."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 runner_option = click.option(
     "--runner", type=click.Choice(["ray", "serial"]), default="ray", show_default=True, help="Where stages run."
 )
-address_option = click.option("--address", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of its own.")
+address_option = click.option(
+    "--address", envvar="RAY_ADDRESS", help="Ray cluster to join; else RAY_ADDRESS, else a local Ray of its own."
+)
 
 
 @click.command()
@@ -47,12 +48,14 @@ def train(context: click.Context, /, words: tuple[str, ...], runner: Any, addres
     SECTION.KEY=VALUE sets a value over the file's, such as training.epochs=10.
     """
     default = context.obj.get("address", "local") if context.obj else "local"
-    _train(words, **run, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or default)
+    _train(words, **run, runner=runner, address=address or default)
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[CONFIG]...")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each, by seed from 0 on.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each, counting on its seed."
+)
 @runner_option
 @address_option
 @runs_option
@@ -65,9 +68,7 @@ def reproduce(names: tuple[str, ...], seeds: int, runner: Any, address: str | No
     with told():
         from ffdist.reproduce import reproduce as run_them
 
-        found = run_them(
-            names, seeds=seeds, runs=runs, runner=runner, address=address or os.environ.get("RAY_ADDRESS") or "local"
-        )
+        found = run_them(names, seeds=seeds, runs=runs, runner=runner, address=address or "local")
         click.echo(found.table)
         if found.missed:
             raise RunFailed(f"a target was missed by {', '.join(found.missed)}")

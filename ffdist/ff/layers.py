@@ -69,6 +69,12 @@ class _Look(NamedTuple):
     """Half of its derivative with respect to the activities `[..., H]`."""
 
 
+def counted_threshold(rule: Rule, threshold: float | None, units: int) -> float:
+    """Returns a layer's threshold as its goodness is counted, any minus included; None is the number of units."""
+    size = float(units) if threshold is None else threshold
+    return -size if rule.goodness.startswith(MINUS) else size
+
+
 class Layer(Learner, ABC):
     """A ReLU layer (Hinton 2022, sections 2 and 2.1); its kinds say which inputs reach which units.
 
@@ -97,8 +103,7 @@ class Layer(Learner, ABC):
         self._goodness = GOODNESS[rule.goodness.removeprefix(MINUS)]
         self._normalize = NORMALIZATIONS[rule.normalization]
         self._is_minus = rule.goodness.startswith(MINUS)
-        size = float(units) if threshold is None else threshold
-        self.threshold = -size if self._is_minus else size
+        self.threshold = counted_threshold(rule, threshold, units)
         self.register_buffer("mean_activity", torch.full_like(self.bias, PEER_START))
         self.mean_activity: Tensor
         self._compute_weight: Tensor
