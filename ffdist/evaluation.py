@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ffdist.ff.classify import confusion_matrix, error, goodness_prediction
+from ffdist.ff.classify import confusion_matrix, error, total_goodness
 from ffdist.pipeline.runner import Evaluated
 
 
@@ -53,11 +53,11 @@ def evaluate(blocks: list[Evaluated], labels: Tensor, *, classes: int, predict_f
     readout_error = error(by_readout, labels)
     if not goodness.shape[-1]:
         return Evaluation(None, readout_error, None, confusion_matrix(by_readout, labels, classes), goodness)
-    by_goodness = goodness_prediction(goodness[predict_from - 1 :])
+    by_goodness = total_goodness(goodness, predict_from).argmax(-1)
     return Evaluation(
         goodness_error=error(by_goodness, labels),
         readout_error=readout_error,
-        layer_errors=[error(goodness_prediction(layer.unsqueeze(0)), labels) for layer in goodness],
+        layer_errors=[error(layer.argmax(-1), labels) for layer in goodness],
         confusion=confusion_matrix(by_goodness, labels, classes),
         goodness=goodness,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ffdist.ff.classify import total_goodness
 from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
@@ -52,7 +53,7 @@ class Served:
         It is each one's `label` by goodness, else by the readout, and `probability` and `goodness` of every label.
         """
         found = self._network.predict(torch.as_tensor(images).to(torch.uint8).flatten(1))
-        goodness = found.goodness[self._network.architecture.predict_from - 1 :].sum(0)
+        goodness = total_goodness(found.goodness, self._network.architecture.predict_from)
         named = {"label": found.label, "probability": found.probabilities, "goodness": goodness}
         return {name: tensor.numpy() for name, tensor in named.items()}
 

@@ -1,7 +1,7 @@
 """What finished runs are used for: looking at images that they have not seen."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +10,13 @@ from rich.table import Table
 
 from ffdist.config import ConfigError
 from ffdist.data.inputs import Inputs, read_inputs, write_parquet
-from ffdist.exported import save_network
+from ffdist.exported import ARCHITECTURE, WEIGHTS, save_network
+from ffdist.ff.classify import total_goodness
+from ffdist.ff.network import Network
 from ffdist.finished import Run
 from ffdist.tracking.model import NAME, save_model
 
-PROGRAM = "readout.pt2"
+PROGRAM, ONNX = "readout.pt2", "readout.onnx"
 BEST, ROWS = 3, 100
 """Labels of an image, and images, that a table shows."""
 
@@ -50,8 +52,8 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
         ConfigError: They cannot be read, or do not fit.
     """
     found = _read(run, inputs)
-    seen, predict_from = run.predict(found.images), run.network.architecture.predict_from
-    goodness = seen.goodness[predict_from - 1 :].sum(0)
+    seen = run.predict(found.images)
+    goodness = total_goodness(seen.goodness, run.network.architecture.predict_from)
     columns = {
         "input": found.places,
         "label": seen.label.tolist(),
@@ -63,35 +65,45 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
     console, table = Console(highlight=False), Table("input", "label", "probability, and goodness", box=None)
     for place, label, probabilities, good in list(zip(*columns.values(), strict=True))[:ROWS]:
         best = sorted(range(len(probabilities)), key=lambda k: -probabilities[k])[:BEST]
-        told = "; ".join(f"{k}: {probabilities[k]:.1%}" + (f", {good[k]:,.0f}" if good else "") for k in best)
+        told = "; ".join(f"{k}: {probabilities[k]:.1%}" + (f", {good[k]:.5g}" if good else "") for k in best)
         table.add_row(Path(place).name, str(label), told)
     console.print(table)
     if len(found.places) > ROWS:
         console.print(f"and {len(found.places) - ROWS:,} more; --to FILE keeps all")
 
 
-def export_network(run: Run, to: Path) -> list[Path]:
-    """Writes a run's network for use without ffdist's pipeline, and returns the files.
+def export_network(run: Run, to: Path) -> Iterator[Path]:
+    """Writes a run's network for use without ffdist's pipeline, and yields each file or folder that is written.
 
     They are the weights, the architecture (`ffdist.read_network` reads both), the way to the readout as a program that
-    needs torch alone (`torch.export.load`; uint8 `[B, D]` to logits `[B, C]`), and all as an MLflow model.
+    needs torch alone (`torch.export.load`; uint8 `[B, D]` to logits `[B, C]`) and as ONNX (in float32, because runtimes
+    lack products of bfloat16), and all as an MLflow model.
 
     Raises:
         ConfigError: The folder holds something, or cannot be written.
     """
-    network, example = run.network, run.summary["shape"]
+    network = run.network
+    in_float32 = Network(replace(network.architecture, precision="float32"))
+    in_float32.load_state_dict(network.state_dict())
     try:
         to.mkdir(parents=True, exist_ok=True)
         if any(to.iterdir()):
             raise ConfigError(f"--to must be a folder that is new or empty ({to} holds {next(to.iterdir()).name})")
         save_network(network, to)
-        images = torch.zeros(2, math.prod(example), dtype=torch.uint8)
-        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.export.save(program, to / PROGRAM)
-        save_model(network, images[0], to / NAME)
+        yield from (to / WEIGHTS, to / ARCHITECTURE)
+        torch.export.save(_readout_program(network), to / PROGRAM)
+        yield to / PROGRAM
+        torch.onnx.export(_readout_program(in_float32), f=to / ONNX, verbose=False)
+        yield from sorted(to.glob(f"{ONNX}*"))  # its weights lie beside it
+        save_model(network, torch.zeros(network.architecture.pixels, dtype=torch.uint8), to / NAME)
+        yield to / NAME
     except OSError as error:
         raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --to") from error
-    return sorted(to.iterdir())
+
+
+def _readout_program(network: Network) -> torch.export.ExportedProgram:
+    images = torch.zeros(2, network.architecture.pixels, dtype=torch.uint8)
+    return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def _read(run: Run, paths: Sequence[Path]) -> Inputs:

@@ -39,8 +39,8 @@ def ffdist(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str, code: int = 0) -> str:
-        done = CliRunner().invoke(main, words)
+    def run(*words: str | Path, code: int = 0) -> str:
+        done = CliRunner().invoke(main, [str(word) for word in words])
         assert done.exit_code == code, (done.output, done.exception)
         return done.output
 

@@ -10,25 +10,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from PIL import Image
 
 from ffdist import load_config, read_network, train
 from ffdist.exported import save_network
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
+from ffdist.using import export_network
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = load_config("digits", ["training.epochs=12", "model.layers=[200,200]", "tracking.register=digits-net"])
     return train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
-
-
-def ffdist(*words) -> str:
-    command = [sys.executable, "-m", "ffdist.cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("layers", [(5, 4), (Fields(2, 2, 3, 4), 6)])
@@ -45,7 +40,7 @@ def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
         read_network(tmp_path)
 
 
-def test_exported_files_need_torch_alone(run, tmp_path):
+def test_exported_files_need_torch_alone(run, tmp_path, ffdist):
     assert "readout.pt2" in ffdist("export", run.folder, "--to", tmp_path / "out")
     images = run.dataset.images["test"][:9]
     torch.save(images, tmp_path / "images.pt")
@@ -56,17 +51,27 @@ def test_exported_files_need_torch_alone(run, tmp_path):
     command = [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "out" / "readout.pt2"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
     assert json.loads(said) == run.predict(images).probabilities.argmax(1).tolist()
-    again = subprocess.run(
-        [sys.executable, "-m", "ffdist.cli", "export", run.folder, "--to", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        timeout=100,
+    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"images": images.numpy()})
+    assert torch.allclose(torch.as_tensor(logits), run.network(images), atol=0.05)  # trained in bfloat16
+    assert "new or empty" in ffdist("export", run.folder, "--to", tmp_path / "out", code=2)
+
+
+def test_fields_in_bfloat16_are_exported(tmp_path):
+    """With few units a place, and with many, which take another way to their products."""
+    layers = (
+        "{kind: local, grid: 4, stride: 2, field: 4, units: 8}, {kind: local, grid: 3, stride: 1, field: 2, units: 40}"
     )
-    assert again.returncode == 2
-    assert "new or empty" in again.stderr
+    words = [f"model.layers=[{layers}]", "data.label=everywhere", "training.precision=bfloat16", "training.epochs=1"]
+    run = train(load_config("digits", words), runner="serial", runs=tmp_path / "runs")
+    assert len(list(export_network(run, tmp_path / "out"))) == 6
+    images, network = run.dataset.images["test"], run.network
+    program = torch.export.load(tmp_path / "out" / "readout.pt2").module()
+    assert torch.equal(program(images), network(images))
+    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"images": images.numpy()})
+    assert (torch.as_tensor(logits).argmax(1) == network(images).argmax(1)).double().mean() > 0.98
 
 
-def test_predictions_as_a_table_and_as_parquet(run, tmp_path):
+def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
     images, labels = run.dataset.images["test"][:20], run.dataset.labels["test"][:20]
     for number, image in enumerate(images):
         Image.fromarray(image.view(8, 8).numpy()).save(tmp_path / f"{number:02}.png")
@@ -79,7 +84,7 @@ def test_predictions_as_a_table_and_as_parquet(run, tmp_path):
     assert "07.png" in said
 
 
-def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path):
+def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
     assert f"{run.summary['test_goodness_error']:.2%} by goodness" in ffdist("evaluate", run.folder)
     images, labels = run.dataset.images["test"], run.dataset.labels["test"]
     for label in range(10):

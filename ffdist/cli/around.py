@@ -7,8 +7,11 @@ from pathlib import Path
 import click
 
 from ffdist.cli.words import database, load, runs_option, told, words_argument
+from ffdist.sections import Tracking
 
-experiment_option = click.option("--experiment", default="ffdist", show_default=True, help="MLflow experiment.")
+experiment_option = click.option(
+    "--experiment", default=Tracking().experiment, show_default=True, help="MLflow experiment."
+)
 
 
 @click.group()

@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 
 
-def goodness_prediction(goodness: Tensor) -> Tensor:
-    """Returns the label with the greatest goodness, summed over layers: `[L, N, C] -> [N]`."""
-    return goodness.sum(0).argmax(-1)
+def total_goodness(goodness: Tensor, predict_from: int) -> Tensor:
+    """Sums each layer's goodness for every label over the layers that predict: `[L, N, C] -> [N, C]`.
+
+    Args:
+        goodness: Of all layers.
+        predict_from: The first that predicts, counted from 1; the label with the greatest total is the prediction.
+    """
+    return goodness[predict_from - 1 :].sum(0)
 
 
 def error(predicted: Tensor, labels: Tensor) -> float:

@@ -97,14 +97,13 @@ class Local(Layer):
         """Returns the lines that each row of places reads `[R, grid, field * line]`, without copying them."""
         fields, shared = self._fields, rows[:, self._below.values :]
         lines = torch.cat((self._covered(rows).flatten(2), shared.unsqueeze(1).expand(-1, fields.covered, -1)), 2)
-        strides = (fields.covered * self._line, fields.stride * self._line, 1)
-        return lines.as_strided((len(rows), fields.grid, fields.field * self._line), strides)
+        return lines.flatten(1).unfold(1, fields.field * self._line, fields.stride * self._line)
 
     def _windows(self, rows: Tensor) -> Tensor:
         """Returns the field that each place reads `[R, places, fan-in]`."""
         fields, shared = self._fields, rows[:, self._below.values :]
         windows = self._covered(rows).unfold(1, fields.field, fields.stride).unfold(2, fields.field, fields.stride)
-        inputs = windows.permute(0, 1, 2, 4, 5, 3).reshape(len(rows), fields.grid**2, -1)
+        inputs = windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
         return torch.cat((inputs, shared.unsqueeze(1).expand(-1, fields.grid**2, -1)), 2) if self._shared else inputs
 
     def _covered(self, rows: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ class Local(Layer):
     def _product(self, inputs: Tensor) -> Tensor:
         weight = self._compute_weight.flatten(1, -2)  # of a band, or as it is
         product = torch.bmm(inputs.transpose(0, 1), weight.transpose(1, 2))
-        return product.transpose(0, 1).reshape(len(inputs), -1)
+        return product.transpose(0, 1).flatten(1)
 
     def _gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
         # Block after block in memory: turning blocks that lie across each other would cost more than the product.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffdist.ff.classify import goodness_prediction
+from ffdist.ff.classify import total_goodness
 from ffdist.ff.goodness import NORMALIZATIONS, squared_length
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import LABELS, neutral, one_hot
@@ -206,4 +206,4 @@ class Network(nn.Module):
             rows, layer_goodness = layer(rows)
             goodness.append(layer_goodness)
         by_layer = torch.stack(goodness)
-        return Prediction(probabilities, by_layer, goodness_prediction(by_layer[architecture.predict_from - 1 :]))
+        return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))
