@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.layers import Rule
@@ -20,7 +20,7 @@ WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
 def save_network(network: Network, folder: Path) -> None:
     """Writes a network into a folder that is there; what it only learned by is left out."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if _predicts(name)}
-    save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(save(tensors))  # unlike save_file, for all to read
     (folder / ARCHITECTURE).write_text(json.dumps(asdict(network.architecture), indent=2))
 
 

@@ -2,6 +2,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ffdist.data.folder import Folder
 
@@ -25,6 +27,14 @@ def test_files_come_back_are_named_and_go(folder):
     folder.remove("a")
     folder.remove("c.bin")
     assert folder.names() == []
+
+
+def test_who_may_read_a_folder_may_read_its_files(folder, tmp_path):
+    (tmp_path / "kept" / "a").mkdir(parents=True)
+    (tmp_path / "kept" / "a").chmod(0o750)
+    with folder.writing("a/b") as path:
+        save_file({"weight": torch.zeros(1)}, path)
+    assert (tmp_path / "kept" / "a" / "b").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_uri_is_as_good_as_a_path(tmp_path):

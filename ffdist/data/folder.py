@@ -51,6 +51,7 @@ class Folder:
             self._filesystem.create_dir(os.path.dirname(path), recursive=True)  # noqa: PTH120, not always a local path
             if self._is_local:
                 yield Path(part)
+                Path(part).chmod(Path(path).parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
             else:
                 from pyarrow.fs import LocalFileSystem, copy_files
 
