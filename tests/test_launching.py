@@ -142,7 +142,10 @@ def end_processes_of(home: Path) -> None:
 
 
 def test_ray_up_and_submit(machine, ray_folder, tmp_path):
-    """Ends in a run with the digest of a local one; the exit code tells of one that fails; Ctrl-C ends it in order."""
+    """Ends in a run with the digest of a local one; the exit code tells of one that fails; Ctrl-C ends it in order.
+
+    `pytest -rP` shows what was said.
+    """
     home, auth = machine
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     config |= {"provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}, "auth": auth}
@@ -171,14 +174,16 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
 
     def ray(*words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ray.scripts.scripts", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        print(f"$ ray {shlex.join(words)}\n{done.stdout}{done.stderr}exit code {done.returncode}\n")
+        return done
 
     up = ray("up", str(file), "-y", "--no-config-cache")
-    assert up.returncode == 0, up.stdout + up.stderr
+    assert up.returncode == 0
     assert (home / "configs" / "digits.yaml").is_file()
     short = ["training.epochs=2", "--runs", str(tmp_path / "runs"), "--summary", str(tmp_path / "far.json")]
     submitted = ray("submit", str(file), "ffdist/run.py", "--", "digits", *short)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert submitted.returncode == 0
     near = [sys.executable, "-m", "ffdist.cli", "train", "digits", "--runner", "serial", "training.epochs=2"]
     near += ["--runs", str(tmp_path / "near"), "--summary", str(tmp_path / "near.json")]
     subprocess.run(near, check=True, capture_output=True, timeout=200)
@@ -198,7 +203,8 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.5)
         stopped.send_signal(signal.SIGINT)
-        stopped.communicate(timeout=60)
+        said, _ = stopped.communicate(timeout=60)
+    print(f"$ ray submit ...  # and Ctrl-C\n{said}exit code {stopped.returncode}\n")
     assert stopped.returncode == 1
     client = MlflowClient(f"sqlite:///{tmp_path}/stopped/mlflow.db")
     while client.search_runs(["1"])[0].info.status == "RUNNING" and time.monotonic() < deadline + 60:
