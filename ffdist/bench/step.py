@@ -159,4 +159,8 @@ def print_steps(steps: Iterable[Step]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["cuda"] and not torch.cuda.is_available():
+        sys.exit(
+            "cuda needs a GPU that torch can use, and it finds none; without an argument this processor is measured"
+        )
     print_steps(measure_steps(*sys.argv[1:]))
