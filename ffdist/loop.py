@@ -236,7 +236,7 @@ class Loop:
 
     def _log(self, metrics: dict[str, float], samples: int) -> None:
         self._tracker.log_metrics(metrics, samples)
-        self._display.update(samples // self._order.batch_size, metrics)
+        self._display.update(self.step, metrics)
 
     def _evaluate(self, split: str, blocks: list[Evaluated]) -> None:
         labels, classes = self._dataset.labels[split], self._dataset.classes

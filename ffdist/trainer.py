@@ -80,7 +80,7 @@ def train(
         _make_folder(runs)
         uri = tracking_uri(config.tracking, runs)
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens beside what follows, too
-        display = stack.enter_context(Display(config.passes, prepared.order.minibatches))
+        display = stack.enter_context(Display(config.passes, prepared.order.minibatches, prepared.order.batch_size))
         display.doing("starting")
         resources = joined()
         asked_to_stop = stack.enter_context(stop_requests())

@@ -8,7 +8,7 @@ from ffdist.tracking.progress import Display
 def lines(monkeypatch, capsys):
     """What a display says, where the output is no terminal and a line is always due."""
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", -1.0)
-    display = Display(2, 10)
+    display = Display(2, 10, 1)
 
     def say(step, metrics):
         display.update(step, metrics)

@@ -23,11 +23,12 @@ class Display:
     Args:
         epochs: Length of the run.
         minibatches: Minibatches an epoch.
+        batch_size: Samples a minibatch.
     """
 
-    def __init__(self, epochs: int, minibatches: int) -> None:
+    def __init__(self, epochs: int, minibatches: int, batch_size: int) -> None:
         self.console = Console(highlight=False)
-        self._epochs, self._minibatches = epochs, minibatches
+        self._epochs, self._minibatches, self._batch_size = epochs, minibatches, batch_size
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -69,7 +70,8 @@ class Display:
             metrics: The newest metrics by name, where there are new ones.
         """
         self._metrics.update(metrics or {})
-        self._bar.update(self._task, completed=step, speed=self._metrics.get("samples_per_s", 0.0))
+        speed = self._bar.tasks[0].speed or 0.0  # of the last 30 s; chunks come in bursts
+        self._bar.update(self._task, completed=step, speed=speed * self._batch_size)
         self.doing(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
         if (
             not self.console.is_terminal
