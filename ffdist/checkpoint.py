@@ -31,14 +31,13 @@ MANIFEST = "manifest.json"
 SCHEMA = 2
 POSITION = "position"
 WHOLE, BEGUN = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}$"), re.compile(r"(\d+)-(\d+)/")
-WAY_OUT = "add --resume-from-older to go on from the commit before it"
 
 CommitName = Annotated[str, StringConstraints(pattern=r"^\d+-\d+$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+\.safetensors$")]  # and so never out of its folder
 
 
 class CommitError(RunFailed):
-    """A commit that cannot be written or read; the text says which, why, and what can be done."""
+    """A commit that cannot be written or read; the text says which, and why."""
 
 
 class _Strict(BaseModel):
@@ -205,15 +204,15 @@ class Commits:
             schema = found.get("schema_version", 1)
             if schema != SCHEMA:
                 raise CommitError(
-                    f"{path} has schema {schema}, and this ffdist reads {SCHEMA}; use the one that wrote it"
+                    f"{path} has schema {schema}, and this ffdist reads {SCHEMA}, unlike the one that wrote it"
                 )
             written = found.pop("sha256", "")
             manifest = Manifest.model_validate(found)
             if written != digest(found) or name != commit_name(Position(manifest.epoch, manifest.minibatch)):
-                raise CommitError(f"{path} is not what was written there (its SHA-256 differs); {WAY_OUT}")
+                raise CommitError(f"{path} is not what was written there (its SHA-256 differs)")
             return manifest
         except (ValueError, AttributeError, ValidationError) as error:
-            raise CommitError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {WAY_OUT}") from error
+            raise CommitError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 
     def prune(self, newest: str, *, keep: int, spare: str | None) -> None:
         """Removes what is older than a commit that was just made, but the `keep` newest whole ones and `spare`.
@@ -231,17 +230,11 @@ class Commits:
 
     def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
         path, facts = self.folder.path(f"{name}/{file}"), manifest.files[file]
-        content = self.folder.get(f"{name}/{file}")
-        if content is None:
-            raise CommitError(f"{path} is missing; {WAY_OUT}")
-        if len(content) != facts.num_bytes:
-            raise CommitError(f"{path} is cut or grown (bytes: {len(content)}, written: {facts.num_bytes}); {WAY_OUT}")
-        if hashlib.sha256(content).hexdigest() != facts.sha256:
-            raise CommitError(f"{path} is not what was written there (its SHA-256 differs); {WAY_OUT}")
+        content = self.folder.get_checked(f"{name}/{file}", **facts.model_dump())
         try:
             tensors: dict[str, Tensor] = load(content)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise CommitError(f"{path} is no file of tensors ({error}); {WAY_OUT}") from error
+            raise CommitError(f"{path} is no file of tensors ({error})") from error
         return tensors
 
 

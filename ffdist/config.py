@@ -72,7 +72,7 @@ class Config(Section):
 
     def by_backpropagation(self) -> "Config":
         """Returns the reference: the same layers, data and order, with the readout's update rule for all, no more."""
-        kept = {"epochs", "batch_size", "precision", "validation_samples", "evaluate_every", "smoothing"}
+        kept = {"epochs", "batch_size", "precision", "validation_samples", "evaluate_every", "smoothing", "loss"}
         readout = {"readout_learning_rate", "readout_weight_decay"}
         training = Training(
             **self.training.model_dump(include=kept | readout),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ffdist.ff.classify import total_goodness
@@ -34,7 +35,7 @@ def read_network(folder: str | Path) -> Network:
     try:
         network = Network(_architecture(json.loads((Path(folder) / ARCHITECTURE).read_text())))
         missing = network.load_state_dict(load_file(Path(folder) / WEIGHTS), strict=False).missing_keys
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no network that can be read: {error}") from error
     if any(map(_predicts, missing)):
         raise ValueError(f"{folder} lacks {', '.join(filter(_predicts, missing))}")

@@ -1,7 +1,10 @@
 """A finished run: its figures, its network and its pictures."""
 
 import json
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ from ffdist.config import Config, ConfigError
 from ffdist.config_file import load_config
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.evaluation import Evaluation, evaluate
+from ffdist.ff.negatives import NegativesError
 from ffdist.ff.network import Network, Prediction
 from ffdist.pipeline.runner import Evaluated
 from ffdist.prepare import build_architecture
 from ffdist.start import CONFIG, SUMMARY, commits_of, find_run, network_of, newest
 from ffdist.tracking.outbox import OUTBOX, Outbox
-from ffdist.tracking.timeline import read_timeline
+from ffdist.tracking.timeline import TIMELINE, read_timeline
 
 ROWS = 4000
 """Rows that pass through the layers together."""
@@ -38,7 +42,7 @@ class Run:
     """The final figures, as `--summary` writes them; errors in [0, 1]."""
 
     @classmethod
-    def find(cls, run: str | Path, runs: Path = Path("runs")) -> "Run":
+    def find(cls, run: str | Path, runs: str | Path = "runs") -> "Run":
         """Finds a run by its folder, or by its MLflow run id.
 
         Args:
@@ -48,13 +52,11 @@ class Run:
         Raises:
             ConfigError: There is none, or it is not finished.
         """
-        folder = find_run(str(run), runs)
+        folder = find_run(str(run), Path(runs))
         if not (folder / SUMMARY).is_file():
             raise ConfigError(f"{folder} is not finished; go on with it by `ffdist train CONFIG --resume {folder}`")
-        try:
-            return cls(folder, json.loads((folder / SUMMARY).read_text()))
-        except ValueError as error:
-            raise ConfigError(f"{folder / SUMMARY} is damaged ({error}); train the run again") from error
+        with _reading(folder / SUMMARY) as path:
+            return cls(folder, json.loads(path.read_text()))
 
     @cached_property
     def config(self) -> Config:
@@ -76,57 +78,91 @@ class Run:
             )
         channels, height, width = self.summary["shape"]
         architecture = build_architecture(self.config, (channels, height, width), self.summary["classes"])
-        return network_of(architecture, newest(commits_of(self.config, self.folder))[1])
+        architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
+        _, state = newest(commits_of(self.config, self.folder))
+        try:
+            return network_of(architecture, state)
+        except (RuntimeError, KeyError) as error:
+            raise ConfigError(f"{self.folder} holds the weights of other layers than its {CONFIG} has") from error
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in their order; none where they have none."""
+        return list(self.summary.get("class_names", []))
 
     @property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
         """All points of the run, as samples seen and value, by the metric's name."""
-        return Outbox.history_of(self.folder / OUTBOX)
+        with _reading(self.folder / OUTBOX) as path:
+            return Outbox.history_of(path)
 
     def predict(self, images: Tensor) -> Prediction:
         """Predicts by readout and by goodness.
 
         Args:
-            images: uint8 `[N, D]` or `[N, channels, height, width]`, 0 to 255.
+            images: uint8 `[N, D]` or `[N, channels, height, width]`, 0 to 255; grey ones may be `[N, height, width]`.
 
         Raises:
-            ConfigError: They are others than those that the network was trained on.
+            ConfigError: There are none, or others than those that the network was trained on.
         """
-        architecture, flat = self.network.architecture, images.flatten(1)
-        if images.dtype != torch.uint8 or flat.shape[1] != architecture.pixels:
+        architecture, images = self.network.architecture, torch.as_tensor(images)
+        shape, own = tuple(images.shape), architecture.shape
+        fitting = (architecture.pixels,), own, own[1:] if own[0] == 1 else own
+        if images.dtype != torch.uint8 or shape[1:] not in fitting or not shape[0]:
             raise ConfigError(
-                f"images must be uint8 of the shape {list(architecture.shape)} "
-                f"(given: {images.dtype}, {list(images.shape[1:])})"
+                f"images must be uint8 of the shape [N, {str(list(own))[1:]}, one or more (given: {images.dtype}, "
+                f"{list(shape)})"
             )
-        parts = torch.split(flat, max(1, ROWS // architecture.classes))
+        parts = torch.split(images.flatten(1), max(1, ROWS // architecture.classes))
         found = [self.network.predict(part) for part in track(parts, "predicting", transient=True)]
         probabilities, goodness, label = zip(*found, strict=True)
         return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
 
-    def plot(self, to: Path | None = None) -> list[Path]:
+    def plot(self, to: Path | str | None = None) -> list[Path]:
         """Draws the run anew and returns the pictures' paths.
 
         Args:
             to: Folder to draw into; the run's own where there is none.
 
         Raises:
-            ConfigError: Its dataset is not at hand, or the folder cannot be written.
+            ConfigError: Its dataset or negatives of one's own are not at hand, or the folder cannot be written.
         """
         from ffdist.pictures import draw_pictures  # matplotlib takes a while
 
-        dataset, folder = self.dataset, to or self.folder
+        dataset, folder = self.dataset, Path(to or self.folder)
         test = self.evaluate(dataset.images["test"], dataset.labels["test"])
-        spans = read_timeline(self.folder)
+        with _reading(self.folder / TIMELINE):
+            spans = read_timeline(self.folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return list(draw_pictures(folder, self.config, dataset, self.network, test, self.metrics, spans))
+        except NegativesError as error:
+            raise ConfigError(f"negatives.kind={self.config.negatives.kind}: {error}") from error
         except OSError as error:
             raise ConfigError(
                 f"pictures cannot be drawn into {folder} ({error.strerror}); give another --to"
             ) from error
 
     def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
-        """Returns the errors on images as `predict` takes them, with their true labels `[N]`."""
-        found, architecture = self.predict(images), self.network.architecture
+        """Returns the errors on images as `predict` takes them, with their true labels `[N]`.
+
+        Raises:
+            ConfigError: They do not fit the network, or each other.
+        """
+        found, architecture, labels = self.predict(images), self.network.architecture, torch.as_tensor(labels)
+        if labels.shape != found.label.shape or not ((labels >= 0) & (labels < architecture.classes)).all():
+            raise ConfigError(
+                f"there must be a label for each image, from 0 to below {architecture.classes} "
+                f"(images: {len(found.label)}, labels: {list(labels.shape)})"
+            )
         block = Evaluated([found.goodness], found.probabilities.argmax(-1))
         return evaluate([block], labels, classes=architecture.classes, predict_from=architecture.predict_from)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Makes of a file that cannot be read for the length of a `with` block words that name it."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, sqlite3.Error) as error:
+        raise ConfigError(f"{path} is missing or damaged ({error!r}); train the run again") from error

@@ -165,6 +165,7 @@ class Loop:
             "weights_sha256": weights_sha256(state),
             "shape": list(self._dataset.shape),
             "classes": self._dataset.classes,
+            "class_names": list(self._dataset.names),
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
             "test_fitted_readout_error": None,
@@ -251,7 +252,6 @@ class Loop:
             return
         self._validated, epoch = (self.step, found.chief_error), self.step // self._order.minibatches
         self._display.say(f"epoch {epoch}: validation error {found.in_words()}")
-
         if found.goodness_error is not None:
             self._to_draw = found, labels, f"epoch_{epoch:04}"
             self._tracker.do(self._keep_picture)
@@ -261,7 +261,7 @@ class Loop:
 
         drawn, self._to_draw = self._to_draw, None
         if drawn:  # of several that wait the newest, once
-            log_goodness(client, run_id, self._config, self._architecture, *drawn)
+            log_goodness(client, run_id, self._architecture, *drawn)
 
     def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
         self._finish_commit(wait=True)

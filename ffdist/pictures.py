@@ -53,7 +53,7 @@ def draw_pictures(
         negatives = _some_negatives(config, dataset, network, samples)
         yield plots.plot_negatives(images, labels, negatives, dataset.shape, folder / "negatives.png")
     if test.goodness_error is not None:
-        thresholds = _thresholds(config, network.architecture)
+        thresholds = _thresholds(network.architecture)
         yield plots.plot_goodness(test.goodness, dataset.labels["test"], thresholds, folder / "goodness.png")
     yield plots.plot_errors(test, folder / "errors.png")
     yield plots.plot_fields(network, folder / "fields.png")
@@ -65,7 +65,6 @@ def draw_pictures(
 def log_goodness(
     client: Any,
     run_id: str,
-    config: Config,
     architecture: Architecture,
     found: Evaluation,
     labels: Tensor,
@@ -76,23 +75,22 @@ def log_goodness(
     Args:
         client: MLflow's.
         run_id: The run's.
-        config: What is trained.
-        architecture: Of it.
+        architecture: Of what is trained.
         found: The evaluation, with labels tried.
         labels: The true ones `[N]`.
         name: Of the picture.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.png"
-        plots.plot_goodness(found.goodness, labels, _thresholds(config, architecture), path)
+        plots.plot_goodness(found.goodness, labels, _thresholds(architecture), path)
         client.log_artifact(run_id, str(path), "goodness")
 
 
-def _thresholds(config: Config, architecture: Architecture) -> list[float | None]:
+def _thresholds(architecture: Architecture) -> list[float | None]:
     """Returns each layer's threshold as its goodness is counted; None where the loss has none."""
-    if config.training.loss == "symmetric":
+    if architecture.rule.loss == "symmetric":
         return [None for _ in architecture.layers]
-    given = zip(config.thresholds, architecture.widths[1:], strict=True)
+    given = zip(architecture.thresholds, architecture.widths[1:], strict=True)
     return [counted_threshold(architecture.rule, threshold, units) for threshold, units in given]
 
 

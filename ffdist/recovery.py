@@ -46,5 +46,7 @@ def run_to_the_end(
             try:
                 start = go_on(commits, start, loop.last)
             except CommitError as error:
-                raise RunFailed(f"{lost}, and the run cannot go on: {error}") from error
+                raise RunFailed(
+                    f"{lost}, and the run cannot go on: {error}; --resume it with --resume-from-older"
+                ) from error
     raise AssertionError("there is always another pipeline")

@@ -236,9 +236,12 @@ class Pipeline(Section):
     """How layers are cut into stages: for the fastest slowest stage by what each layer costs, measured on this machine
     before the start, or estimated by its weights; or the number of layers of each stage."""
     chunk_size: Count | Literal["auto"] = "auto"
-    """Minibatches that travel together; `auto`: what takes the slowest stage a third of a second."""
+    """Minibatches that travel together; `auto`: what takes the slowest stage a third of a second, or 20 where nothing
+    is measured, but no message of more than 32 MiB, no more than `checkpoint.every_minibatches`, and, with hard labels,
+    few enough that a chunk is under way in every stage."""
     max_in_flight: Count | Literal["auto"] = "auto"
-    """Chunks admitted and not yet done; `auto`: one for each stage, and three."""
+    """Chunks admitted and not yet done; `auto`: one for each stage, and three. With hard labels never more than
+    `negatives.prediction_delay` has room for."""
     threads_per_stage: Count = 1
     """torch's threads in a stage, and in the readout; part of the order of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

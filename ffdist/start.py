@@ -10,7 +10,7 @@ import torch
 
 from ffdist.checkpoint import CommitError, Commits, Manifest, commit_name
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError
-from ffdist.config_file import parse_config
+from ffdist.config_file import load_config, parse_config
 from ffdist.data.datasets import Dataset
 from ffdist.data.folder import Folder
 from ffdist.ff.network import Architecture, Network
@@ -109,7 +109,7 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
             manifest, state = commits.read(name)
         except CommitError as error:
             if not from_older:
-                raise ConfigError(str(error)) from error
+                raise ConfigError(f"{error}; add --resume-from-older to go on from the commit before it") from error
             passed_over.append(f"passed over: {error}")
             continue
         remarks = [*passed_over, f"going on from {commits.path(name)}, {manifest.step:,} minibatches into the run"]
@@ -117,7 +117,10 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
             raise ConfigError(f"{folder} was trained on other samples than {config.data.name} gives now; set data.root")
         return Start(state, manifest, (*remarks, *_check_same(config, manifest, folder)))
     damaged = f"; {len(passed_over)} are damaged" if passed_over else ""
-    raise ConfigError(f"{commits.folder.uri} holds no whole commit to go on from{damaged}; train it again")
+    raise ConfigError(
+        f"{commits.folder.uri} holds no whole commit to go on from{damaged}; set checkpoint.uri as it was, or train it "
+        f"again"
+    )
 
 
 def go_on(commits: Commits, start: Start, last: str) -> Start:
@@ -148,7 +151,8 @@ def start_from(config: Config, architecture: Architecture, folder: Path) -> Star
     Raises:
         ConfigError: It has no commit, or its layers do not fit.
     """
-    commits = commits_of(config, folder)
+    file = folder / CONFIG  # its commits lie where it said, not where the new run's will
+    commits = commits_of(load_config(str(file)) if file.is_file() else config, folder)
     manifest, learned = newest(commits)
     name = commit_name(Position(manifest.epoch, manifest.minibatch))
     if manifest.best_commit not in (None, name):
@@ -199,7 +203,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except CommitError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{error}; make it readable, or train the run again") from error
 
 
 def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:

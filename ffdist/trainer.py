@@ -5,10 +5,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ffdist.checkpoint import Commits
 from ffdist.config import Config, ConfigError, RunFailed
@@ -37,11 +38,11 @@ def train(
     *,
     runner: RunnerName = "ray",
     address: str | None = "local",
-    runs: Path = Path("runs"),
+    runs: Path | str = "runs",
     name: str | None = None,
-    resumed: Path | None = None,
+    resumed: Path | str | None = None,
     from_older: bool = False,
-    origin: Path | None = None,
+    origin: Path | str | None = None,
 ) -> Run:
     """Trains a network, evaluates it and keeps it.
 
@@ -61,7 +62,9 @@ def train(
         RunFailed: The run had to stop; what was committed is kept.
         KeyboardInterrupt: The run was asked to stop; it can go on from its last commit.
     """
-    started = time.time()
+    started, runs = time.time(), Path(runs)
+    if runner not in get_args(RunnerName):
+        raise ConfigError(f"runner must be one of {', '.join(get_args(RunnerName))} (given: {runner})")
     if isinstance(config, dict):
         config = parse_config(config, "config")
     elif not isinstance(config, Config):
@@ -71,11 +74,14 @@ def train(
     with ExitStack() as stack:
         joined = stack.enter_context(machine(runner, address))  # Ray starts beside what follows
         prepared = prepare(config)
+        if runner == "backpropagation":
+            prepared = prepared._replace(architecture=replace(prepared.architecture, learned_goodness=False))
         start = Start({})
         if resumed:
+            resumed = Path(resumed)
             start = resume(config, prepared.dataset, resumed, from_older=from_older)
         elif origin:
-            start = start_from(config, prepared.architecture, origin)
+            start = start_from(config, prepared.architecture, Path(origin))
         costs = measure(runner, prepared, config)
         _make_folder(runs)
         uri = tracking_uri(config.tracking, runs)
@@ -88,7 +94,7 @@ def train(
         placed = attempt.enter_context(place(runner, prepared, config, resources, costs))
         folder = resumed or _new_folder(runs, name or "run")
         made = made_with(config, placed.blueprint.device)
-        _begin(tracker, display, config, folder, start, made, {"runner": runner}, origin)
+        _begin(tracker, display, config, folder, start, made, {"runner": runner}, Path(origin) if origin else None)
         if not start.manifest:
             tracker.do(partial(log_dataset, **_described(config, prepared.dataset)))
         if runner == "ray":
@@ -139,14 +145,14 @@ def train(
                 "mlflow_tracking_uri": tracker.uri,
                 "recoveries": failures.recoveries,
             }
-            tracker.log_tags({"weights_sha256": summary["weights_sha256"], DESCRIPTION: description(summary)})
+            tracker.log_tags({"weights_sha256": summary["weights_sha256"], DESCRIPTION: description(summary, folder)})
             tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
             tracker.note_end("FINISHED")
             Folder(str(folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
         except (OSError, sqlite3.Error) as error:  # a disk is full or gone
             raise RunFailed(f"{error}; go on by --resume {folder}") from error
         except NegativesError as error:
-            raise ConfigError(f"negatives.kind={prepared.negatives.kind}: {error}") from error
+            raise RunFailed(f"negatives.kind={prepared.negatives.kind}: {error}") from error
     display.say(closing_words(summary, folder, look=how_to_look(tracker.uri, config.tracking.experiment, runs)))
     return Run(folder, summary)
 

@@ -1,11 +1,13 @@
 """What finished runs are used for: looking at images that they have not seen."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ffdist.config import ConfigError
@@ -32,8 +34,10 @@ def evaluate_on(run: Run, data: Path | None) -> str:
     else:
         found = _read(run, [data])
         if found.labels is None:
+            classes = ", ".join(run.class_names) or f"from 0 to below {run.network.architecture.classes}"
             raise ConfigError(
-                f"{data} must say the label of every image, from 0 to below {run.network.architecture.classes}"
+                f"{data} must say the label of every image, by an integer column of Parquet or by one folder for each "
+                f"class and nothing beside them (classes: {classes})"
             )
         images, labels = found.images, found.labels
     return f"test error {run.evaluate(images, labels).in_words()}, of {len(labels):,} samples"
@@ -45,8 +49,8 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
     Args:
         run: A finished one.
         inputs: Image files, Parquet files and folders of either.
-        to: Parquet file to write: `input`, `label` by goodness (without labels by readout), `probability` and
-            `goodness` of every label, the latter summed over the predicting layers.
+        to: Parquet file to write: `input`, `label` by goodness (else by readout), its `name` where classes have some,
+            `probability` and `goodness` of every label, the latter summed over the predicting layers.
 
     Raises:
         ConfigError: They cannot be read, or do not fit.
@@ -54,19 +58,22 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
     found = _read(run, inputs)
     seen = run.predict(found.images)
     goodness = total_goodness(seen.goodness, run.network.architecture.predict_from)
-    columns = {
-        "input": found.places,
-        "label": seen.label.tolist(),
-        "probability": seen.probabilities.tolist(),
-        "goodness": goodness.tolist(),
-    }
+    labels, probability, names = seen.label.tolist(), seen.probabilities.tolist(), run.class_names
     if to:
-        write_parquet(columns, to)
+        named = {"name": [names[label] for label in labels]} if names else {}
+        columns = {"input": found.places, "label": labels, **named, "probability": probability}
+        write_parquet(columns | {"goodness": goodness.tolist()}, to)
     console, table = Console(highlight=False), Table("input", "label", "probability, and goodness", box=None)
-    for place, label, probabilities, good in list(zip(*columns.values(), strict=True))[:ROWS]:
-        best = sorted(range(len(probabilities)), key=lambda k: -probabilities[k])[:BEST]
-        told = "; ".join(f"{k}: {probabilities[k]:.1%}" + (f", {good[k]:.5g}" if good else "") for k in best)
-        table.add_row(Path(place).name, str(label), told)
+    folder = os.path.commonpath([Path(place).absolute().parent for place in found.places])
+    for place, label, each, good in list(zip(found.places, labels, probability, goodness.tolist(), strict=True))[:ROWS]:
+        ranked = sorted(range(len(each)), key=lambda k: -each[k])
+        told = "; ".join(
+            f"{names[k] if names else k}: {each[k]:.1%}" + (f", {good[k]:.5g}" if good else "")
+            for k in ranked
+            if k in (*ranked[:BEST], label)
+        )
+        where = str(Path(place).absolute().relative_to(folder))
+        table.add_row(*map(escape, (where, names[label] if names else str(label), told)))
     console.print(table)
     if len(found.places) > ROWS:
         console.print(f"and {len(found.places) - ROWS:,} more; --to FILE keeps all")
@@ -108,4 +115,4 @@ def _readout_program(network: Network) -> torch.export.ExportedProgram:
 
 def _read(run: Run, paths: Sequence[Path]) -> Inputs:
     architecture = run.network.architecture
-    return read_inputs(paths, run.config.data, architecture.shape, architecture.classes)
+    return read_inputs(paths, run.config.data, architecture.shape, architecture.classes, run.class_names)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 import ffdist.ff.local
-from ffdist import load_config, train
+from ffdist import load_config, read_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
+from ffdist.exported import save_network
 from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
@@ -98,3 +99,17 @@ def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     wrong = (network(dataset.images["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
     assert wrong == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
     assert finished.summary["best_commit"]
+    assert not any(
+        "goodness" in path.name for path in [*finished.folder.glob("*.png"), *finished.plot(tmp_path / "again")]
+    )
+    test = finished.evaluate(dataset.images["test"], dataset.labels["test"])
+    assert (test.goodness_error, test.readout_error) == (None, pytest.approx(wrong, abs=1.5 / 360))
+    save_network(network, tmp_path)
+    kept = read_network(tmp_path).predict(dataset.images["test"])
+    assert (kept.goodness.shape[-1], (kept.label != dataset.labels["test"]).double().mean().item()) == (0, wrong)
+
+
+def test_a_reference_of_any_rule_can_be_opened_again(tmp_path):
+    rule = ["training.loss=symmetric", "model.goodness=softmax", "training.epochs=1", "model.layers=[20,10]"]
+    run = train(load_config("digits", rule), runner="backpropagation", runs=tmp_path)
+    assert run.config.training.loss == "symmetric"

@@ -132,6 +132,9 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "negatives.kind=hybird", *SERIAL], "negatives.kind=hybird: is none of wrong_label, fixed"),
         (["negatives", "make", "digits"], "give negatives.store=FOLDER"),
         (["negatives", "show", "nowhere"], "nowhere holds no negatives"),
+        (["bench", "step", "--device", "cuda"], "--device: cuda needs a GPU that torch can use"),
+        (["bench", "step", "--device", "mps"], "a step is measured on cpu or cuda"),
+        (["bench", "pipeline"], "see main bench pipeline -h"),
         (["readout", "nowhere"], "a run is its folder, or the MLflow run id of one in runs"),
     ],
 )
@@ -194,9 +197,10 @@ def test_a_damaged_store_is_named_before_it_is_used(unsupervised, tmp_path):
     shard = store / "epoch_0001/shard_000000.arrow"
     shard.write_bytes(shard.read_bytes()[:-1])
     short = ["digits", "data.label=none", "negatives.kind=hybrid", "training.epochs=2", "model.layers=[40,30]"]
-    for command in (["negatives", "show", str(store)], ["train", *short, f"negatives.store={store}"]):
+    commands = {2: ["negatives", "show", str(store)], 1: ["train", *short, f"negatives.store={store}"]}
+    for code, command in commands.items():
         run = ffdist(*command, cwd=tmp_path)
-        assert run.returncode == 2, run.stderr
+        assert run.returncode == code, run.stderr
         assert "Traceback" not in run.stderr
         assert "epoch_0001/shard_000000.arrow is cut" in run.stderr
 
@@ -325,3 +329,17 @@ def test_help_is_there():
     commands = (["train"], ["negatives", "make"], ["negatives", "show"], ["readout"], ["results"], ["ui"])
     for arguments in (["--version"], ["--help"], *([*command, "--help"] for command in commands)):
         assert ffdist(*arguments, cwd=".").returncode == 0
+
+
+def test_results_want_a_store_that_is_there_and_tell_no_password(finished, tmp_path, monkeypatch):
+    def refused(*words: str) -> str:
+        run = CliRunner().invoke(main, ["results", *words])
+        assert run.exit_code == 2, run.output
+        return run.output
+
+    assert "there is no experiment nope" in refused("--runs", str(finished / "runs"), "--experiment", "nope")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@127.0.0.1:9")
+    assert "hush" not in refused()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere.db")
+    assert "there is no tracking database at" in refused()
+    assert not (tmp_path / "nowhere.db").exists()

@@ -103,6 +103,13 @@ def test_images_of_16_bits_are_refused_rather_than_saturated(tmp_path):
         load(tmp_path)
 
 
+def test_what_is_transparent_is_refused_in_training_as_it_is_later(tmp_path):
+    for split, alpha in (("train", 255), ("test", 0)):
+        write_parquet(tmp_path / f"{split}.parquet", [png((1, 2, 3, alpha), mode="RGBA")] * 2, [0, 1])
+    with pytest.raises(ConfigError, match=r"test\.parquet, row 0: an image must not be transparent \(mode: RGBA\)"):
+        load(tmp_path)
+
+
 def test_a_single_class_teaches_nothing(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", [png(9, mode="L")] * 2, [0, 0])

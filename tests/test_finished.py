@@ -1,4 +1,5 @@
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -53,17 +54,55 @@ def test_what_is_no_finished_run_is_told(run, tmp_path):
     with pytest.raises(ConfigError, match="not finished; go on with it"):
         Run.find(tmp_path / "half")
     (tmp_path / "half" / "summary.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"summary.json is damaged"):
+    with pytest.raises(ConfigError, match=r"summary.json is missing or damaged"):
         Run.find(tmp_path / "half")
     with pytest.raises(ConfigError, match="a run is its folder"):
         Run.find("nothing", tmp_path)
 
 
 def test_images_of_another_shape_are_refused(run):
-    with pytest.raises(ConfigError, match=r"shape \[1, 8, 8\] \(given: torch.uint8, \[3, 8, 8\]\)"):
+    with pytest.raises(ConfigError, match=r"shape \[N, 1, 8, 8\], one or more \(given: torch.uint8, \[2, 3, 8, 8\]\)"):
         run.predict(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ConfigError, match=r"torch\.float32"):
         run.predict(torch.zeros(2, 64))
+    for shape in ((2, 8, 8, 1), (64,), (0, 64)):
+        with pytest.raises(ConfigError, match="one or more"):
+            run.predict(torch.zeros(shape, dtype=torch.uint8))
+    images = run.dataset.images["test"][:3]
+    expected = run.predict(images).label
+    for same in (images.view(3, 1, 8, 8), images.view(3, 8, 8), images.numpy()):
+        assert torch.equal(run.predict(same).label, expected)
+    for labels in ([0, 1], [0, 1, 10], [0, 1, -1]):
+        with pytest.raises(ConfigError, match="a label for each image, from 0 to below 10"):
+            run.evaluate(images, torch.tensor(labels))
+
+
+def test_a_runner_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"one of ray, serial, backpropagation \(given: Serial\)"):
+        train(TREE, runner="Serial", runs=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "use"),
+    [
+        ("metrics.db", None, lambda run: run.metrics),
+        ("metrics.db", "damaged" * 999, lambda run: run.metrics),
+        ("timeline.json", "{", lambda run: run.plot()),
+        ("commits", None, lambda run: run.network),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named(run, file, content, use, tmp_path):
+    folder = tmp_path / "a #run?"  # a name that means something in a URI
+    shutil.copytree(run.folder, folder)
+    found = Run.find(folder)
+    assert use(found)
+    shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink()
+    if content:
+        (folder / file).write_text(content)
+    with pytest.raises(ConfigError, match=file) as told:
+        use(Run.find(folder))
+    assert "train" in str(told.value)
+    assert "--resume-from-older" not in str(told.value)
 
 
 def test_pictures_are_drawn_at_the_end_and_again(run, tmp_path):

@@ -77,3 +77,47 @@ def test_nothing_and_what_is_not_there_are_told(tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(ConfigError, match=r"bad.png: the image cannot be decoded"):
         read_inputs([tmp_path / "bad.png"], DATA, GREY, 3)
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    """As every viewer shows it: orientation 6 is stored lying on its left side."""
+    upright = Image.new("L", (6, 4))
+    upright.paste(200, (0, 0, 3, 2))
+    lying, tag = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    tag[0x0112] = 6
+    lying.save(tmp_path / "one.png", exif=tag)
+    assert torch.equal(read_inputs([tmp_path / "one.png"], DATA, GREY, 3).images, read(tmp_path, upright))
+
+
+def test_classes_are_told_by_their_names_where_they_have_some(tmp_path):
+    for name in ("bee", "cat"):
+        (tmp_path / name).mkdir()
+        an_image().save(tmp_path / name / "x.png")
+    names = ["ant", "bee", "cat"]
+    assert read_inputs([tmp_path], DATA, GREY, 3, names).labels.tolist() == [1, 2]
+    (tmp_path / "cat").rename(tmp_path / "aaa")
+    assert read_inputs([tmp_path], DATA, GREY, 3, names).labels is None
+
+
+def test_a_folder_may_hold_more_than_images(tmp_path):
+    encoded = io.BytesIO()
+    an_image().save(encoded, "png")
+    for name in ("._x.png", "paper.pdf", "note.txt"):
+        (tmp_path / name).write_text("no image")
+    an_image().save(tmp_path / "x.png")
+    (tmp_path / "spark.parquet").mkdir()
+    columns = {"image": [encoded.getvalue()], "id": [7], "label": [2]}
+    pq.write_table(pa.table(columns), tmp_path / "spark.parquet" / "part-0.parquet")
+    places = read_inputs([tmp_path], DATA, GREY, 3).places
+    assert [place.rpartition("/")[2] for place in places] == ["part-0.parquet, row 0", "x.png"]
+    assert read_inputs([tmp_path / "spark.parquet"], DATA, GREY, 3).labels.tolist() == [2]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.dds", "x.avif", "x.icns"])
+def test_whatever_a_format_raises_is_told(name, tmp_path):
+    an_image("RGB").save(tmp_path / "whole.dds")
+    content = bytearray((tmp_path / "whole.dds").read_bytes())
+    content[80:84] = b"\0" * 4  # of no format that Pillow knows
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="the image cannot be decoded"):
+        read_inputs([tmp_path / name], DATA, GREY, 3)

@@ -178,6 +178,18 @@ def test_a_kind_of_ones_own_is_named_by_module_and_function():
     assert not torch.equal(plain, down)
 
 
+def needing(data, samples, draw, *, strength):
+    """A kind that cannot do without an option."""
+
+
+def test_a_module_that_cannot_be_run_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in (("wrong_syntax", "def f(:"), ("raising", "1 / 0")):
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(NegativesError, match=r"cannot be imported as a function \((SyntaxError|ZeroDivisionError)"):
+            find_kind(f"{name}:f", {})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -188,6 +200,9 @@ def test_a_kind_of_ones_own_is_named_by_module_and_function():
         ),
         ("nowhere:at_all", {}, "cannot be imported .*nowhere"),
         (f"{__name__}:missing", {}, "cannot be imported .*missing"),
+        (f"{__name__}:LABELS", {}, "cannot be imported as a function .*not a callable"),
+        (":mirrored", {}, "cannot be imported"),
+        (f"{__name__}:needing", {}, "needs the option strength; set it in negatives.options"),
         ("hybrid", {"blur": 3}, r"takes no option blur \(its options: blurs, threshold\)"),
         ("fixed", {"blurs": 3}, r"its options: none"),
         ("hybrid", {"blurs": -1}, r"blurs must be a whole number from 0 on \(blurs: -1\)"),

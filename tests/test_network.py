@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -103,3 +105,23 @@ def test_without_labels_the_readout_alone_predicts():
 def test_layers_that_do_not_fit_say_why(layers, label, message):
     with pytest.raises(ValueError, match=message):
         Architecture((1, 4, 5), 4, layers, label=label)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": (20,)}, r"predict_from must be one of the layers, 1 to 1 \(predict_from: 2\)"),
+        ({"label": "apend"}, "label must be one of overwrite, append, everywhere, none"),
+        ({"thresholds": (1.0,)}, "all of the 3 layers have a threshold, or none"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(changes, words):
+    with pytest.raises(ValueError, match=words):
+        a_network(**changes)
+
+
+def test_a_network_can_be_pickled():
+    network, images = a_network(), some_images()
+    again = pickle.loads(pickle.dumps(network))
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(again(images), network(images))

@@ -142,6 +142,9 @@ def test_a_run_starts_from_the_weights_of_another(runs):
     fresh = train(a_config("training.epochs=2"), runs=runs, runner="serial")
     longer = train(a_config("training.epochs=2"), runs=runs, runner="serial", origin=first.folder)
     assert longer.summary["test_readout_error"] < fresh.summary["test_readout_error"]
+    far = a_config("training.epochs=2", f"checkpoint.uri={runs / 'far'}")
+    same = train(far, runs=runs, runner="serial", origin=first.folder)
+    assert same.summary["weights_sha256"] == longer.summary["weights_sha256"]
     with pytest.raises(ConfigError, match=r"the layers of .* do not fit \(layer_3"):
         train(a_config("model.layers=[60,50,30]"), runs=runs, runner="serial", origin=first.folder)
 

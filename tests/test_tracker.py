@@ -53,6 +53,16 @@ def test_everything_logged_arrives_once_and_in_order(template, tmp_path):
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["note.txt"]
 
 
+def test_what_the_store_refuses_is_told_and_nothing_is_said_to_wait(template, tmp_path, caplog):
+    with a_tracker(template) as tracker:
+        tracker.begin(tmp_path, {})
+        tracker.log_artifact(tmp_path / "nothing.txt")
+    assert "not everything was tracked" in caplog.text
+    assert "wait in" not in caplog.text
+    assert Outbox.fact_of(tmp_path / OUTBOX, "left") == ""
+    assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
 def test_a_run_that_ends_early_is_marked_so(template, error, status, tmp_path):
     with pytest.raises(error), a_tracker(template) as tracker:  # noqa: PT012

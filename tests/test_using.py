@@ -38,6 +38,11 @@ def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
     (tmp_path / "network.json").write_text("{}")
     with pytest.raises(ValueError, match="no network that can be read"):
         read_network(tmp_path)
+    save_network(network, tmp_path)
+    weights = tmp_path / "network.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no network that can be read"):
+        read_network(tmp_path)
 
 
 def test_exported_files_need_torch_alone(run, tmp_path, ffdist):
@@ -82,6 +87,33 @@ def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
     assert [len(row) for row in found["probability"] + found["goodness"]] == [10] * 40
     assert found["goodness"][0].index(max(found["goodness"][0])) == found["label"][0]
     assert "07.png" in said
+
+
+def test_the_table_tells_images_apart_and_names_classes(tmp_path, ffdist):
+    """Whatever their names are; and the chosen label is listed, however improbable the readout takes it to be."""
+    for split in ("train", "test"):
+        for shade, name in ((40, "ant"), (120, "bee"), (160, "cat"), (200, "[dog]")):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for number in range(5):
+                image = Image.new("L", (6, 6), shade + number)
+                image.save(tmp_path / "pets" / split / name / f"photo[{number}].png")
+    options = [
+        "data.name=image_folder",
+        f"data.path={tmp_path / 'pets'}",
+        "training.batch_size=10",
+        "training.epochs=1",
+    ]
+    ffdist("train", "digits", *options, "model.layers=[20,10]", "--runner", "serial", "--runs", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").glob("digits-*")
+    said = ffdist("predict", folder, "--input", tmp_path / "pets" / "test", "--to", tmp_path / "found.parquet")
+    rows = [line.split(maxsplit=2) for line in said.splitlines() if ".png" in line]
+    assert said.count("photo[3].png") == 4
+    assert "bee/photo[3].png" in said
+    assert pq.read_table(tmp_path / "found.parquet")["name"].to_pylist() == [name for _, name, _ in rows]
+    assert all(f"{name}: " in told for _, name, told in rows)
+    assert "of 20 samples" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test")
+    (tmp_path / "pets" / "test" / "ant").rename(tmp_path / "pets" / "test" / "owl")
+    assert "(classes: [dog], ant, bee, cat)" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test", code=2)
 
 
 def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):

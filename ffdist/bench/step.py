@@ -53,6 +53,18 @@ class Step(NamedTuple):
         return (self.products_s + self.copy_s) / self.step_s
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that cannot be measured.
+
+    Raises:
+        ValueError: It is none of torch's that there are widths for, or not there.
+    """
+    if torch.device(device).type not in UNITS:
+        raise ValueError(f"a step is measured on cpu or cuda (device: {device})")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"{device} needs a GPU that torch can use, and it finds none; measure cpu")
+
+
 def measure_steps(
     device: str = "cpu",
     *,
@@ -159,8 +171,9 @@ def print_steps(steps: Iterable[Step]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["cuda"] and not torch.cuda.is_available():
-        sys.exit(
-            "cuda needs a GPU that torch can use, and it finds none; without an argument this processor is measured"
-        )
-    print_steps(measure_steps(*sys.argv[1:]))
+    chosen = "".join(sys.argv[1:]) or "cpu"
+    try:
+        check_device(chosen)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(str(error))
+    print_steps(measure_steps(chosen))

@@ -44,7 +44,7 @@ class Trainer:
     def __init__(self, pipeline: Runner) -> None:
         self.blueprint = pipeline.blueprint
         self._pipeline, self._order, self._epoch = pipeline, pipeline.blueprint.order, 0
-        self._in_flight = pipeline.max_in_flight  # until so many chunks are through, nothing is steady
+        self._in_flight = pipeline.blueprint.max_in_flight  # until so many chunks are through, nothing is steady
         self.start_s = 0.0
         """Time from the start of this process to the end of the first chunk."""
 

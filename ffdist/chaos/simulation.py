@@ -185,14 +185,7 @@ def _pipeline(config: Config, prepared: Prepared, folder: Path, fate: Fate) -> I
     )
     blueprint = Blueprint(prepared.architecture, order, plan, 0, cut, 1, "cpu")
     blueprint = blueprint.paced(config.pipeline.chunk_size, fate.draw.randint(1, 5))
-    yield Runner(
-        blueprint,
-        parts,
-        call=cluster.call,
-        collect=cluster.collect,
-        max_in_flight=blueprint.max_in_flight,
-        ahead=plan.ahead,
-    )
+    yield Runner(blueprint, parts, call=cluster.call, collect=cluster.collect)
 
 
 class _Stop:

@@ -65,9 +65,11 @@ def results(runs: Path, experiment: str) -> None:
     """Print a table of all finished runs, in Markdown; MLFLOW_TRACKING_URI may name another store."""
     with told():
         from ffdist.tracking.results import finished_runs, result_rows, results_table
+        from ffdist.tracking.server import default_uri, tracking_uri
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or database(runs)
-        click.echo(results_table(result_rows(finished_runs(uri, experiment))))
+        uri = tracking_uri(Tracking(), runs)
+        found = finished_runs(database(runs) if uri == default_uri(runs) else uri, experiment)
+        click.echo(results_table(result_rows(found)))
 
 
 @click.command()

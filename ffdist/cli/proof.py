@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ffdist.cli.words import check_writable, load, runs_option, told, words_argument
-from ffdist.config import RunFailed
+from ffdist.config import ConfigError, RunFailed
 
 json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
 CHUNKS = "pipeline.chunk_size=20"  # of one size, whatever they take, or the memory would tell of them
@@ -66,8 +66,12 @@ def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path
     """Measure one layer's update against its floor: its bare matrix products, and moving the bytes that it must."""
     with told():
         check_writable("--json", path)
-        from ffdist.bench.step import measure_steps, print_steps
+        from ffdist.bench.step import check_device, measure_steps, print_steps
 
+        try:
+            check_device(device)
+        except (ValueError, RuntimeError) as error:  # torch's own, of a device that it does not know
+            raise ConfigError(f"--device: {error}") from error
         _write(path, print_steps(measure_steps(device, units=units, batches=batch)))
 
 

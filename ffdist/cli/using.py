@@ -11,7 +11,11 @@ run_argument = click.argument("run")
 
 @click.command()
 @run_argument
-@click.option("--data", type=click.Path(path_type=Path), help="Labelled images instead: Parquet, or a folder of it.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled images instead: Parquet, a folder of it, or one with a folder for each class.",
+)
 @runs_option
 def evaluate(run: str, data: Path | None, runs: Path) -> None:
     """Evaluate RUN, a finished run's folder or MLflow run id, on its test set."""

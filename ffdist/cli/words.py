@@ -60,7 +60,9 @@ def load(words: tuple[str, ...]) -> tuple[Config, str]:
     names = [word for word in words if "=" not in word]
     if len(names) != 1:
         given = " ".join(names) or "none"
-        raise ConfigError(f"one configuration makes a run (given: {given}); see {' '.join(sys.argv[1:2])} -h")
+        raise ConfigError(
+            f"one configuration makes a run (given: {given}); see {click.get_current_context().command_path} -h"
+        )
     return load_config(names[0], [word for word in words if "=" in word]), find_config(names[0]).stem
 
 

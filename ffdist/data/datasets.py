@@ -32,6 +32,8 @@ class Dataset:
     classes: int
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
+    names: tuple[str, ...] = ()
+    """Of the classes, where they have some."""
 
     def sha256(self, split: str) -> str:
         """Digests the images and labels of a split."""
@@ -52,6 +54,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     Raises:
         ConfigError: It is missing, damaged or does not fit together; the text names file, row and rule.
     """
+    names: list[str] = []
     if config.name == "xor":
         images, labels = _xor()
     elif config.name == "digits":
@@ -59,7 +62,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     elif config.name == "parquet":
         images, labels = read_parquet(config)
     elif config.name == "image_folder":
-        images, labels = read_image_folder(config)
+        images, labels, names = read_image_folder(config)
     else:
         images, labels = _torchvision(config)
     samples = len(labels["train"])
@@ -87,6 +90,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
         {name: labels["train"][rows] for name, rows in index.items()} | {"test": labels["test"]},
         classes,
         shape,
+        tuple(names),
     )
 
 

@@ -3,6 +3,7 @@
 A file is written under another name, synced and renamed, so that whoever reads it finds all of it or none.
 """
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -36,6 +37,19 @@ class Folder:
             return None
         except OSError as error:
             raise self._error(f"{self.path(name)} cannot be read ({_brief(error)})") from error
+
+    def get_checked(self, name: str, *, num_bytes: int, sha256: str) -> bytes:
+        """Returns a file of which it is known what was written, and no other."""
+        content = self.get(name)
+        if content is None:
+            wrong = "is missing"
+        elif len(content) != num_bytes:
+            wrong = f"is cut or grown (bytes: {len(content)}, written: {num_bytes})"
+        elif hashlib.sha256(content).hexdigest() != sha256:
+            wrong = "is not what was written there (its SHA-256 differs)"
+        else:
+            return content
+        raise self._error(f"{self.path(name)} {wrong}")
 
     def put(self, name: str, content: bytes) -> None:
         """Writes a file, folders included; what was there under its name stays until all of the new one is."""

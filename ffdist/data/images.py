@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ffdist.config import ConfigError
@@ -44,11 +44,11 @@ def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Reads one image folder per split (`train*` and `test*`), each with one folder per class, as torchvision does.
 
     Returns:
-        As `read_parquet`; classes are numbered in the order of their folders' names.
+        As `read_parquet`; and the names of the classes, in their order, by which they are numbered.
 
     Raises:
         ConfigError: Names the folder or file that breaks a rule.
@@ -62,19 +62,16 @@ def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor
         if len(found) != 1:
             raise ConfigError(f"data.path must hold one folder {split}* (path: {config.path}, found: {len(found)})")
         try:
-            folders[split] = ImageFolder(str(found[0]))
+            folders[split] = ImageFolder(str(found[0]), is_valid_file=lambda file: is_image(Path(file)))
         except FileNotFoundError as error:
             raise ConfigError(f"{found[0]}: {' '.join(str(error).split())}") from error
     if folders["train"].classes != folders["test"].classes:
         odd = sorted(set(folders["train"].classes) ^ set(folders["test"].classes))
         raise ConfigError(f"{config.path}: train and test must have the same class folders (only in one: {odd})")
-    return _read(
-        config,
-        {
-            split: (Sample(Path(path), label, path) for path, label in folder.samples)
-            for split, folder in folders.items()
-        },
-    )
+    samples: dict[str, Iterable[Sample]] = {
+        split: (Sample(Path(path), label, path) for path, label in folder.samples) for split, folder in folders.items()
+    }
+    return *_read(config, samples), folders["train"].classes
 
 
 def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -87,10 +84,6 @@ def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, 
         numbers: list[int] = []
         for sample in track(samples, f"reading {split} images", transient=True):
             image = decode(sample)
-            if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                raise ConfigError(
-                    f"{sample.place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255"
-                )
             mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
             if image.mode not in ("1", "L") and mode == "L":
                 raise ConfigError(
@@ -120,21 +113,38 @@ def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, 
     return images, labels
 
 
+def is_image(file: Path) -> bool:
+    """Says whether a file's name is that of an image that can be read."""
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN and not file.name.startswith(".")
+
+
 def decode(sample: Sample) -> Image.Image:
-    """Returns the image of a sample, whatever its mode.
+    """Returns the image of a sample, upright, of 8 bits a channel and without transparency, whatever its mode.
 
     Raises:
-        ConfigError: It cannot be decoded.
+        ConfigError: It cannot be decoded, has more bits, or is transparent somewhere.
     """
     try:
         image = Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image)
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # each format has its own
         raise ConfigError(
             f"{sample.place}: the image cannot be decoded ({' '.join(str(error).split())[:200]}); "
             f"remove the sample or write it anew"
         ) from error
-    return image
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        raise ConfigError(
+            f"{sample.place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255"
+        )
+    if not image.has_transparency_data:
+        return image
+    opaque = image.convert("RGBA")
+    if min(opaque.getchannel("A").tobytes()) < 255:
+        raise ConfigError(
+            f"{sample.place}: an image must not be transparent (mode: {image.mode}); put it on a background"
+        )
+    return opaque.convert("RGB")
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -168,9 +178,10 @@ def rows(file: Path, config: Data, *, labelled: bool = True) -> Iterator[Sample]
             schema = parquet.schema_arrow
             image = _column(file, schema, "image_column", config.image_column, _holds_images)
             integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-            columns = [image]
-            if labelled or len(integers) == 1 or config.label_column in integers:
-                columns.append(_column(file, schema, "label_column", config.label_column, pa.types.is_integer))
+            columns, label = [image], config.label_column or (None if labelled else "label")
+            if labelled or len(integers) == 1 or label in integers:
+                wanted = label if label in integers else config.label_column
+                columns.append(_column(file, schema, "label_column", wanted, pa.types.is_integer))
             row = 0
             for batch in parquet.iter_batches(batch_size=1024, columns=columns):
                 listed = batch[columns[-1]].to_pylist() if len(columns) == 2 else [None] * batch.num_rows

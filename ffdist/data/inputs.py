@@ -10,7 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ffdist.config import ConfigError
-from ffdist.data.images import Sample, decode, pixels, rows
+from ffdist.data.images import Sample, decode, is_image, pixels, rows
 from ffdist.sections import Data
 
 
@@ -25,24 +25,27 @@ class Inputs(NamedTuple):
     """A file, or a file and row."""
 
 
-def read_inputs(paths: Sequence[Path], config: Data, shape: tuple[int, int, int], classes: int) -> Inputs:
+def read_inputs(
+    paths: Sequence[Path], config: Data, shape: tuple[int, int, int], classes: int, names: Sequence[str] = ()
+) -> Inputs:
     """Reads images and brings them to the shape that a network was trained on.
 
     Where the shape is another, an image is resized as in training (`data.image_size`) or to the same proportions; grey
     becomes colour, and colour that is grey in every pixel becomes grey.
 
     Args:
-        paths: Image files, Parquet files and folders of either. A folder that has one for each class, and no images
-            elsewhere, tells the labels.
+        paths: Image files, Parquet files and folders of either. A folder that has one for each class, by its name where
+            classes have names, and no images elsewhere, tells the labels.
         config: Columns of Parquet files, and whether training resized.
         shape: Channels, height and width.
         classes: Number of them.
+        names: Theirs, where they have some.
 
     Raises:
         ConfigError: Names the file or row that cannot be brought to it, and the rule.
     """
     images, labels, places = list[Tensor](), list[int | None](), list[str]()
-    for sample in track(_samples(paths, config, classes), "reading images", transient=True):
+    for sample in track(_samples(paths, config, classes, names), "reading images", transient=True):
         images.append(pixels(_fitted(decode(sample), sample.place, shape, resize=config.image_size is not None)))
         labels.append(sample.label)
         places.append(sample.place)
@@ -71,19 +74,20 @@ def _is_one(label: object, classes: int) -> bool:
     return isinstance(label, int) and 0 <= label < classes
 
 
-def _samples(paths: Sequence[Path], config: Data, classes: int) -> Iterator[Sample]:
+def _samples(paths: Sequence[Path], config: Data, classes: int, names: Sequence[str]) -> Iterator[Sample]:
     for path in paths:
-        if path.suffix == ".parquet":
-            yield from rows(path, config, labelled=False)
-        elif path.is_dir():
+        if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
-            if parquet := [file for file in files if file.suffix == ".parquet"]:
-                yield from _samples(parquet, config, classes)
-                continue
-            files = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
-            folders = sorted({file.parent for file in files})
-            known = len(folders) == classes and {folder.parent for folder in folders} == {path}
-            yield from (Sample(file, folders.index(file.parent) if known else None, str(file)) for file in files)
+            for parquet in (file for file in files if file.suffix == ".parquet"):
+                yield from rows(parquet, config, labelled=False)
+            files = [file for file in files if is_image(file)]
+            folders = sorted({file.parent.name for file in files})
+            flat = {file.parent.parent for file in files} == {path}
+            known = flat and (set(folders) <= set(names) if names else len(folders) == classes)
+            order = list(names or folders)
+            yield from (Sample(file, order.index(file.parent.name) if known else None, str(file)) for file in files)
+        elif path.suffix == ".parquet":
+            yield from rows(path, config, labelled=False)
         elif path.is_file():
             yield Sample(path, None, str(path))
         else:
@@ -92,13 +96,6 @@ def _samples(paths: Sequence[Path], config: Data, classes: int) -> Iterator[Samp
 
 def _fitted(image: Image.Image, place: str, shape: tuple[int, int, int], *, resize: bool) -> Image.Image:
     channels, height, width = shape
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        raise ConfigError(f"{place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255")
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        if min(alpha.tobytes()) < 255:
-            raise ConfigError(f"{place}: an image must not be transparent (mode: {image.mode}); put it on a background")
-        image = image.convert("RGBA").convert("RGB")
     if channels == 1 and image.mode not in ("1", "L"):
         red, green, blue = image.convert("RGB").split()
         if any(ImageChops.difference(red, other).getbbox() for other in (green, blue)):

@@ -99,20 +99,15 @@ class Store:
         entry = self._entry(f"{name}.json")
         if entry is None:
             return None
-        content, path = self._folder.get(f"{name}.arrow"), self._folder.path(f"{name}.arrow")
+        path = self._folder.path(f"{name}.arrow")
         way_out = f"remove {self._folder.path(name)}.json to have it made anew"
-        if content is None:
-            raise NegativesError(f"{path} is missing; {way_out}")
-        if len(content) != entry.num_bytes:
-            raise NegativesError(
-                f"{path} is cut or grown (bytes: {len(content)}, written: {entry.num_bytes}); {way_out}"
-            )
-        if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise NegativesError(f"{path} is not what was written there (its SHA-256 differs); {way_out}")
-        if (entry.epoch, entry.number, entry.store_sha256) != (epoch, number, self._identity):
-            raise NegativesError(f"{path} belongs to another place or store, as its entry says; {way_out}")
         try:
+            content = self._folder.get_checked(f"{name}.arrow", num_bytes=entry.num_bytes, sha256=entry.sha256)
+            if (entry.epoch, entry.number, entry.store_sha256) != (epoch, number, self._identity):
+                raise NegativesError(f"{path} belongs to another place or store, as its entry says")
             return _decode(content)
+        except NegativesError as error:
+            raise NegativesError(f"{error}; {way_out}") from error
         except (ValueError, KeyError, TypeError) as error:  # pyarrow's own are among them
             raise NegativesError(f"{path} holds no negatives as they are written here; {way_out}") from error
 

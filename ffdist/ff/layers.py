@@ -75,6 +75,10 @@ def counted_threshold(rule: Rule, threshold: float | None, units: int) -> float:
     return -size if rule.goodness.startswith(MINUS) else size
 
 
+def _refresh(layer: "Layer", _: Any) -> None:
+    layer.refresh()
+
+
 class Layer(Learner, ABC):
     """A ReLU layer (Hinton 2022, sections 2 and 2.1); its kinds say which inputs reach which units.
 
@@ -109,7 +113,7 @@ class Layer(Learner, ABC):
         self._compute_weight: Tensor
         self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
         self.refresh()
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
         """Renews the copy of the weights that the products use; due when weights were set or moved from outside.

@@ -158,7 +158,7 @@ def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
     """Returns the kind of a name in `KINDS`, or a user's own by `package.module:function`, with all its options set.
 
     Raises:
-        NegativesError: There is none, or it does not take an option.
+        NegativesError: There is none, or it does not take an option, or needs one.
     """
     function = KINDS.get(name) or _import(name)
     parameters = list(inspect.signature(function).parameters.values())[3:]
@@ -168,7 +168,11 @@ def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
     unknown = sorted(set(options) - set(known)) if len(known) == len(parameters) else []
     if unknown:
         raise NegativesError(f"takes no option {', '.join(unknown)} (its options: {', '.join(known) or 'none'})")
-    return partial(function, **(known | options))
+    settings = known | options
+    missing = [name for name, value in settings.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise NegativesError(f"needs the option {', '.join(missing)}; set it in negatives.options")
+    return partial(function, **settings)
 
 
 def source_sha256(kind: "partial[Tensor]") -> str | None:
@@ -187,8 +191,9 @@ def _import(name: str) -> Callable[..., Tensor]:
         sys.path.insert(0, str(Path.cwd()))  # a module beside the user, as `python -m` would find it
     try:
         found: Callable[..., Tensor] = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise NegativesError(f"cannot be imported ({error})") from error
+        inspect.signature(found)
+    except Exception as error:  # whatever a module of one's own may raise
+        raise NegativesError(f"cannot be imported as a function ({type(error).__name__}: {error})") from error
     return found
 
 

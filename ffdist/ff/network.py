@@ -39,6 +39,8 @@ class Architecture:
     """Key of the initial weights."""
     rule: Rule = RELEASE
     """How the layers learn."""
+    learned_goodness: bool = True
+    """Whether they learned by goodness; after backpropagation it says nothing, and only the readout predicts."""
     thresholds: tuple[float | None, ...] = ()
     """Of each layer's goodness, None for the number of its units; empty where that is all layers'."""
     readout_update: Update = READOUT_UPDATE
@@ -46,10 +48,10 @@ class Architecture:
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
 
     def __post_init__(self) -> None:
-        """Holds local layers to their rule.
+        """Holds what must fit together to its rule.
 
         Raises:
-            ValueError: One of them has nothing to read, or the label cannot be shown.
+            ValueError: No layer is left to predict from, a local one has nothing to read, or a label cannot be shown.
         """
         is_local = [isinstance(layer, Fields) for layer in self.layers]
         if self.label == "everywhere" and not is_local[0]:
@@ -69,6 +71,16 @@ class Architecture:
                     f"layer {number} has fields that lie wholly beyond the {below.height} x {below.width} map below "
                     f"(grid: {layer.grid}, stride: {layer.stride}, field: {layer.field})"
                 )
+        if not 1 <= self.predict_from <= len(self.layers):
+            raise ValueError(
+                f"predict_from must be one of the layers, 1 to {len(self.layers)} (predict_from: {self.predict_from})"
+            )
+        if self.label not in (*LABELS, "none"):
+            raise ValueError(f"label must be one of {', '.join(LABELS)}, none (label: {self.label})")
+        if len(self.thresholds) not in (0, len(self.layers)):
+            raise ValueError(
+                f"all of the {len(self.layers)} layers have a threshold, or none (given: {self.thresholds})"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -83,8 +95,13 @@ class Architecture:
 
     @property
     def labels_shown(self) -> bool:
-        """Whether the input shows a label, so that goodness can predict one."""
+        """Whether the input shows a label."""
         return self.label != "none"
+
+    @property
+    def goodness_predicts(self) -> bool:
+        """Whether every label is tried, and the one with the most goodness predicted."""
+        return self.labels_shown and self.learned_goodness
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -161,7 +178,7 @@ class Prediction(NamedTuple):
     probabilities: Tensor
     """The readout's, from one neutral pass `[B, C]`."""
     goodness: Tensor
-    """Each layer's goodness for every label tried `[L, B, C]`; `[L, B, 0]` where no label is shown."""
+    """Each layer's goodness for every label tried `[L, B, C]`; `[L, B, 0]` where it does not predict."""
     label: Tensor
     """The label of the greatest goodness, summed over the predicting layers; else the readout's `[B]`."""
 
@@ -196,7 +213,7 @@ class Network(nn.Module):
         """Predicts in both ways: one neutral pass for the readout, and one pass a label for goodness."""
         architecture = self.architecture
         probabilities = self(images).softmax(-1)
-        if not architecture.labels_shown:
+        if not architecture.goodness_predicts:
             none = probabilities.new_empty(len(self.layers), len(images), 0)
             return Prediction(probabilities, none, probabilities.argmax(-1))
         labels = torch.arange(architecture.classes).expand(len(images), -1)

@@ -8,6 +8,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any, NamedTuple, Protocol
 
@@ -60,27 +61,15 @@ class Runner:
     """Drives orders through the parts, submitting each part's calls in order.
 
     Args:
-        blueprint: What the parts are.
+        blueprint: What the parts are. Its `max_in_flight` bounds the orders that are submitted and not yet done; one
+            is done when all that comes home of it is home, and then nothing here refers to it any more.
         parts: Plain objects, or actors that hold them.
         call: Has a part run a method; returns what it returned, or references to that.
         collect: Turns references into what they stand for; without waiting, None where that is not there yet.
-        max_in_flight: Orders submitted and not yet done. An order is done when everything that comes home of it is
-            home; then nothing here refers to it any more.
-        ahead: Chunks whose negatives are asked for before they are submitted.
     """
 
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        parts: Parts,
-        *,
-        call: Call,
-        collect: Collect,
-        max_in_flight: int = 1,
-        ahead: int = 0,
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, parts: Parts, *, call: Call, collect: Collect) -> None:
         self.blueprint, self._parts, self._call, self._collect = blueprint, parts, call, collect
-        self.max_in_flight, self._ahead = max_in_flight, ahead
         self._makers = cycle(parts.negatives)
         self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number, asked for and still to be used
         self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch, still to be delivered
@@ -103,14 +92,14 @@ class Runner:
             coming: The schedule from the same place on, whose chunks' negatives are asked for ahead of need.
         """
         chunks = (order for order in coming if isinstance(order, Train))
-        ahead = 1 + self._ahead
+        ahead = 1 + self.blueprint.negatives.ahead
         in_flight: deque[tuple[Order, list[Any]]] = deque()
         for order in orders:
             if isinstance(order, Train):
                 self._ask_for_negatives(islice(chunks, ahead))
                 ahead = 1
             in_flight.append((order, self._submit(order)))
-            if len(in_flight) == self.max_in_flight:
+            if len(in_flight) == self.blueprint.max_in_flight:
                 yield self._finish(*in_flight.popleft())
         while in_flight:
             yield self._finish(*in_flight.popleft())
@@ -178,6 +167,7 @@ def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tenso
         labels: Labels of the training set `[N]`.
         writer: Has `write(snapshot, *states)`.
     """
+    blueprint = blueprint._replace(max_in_flight=1, negatives=replace(blueprint.negatives, ahead=0))
     parts = blueprint.assemble(lambda part, *args: part(*args), images, labels, writer)
     return Runner(blueprint, parts, call=call_directly, collect=collect_directly)
 

@@ -100,7 +100,7 @@ def cluster_resources() -> dict[str, float]:
     """
     import ray
 
-    resources = dict(ray.cluster_resources())
+    resources: dict[str, float] = {"CPU": 0.0, **ray.cluster_resources()}  # a head may have none
     if resources.get("GPU") and not _torch_has_cuda():
         resources["GPU"] = 0
     return resources

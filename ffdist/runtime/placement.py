@@ -68,7 +68,10 @@ def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
     if runner == "serial":
         return f"{stages}, in this process"
     share = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"
-    return f"{stages}, {share} each; {blueprint.negatives.num_parts} negative actors, 1 readout"
+    return (
+        f"{stages}, {share} each; {blueprint.negatives.num_parts} negative actors, 1 readout; up to "
+        f"{blueprint.max_in_flight} chunks of {blueprint.chunk_size} minibatches under way"
+    )
 
 
 @contextmanager

@@ -52,15 +52,13 @@ def ray_runner(
     try:
         parts = blueprint.assemble(make, ray.put(images), ray.put(labels), None)
         needed = [actor.__ray_ready__.remote() for actor in make.made]
-        _Collector(make.names, START_TIMEOUT_S)(needed)
+        _Collector(make.names, START_TIMEOUT_S, "the time to start")(needed)
         parts = parts._replace(writer=make.make_writer(commits))  # last, and not waited for: it has time
         yield Runner(
             blueprint,
             parts,
             call=_call_remotely,
-            collect=_Collector(make.names, pipeline.stall_timeout_s),
-            max_in_flight=blueprint.max_in_flight,
-            ahead=blueprint.negatives.ahead,
+            collect=_Collector(make.names, pipeline.stall_timeout_s, "pipeline.stall_timeout_s"),
         )
     except (ObjectStoreFullError, OutOfDiskError) as error:
         raise RunFailed(
@@ -82,10 +80,11 @@ class _Collector:
     Args:
         names: Of the actors, by id.
         patience_s: Longest that nothing of what is waited for may come.
+        limit: What that is called.
     """
 
-    def __init__(self, names: dict[str, str], patience_s: float) -> None:
-        self._names, self._patience_s = names, patience_s
+    def __init__(self, names: dict[str, str], patience_s: float, limit: str) -> None:
+        self._names, self._patience_s, self._limit = names, patience_s, limit
 
     def __call__(self, returned: list[Any], wait: bool = True) -> list[Any] | None:
         left = returned
@@ -97,7 +96,7 @@ class _Collector:
                 return None
             if len(left) == waited_for:
                 name = self._names.get(left[0].task_id().actor_id().hex(), "an actor")
-                raise PartLost(f"{name} did nothing for {self._patience_s:g} s (pipeline.stall_timeout_s)")
+                raise PartLost(f"{name} did nothing for {self._patience_s:g} s ({self._limit})")
         try:
             values: list[Any] = ray.get(returned)
         except RayError as error:

@@ -67,7 +67,7 @@ def save_model(network: Network, image: Tensor, path: Path, **facts: Any) -> Non
 
     architecture = network.architecture
     named = {"label": (np.int64, ()), "probability": (np.float32, (architecture.classes,))}
-    named["goodness"] = (np.float32, (architecture.classes if architecture.labels_shown else 0,))
+    named["goodness"] = (np.float32, (architecture.classes if architecture.goodness_predicts else 0,))
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, *architecture.shape))]),
         Schema([TensorSpec(np.dtype(kind), (-1, *shape), name) for name, (kind, shape) in named.items()]),

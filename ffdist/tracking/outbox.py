@@ -89,7 +89,7 @@ class Outbox:
     @staticmethod
     def history_of(path: Path) -> dict[str, list[tuple[int, float]]]:
         """Returns all points of an outbox that is no longer written to, as `history` does."""
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        with _reading(path) as database:
             return _series(database)
 
     def fact(self, key: str) -> str | None:
@@ -101,7 +101,7 @@ class Outbox:
     @staticmethod
     def fact_of(path: Path, key: str) -> str | None:
         """Returns what an outbox that may be in use has under a key."""
-        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        with suppress(sqlite3.Error), _reading(path) as database:
             row = database.execute("select value from facts where key = ?", (key,)).fetchone()
             return str(row[0]) if row else None
         return None
@@ -137,6 +137,12 @@ class Outbox:
             self._database.execute(
                 f"delete from points where (name, step) in (select name, step from ({numbered}) where k % 2 = 0)"
             )
+
+
+def _reading(path: Path) -> closing[sqlite3.Connection]:
+    """Opens an outbox to be read; one that nobody writes to wants no lock, for which a folder may lack the right."""
+    in_use = path.with_name(f"{path.name}-wal").exists()
+    return closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro" + "&immutable=1" * (not in_use), uri=True))
 
 
 def _series(database: sqlite3.Connection) -> dict[str, list[tuple[int, float]]]:

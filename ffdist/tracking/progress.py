@@ -15,6 +15,13 @@ from ffdist.evaluation import errors_in_words
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
+PICTURES = {
+    "goodness.png": "whether each layer tells positive from negative data",
+    "negatives.png": "what it learned against",
+    "fields.png": "what the first layer looks for",
+    "timeline.png": "who computed and who waited",
+}
+"""What a run's pictures show; those that it has are named on its page."""
 
 
 class Display:
@@ -103,15 +110,19 @@ class Display:
         return Group(self._bar, table) if table.rows else Group(self._bar)
 
 
-def description(summary: dict[str, Any]) -> str:
-    """Returns what a run's page in MLflow says of it, as Markdown; the table of runs has room for the first line."""
+def description(summary: dict[str, Any], folder: Path) -> str:
+    """Returns what a run's page in MLflow says of it, as Markdown; the table of runs has room for the first line.
+
+    Args:
+        summary: The final figures.
+        folder: The run's, which holds its pictures.
+    """
+    drawn = [f"`{name}` shows {what}" for name, what in PICTURES.items() if (folder / name).is_file()]
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
     return (
         f"test error {errors_in_words(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
         + (f"{layers} by the goodness of each layer alone.\n\n" if layers else "")
-        + "Artifacts: `goodness.png` shows whether each layer tells positive from negative data, `negatives.png` "
-        "what it learned against, `fields.png` what the first looks for, `timeline.png` who computed and who waited. "
-        "`config.yaml` trains it again."
+        + f"Artifacts: {', '.join(drawn)}; `config.yaml` trains it again."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ffdist.config import DECIDES_NOTHING, Config
 from ffdist.sections import Section
-from ffdist.tracking.server import a_client
+from ffdist.tracking.server import a_client, find_experiment
 
 DEFAULTS = {
     f"{section}.{key}": str(setting.default)
@@ -69,11 +69,14 @@ def finished_runs(uri: str, experiment: str, only: Container[str] | None = None)
         uri: Tracking server or database.
         experiment: Name of the experiment.
         only: MLflow run ids that count, beside runs by backpropagation that are the reference of one of them.
+
+    Raises:
+        ConfigError: It is not there, or cannot be reached.
     """
     runs: list[Any] = []
     with a_client(uri) as client:
-        found, token = client.get_experiment_by_name(experiment), None
-        while found:
+        found, token = find_experiment(client, uri, experiment), None
+        while True:
             page = client.search_runs([found.experiment_id], FINISHED, page_token=token)
             runs += [run for run in page if READOUT in run.data.metrics]
             token = page.token

@@ -98,14 +98,23 @@ def runs_page(uri: str, experiment: str) -> str:
         ConfigError: It is not there, or cannot be reached.
     """
     with a_client(uri) as client:
-        found = client.get_experiment_by_name(experiment)
-        if not found:
-            names = ", ".join(known.name for known in client.search_experiments(max_results=20))
-            raise ConfigError(f"there is no experiment {experiment} at {uri} (there are: {names}); set --experiment")
+        found = find_experiment(client, uri, experiment)
         view = json.dumps({"selectedColumns": COLUMNS}).encode()  # as the UI itself keeps a view that is shared
         tag = "deflate;" + base64.b64encode(zlib.compress(view)).decode()
         client.set_experiment_tag(found.experiment_id, f"mlflow.sharedViewState.{VIEW}", tag)
     return f"/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+
+
+def find_experiment(client: Any, uri: str, name: str) -> Any:
+    """Returns MLflow's experiment of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if found := client.get_experiment_by_name(name):
+        return found
+    names = ", ".join(known.name for known in client.search_experiments(max_results=20))
+    raise ConfigError(f"there is no experiment {name} at {uri} (there are: {names}); set --experiment")
 
 
 @contextmanager
@@ -115,6 +124,8 @@ def a_client(uri: str) -> Iterator[Any]:
     Raises:
         ConfigError: What is asked of the server or database at `uri` is not there, or it cannot be reached.
     """
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise ConfigError(f"there is no tracking database at {uri}, where the runs should be; bring it back there")
     check_server(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException

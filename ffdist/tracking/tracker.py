@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,7 +79,7 @@ class Tracker:
         self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if killed else self._config.flush_timeout_s)
         if self._outbox:
             self.note_end(status)
-            self._calls.append(lambda client, run: client.set_terminated(run, status))
+            self.do(partial(self._end, status))
         self._closing.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
         if self._outbox:
@@ -171,8 +172,12 @@ class Tracker:
         self._note(ORIGIN, str(origin))
 
     def note_end(self, status: str) -> None:
-        """Notes that the run is at its end, so that a later run tells the server if this one cannot."""
+        """Notes how the run ended, so that a later run tells the server if this one cannot; empty once it is told."""
         self._note("left", status)
+
+    def _end(self, status: str, client: Any, run: str) -> None:
+        client.set_terminated(run, status)
+        self.note_end("")
 
     def _note(self, key: str, value: str) -> None:
         assert self._outbox, "the run has begun"
@@ -233,7 +238,7 @@ class Tracker:
         try:
             client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
             self._client = client
-        except Exception as error:  # whatever MLflow, its store or the network raises, `begin` tells it
+        except Exception as error:  # whatever MLflow, its store or the network raises, who asks for the store is told
             self._failure = brief(error)
             return
         finally:
@@ -245,7 +250,7 @@ class Tracker:
                 if self._outbox and not closing:
                     self._outbox.add(system.metrics(), self._samples)
                 done = not self._outbox or (
-                    self._send_points(client, self._outbox, self.run_id) and self._send_calls(client, self._outbox)
+                    self._send_points(client, self._outbox, self.run_id) and self._send_calls(client)
                 )
             except ConfigError as error:  # the store refuses the run, and whoever asks next is told
                 self._client, self._failure = None, brief(error.__cause__ or error)
@@ -267,7 +272,7 @@ class Tracker:
             return False
         return True
 
-    def _send_calls(self, client: Any, outbox: Outbox) -> bool:
+    def _send_calls(self, client: Any) -> bool:
         """Makes all calls that wait, in order; one that the server refuses must not hold up what follows."""
         while self._calls:
             for attempt in range(TRIES):
@@ -285,7 +290,4 @@ class Tracker:
                     continue
                 return False
             self._calls.popleft()
-        if self._closing.is_set() and not self._refused:
-            with suppress(sqlite3.Error):
-                outbox.note(left="")
         return True
