@@ -87,10 +87,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(case, runs):
     assert_same_run(run, truth, runs)
 
 
-def test_a_run_goes_on_over_ray(runs, ray_start_4_cpus):
+def test_a_run_goes_on_over_ray(runs, ray_start_4_cpus, capsys):
     truth = train(a_config(*HARD), runs=runs, runner="serial")
     folder = stopped(a_config(*HARD), runs)
     assert_same_run(train(a_config(*HARD, "pipeline.stages=2"), runs=runs, resumed=folder), truth, runs)
+    assert capsys.readouterr().out.count("s with start and evaluation since it was resumed") == 1
 
 
 def test_a_killed_driver_loses_nothing(runs):

@@ -136,10 +136,11 @@ def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
     """
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
     predicted = summary["predicted_samples_per_s"]
+    since = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""
     lines = {
         "test error": errors_in_words(summary["test_goodness_error"], summary["test_readout_error"]),
         "each layer": layers and f"{layers} by goodness alone",
-        "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation",
+        "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{since}",
         "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),
         "best commit": summary["best_commit"],
         "weights_sha256": summary["weights_sha256"],
