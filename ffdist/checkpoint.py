@@ -22,7 +22,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ffdist.config import RunFailed
-from ffdist.data.folder import Folder
+from ffdist.data.folder import DamagedFile, Folder
 from ffdist.pipeline.schedule import Position, Snapshot
 from ffdist.pipeline.source import Drawn
 from ffdist.pipeline.stage import State
@@ -38,6 +38,10 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+\.safetensors$"
 
 class CommitError(RunFailed):
     """A commit that cannot be written or read; the text says which, and why."""
+
+
+class DamagedCommit(CommitError):
+    """One that is not as it was written."""
 
 
 class _Strict(BaseModel):
@@ -204,15 +208,15 @@ class Commits:
             schema = found.get("schema_version", 1)
             if schema != SCHEMA:
                 raise CommitError(
-                    f"{path} has schema {schema}, and this ffdist reads {SCHEMA}, unlike the one that wrote it"
+                    f"{path} has schema {schema}, and this ffdist reads {SCHEMA}; use the one that wrote it"
                 )
             written = found.pop("sha256", "")
             manifest = Manifest.model_validate(found)
             if written != digest(found) or name != commit_name(Position(manifest.epoch, manifest.minibatch)):
-                raise CommitError(f"{path} is not what was written there (its SHA-256 differs)")
+                raise DamagedCommit(f"{path} is not what was written there (its SHA-256 differs)")
             return manifest
         except (ValueError, AttributeError, ValidationError) as error:
-            raise CommitError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+            raise DamagedCommit(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 
     def prune(self, newest: str, *, keep: int, spare: str | None) -> None:
         """Removes what is older than a commit that was just made, but the `keep` newest whole ones and `spare`.
@@ -229,12 +233,13 @@ class Commits:
                 self.folder.remove(name)
 
     def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
-        path, facts = self.folder.path(f"{name}/{file}"), manifest.files[file]
-        content = self.folder.get_checked(f"{name}/{file}", **facts.model_dump())
         try:
+            content = self.folder.get_checked(f"{name}/{file}", **manifest.files[file].model_dump())
             tensors: dict[str, Tensor] = load(content)
+        except DamagedFile as error:
+            raise DamagedCommit(str(error)) from error
         except (SafetensorError, ValueError, KeyError) as error:
-            raise CommitError(f"{path} is no file of tensors ({error})") from error
+            raise DamagedCommit(f"{self.folder.path(f'{name}/{file}')} is no file of tensors ({error})") from error
         return tensors
 
 

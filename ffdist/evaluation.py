@@ -13,19 +13,19 @@ class Evaluation(NamedTuple):
     """How well a network does on a split; errors in [0, 1]."""
 
     goodness_error: float | None
-    """Every label tried; the one with the most goodness over the predicting layers wins. None without labels."""
+    """Every label tried; the one with the most goodness over the predicting layers wins. None where none is."""
     readout_error: float
     """One pass with the neutral label, or without any."""
     layer_errors: list[float] | None
-    """By the goodness of each layer alone. None without labels."""
+    """By the goodness of each layer alone; likewise."""
     confusion: Tensor
-    """Samples by true label (row) and label predicted by goodness, without labels by the readout (column) `[C, C]`."""
+    """Samples by true label (row) and label predicted by goodness, else by the readout (column) `[C, C]`."""
     goodness: Tensor
-    """Each layer's goodness for every label tried `[L, N, C]`; `[L, N, 0]` without labels."""
+    """Each layer's goodness for every label tried `[L, N, C]`; `[L, N, 0]` where none is."""
 
     @property
     def chief_error(self) -> float:
-        """The error by goodness, or without labels by the readout: what chooses the best commit."""
+        """The error by goodness, else by the readout: what chooses the best commit."""
         return self.readout_error if self.goodness_error is None else self.goodness_error
 
     def in_words(self) -> str:

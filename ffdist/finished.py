@@ -150,13 +150,14 @@ class Run:
             ConfigError: They do not fit the network, or each other.
         """
         found, architecture, labels = self.predict(images), self.network.architecture, torch.as_tensor(labels)
-        if labels.shape != found.label.shape or not ((labels >= 0) & (labels < architecture.classes)).all():
+        wrong = labels.is_floating_point() or not ((labels >= 0) & (labels < architecture.classes)).all()
+        if wrong or labels.shape != found.label.shape:
             raise ConfigError(
-                f"there must be a label for each image, from 0 to below {architecture.classes} "
-                f"(images: {len(found.label)}, labels: {list(labels.shape)})"
+                f"there must be a whole number for each image, from 0 to below {architecture.classes} "
+                f"(images: {len(found.label)}, labels: {labels.dtype}, {list(labels.shape)})"
             )
         block = Evaluated([found.goodness], found.probabilities.argmax(-1))
-        return evaluate([block], labels, classes=architecture.classes, predict_from=architecture.predict_from)
+        return evaluate([block], labels.long(), classes=architecture.classes, predict_from=architecture.predict_from)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def fit_readout(run: str, *, runs: Path) -> float:
         runs: Runs folder, where an id is looked for.
 
     Raises:
-        ConfigError: There is no such run, or it has no commit; or, when all else is done, it cannot be logged.
+        ConfigError: There is no such run, or it has no commit; or, when the error is printed, that it cannot be logged.
     """
     finished = Run.find(run, runs)
     network, dataset, summary = finished.network, finished.dataset, finished.summary
@@ -134,8 +134,8 @@ def fit_readout(run: str, *, runs: Path) -> float:
         f"nats); {summary['test_readout_error']:.2%} by the one trained beside them",
         soft_wrap=True,
     )
-    Folder(str(finished.folder), ConfigError).put(
+    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
+    Folder(str(finished.folder), ConfigError).put(  # now that the results table has it, too
         SUMMARY, json.dumps(summary | {"test_fitted_readout_error": wrong}, indent=2).encode()
     )
-    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
     return wrong

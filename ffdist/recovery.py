@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-from ffdist.checkpoint import CommitError, Commits
+from ffdist.checkpoint import CommitError, Commits, DamagedCommit
 from ffdist.config import RunFailed
 from ffdist.failures import Failures, PartLost
 from ffdist.launch import Pipeline
@@ -46,7 +46,6 @@ def run_to_the_end(
             try:
                 start = go_on(commits, start, loop.last)
             except CommitError as error:
-                raise RunFailed(
-                    f"{lost}, and the run cannot go on: {error}; --resume it with --resume-from-older"
-                ) from error
+                way_out = "; --resume it with --resume-from-older" if isinstance(error, DamagedCommit) else ""
+                raise RunFailed(f"{lost}, and the run cannot go on: {error}{way_out}") from error
     raise AssertionError("there is always another pipeline")

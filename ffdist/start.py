@@ -2,13 +2,13 @@
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ffdist.checkpoint import CommitError, Commits, Manifest, commit_name
+from ffdist.checkpoint import CommitError, Commits, DamagedCommit, Manifest, commit_name
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError
 from ffdist.config_file import load_config, parse_config
 from ffdist.data.datasets import Dataset
@@ -109,7 +109,7 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
             manifest, state = commits.read(name)
         except CommitError as error:
             if not from_older:
-                raise ConfigError(f"{error}; add --resume-from-older to go on from the commit before it") from error
+                raise _refusal(error, "add --resume-from-older to go on from the commit before it") from error
             passed_over.append(f"passed over: {error}")
             continue
         remarks = [*passed_over, f"going on from {commits.path(name)}, {manifest.step:,} minibatches into the run"]
@@ -151,8 +151,9 @@ def start_from(config: Config, architecture: Architecture, folder: Path) -> Star
     Raises:
         ConfigError: It has no commit, or its layers do not fit.
     """
-    file = folder / CONFIG  # its commits lie where it said, not where the new run's will
-    commits = commits_of(load_config(str(file)) if file.is_file() else config, folder)
+    with suppress(ConfigError):  # its commits lie where it said, not where the new run's will
+        config = load_config(str(folder / CONFIG))
+    commits = commits_of(config, folder)
     manifest, learned = newest(commits)
     name = commit_name(Position(manifest.epoch, manifest.minibatch))
     if manifest.best_commit not in (None, name):
@@ -203,7 +204,12 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except CommitError as error:
-        raise ConfigError(f"{error}; make it readable, or train the run again") from error
+        raise _refusal(error, "bring it back from a copy, or train the run again") from error
+
+
+def _refusal(error: CommitError, way_out: str) -> ConfigError:
+    """Tells what cannot be read, with a way out of damage."""
+    return ConfigError(f"{error}; {way_out}" if isinstance(error, DamagedCommit) else str(error))
 
 
 def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:

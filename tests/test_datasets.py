@@ -110,6 +110,14 @@ def test_what_is_transparent_is_refused_in_training_as_it_is_later(tmp_path):
         load(tmp_path)
 
 
+def test_grey_with_a_transparent_grey_that_is_nowhere_stays_grey(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("L", (4, 3), 9).save(buffer, "PNG", transparency=255)
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [buffer.getvalue(), png(9, mode="L")], [0, 1])
+    assert load(tmp_path).shape == (1, 3, 4)
+
+
 def test_a_single_class_teaches_nothing(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", [png(9, mode="L")] * 2, [0, 0])

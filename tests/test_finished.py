@@ -72,8 +72,8 @@ def test_images_of_another_shape_are_refused(run):
     expected = run.predict(images).label
     for same in (images.view(3, 1, 8, 8), images.view(3, 8, 8), images.numpy()):
         assert torch.equal(run.predict(same).label, expected)
-    for labels in ([0, 1], [0, 1, 10], [0, 1, -1]):
-        with pytest.raises(ConfigError, match="a label for each image, from 0 to below 10"):
+    for labels in ([0, 1], [0, 1, 10], [0, 1, -1], [0.0, 1.0, 2.0]):
+        with pytest.raises(ConfigError, match="a whole number for each image, from 0 to below 10"):
             run.evaluate(images, torch.tensor(labels))
 
 

@@ -1,4 +1,5 @@
 import io
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +90,15 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert torch.equal(read_inputs([tmp_path / "one.png"], DATA, GREY, 3).images, read(tmp_path, upright))
 
 
+@pytest.mark.parametrize("tag", [0x128, 0x103])
+def test_other_exif_data_are_of_no_concern(tag, tmp_path):
+    """Such as a text where there should be a number, which Pillow can read and not write."""
+    entries = [struct.pack(">HHI4s", tag, 2, 4, b"bad"), struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)]
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    an_image(size=(4, 6)).save(tmp_path / "one.jpg", exif=exif)
+    assert read_inputs([tmp_path / "one.jpg"], DATA, GREY, 3).images.shape == (1, *GREY)
+
+
 def test_classes_are_told_by_their_names_where_they_have_some(tmp_path):
     for name in ("bee", "cat"):
         (tmp_path / name).mkdir()
@@ -102,7 +112,7 @@ def test_classes_are_told_by_their_names_where_they_have_some(tmp_path):
 def test_a_folder_may_hold_more_than_images(tmp_path):
     encoded = io.BytesIO()
     an_image().save(encoded, "png")
-    for name in ("._x.png", "paper.pdf", "note.txt"):
+    for name in ("._x.png", "paper.pdf", "note.txt", "features.h5", "clip.mpg"):
         (tmp_path / name).write_text("no image")
     an_image().save(tmp_path / "x.png")
     (tmp_path / "spark.parquet").mkdir()

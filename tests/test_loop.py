@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ffdist import load_config, train
-from ffdist.config import ConfigError, RunFailed
+from ffdist.config import RunFailed
 from ffdist.start import commits_of
 
 SHORT = ["model.layers=[40,30]", "training.epochs=40", "checkpoint.every_minibatches=5", "checkpoint.keep=100"]
@@ -84,5 +84,5 @@ def wearing_out(data, samples, draw, calls=iter(range(4))):  # noqa: B008, count
 
 def test_negatives_that_fail_later_stop_a_run_in_order(tmp_path):
     changes = ["data.label=none", f"negatives.kind={__name__}:wearing_out"]
-    with pytest.raises(ConfigError, match=r"StopIteration.*the run stopped, and its last good commit is"):
+    with pytest.raises(RunFailed, match=r"StopIteration.*the run stopped, and its last good commit is"):
         train(load_config("digits", [*SHORT, *changes]), runner="serial", runs=tmp_path)

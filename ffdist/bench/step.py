@@ -59,10 +59,11 @@ def check_device(device: str) -> None:
     Raises:
         ValueError: It is none of torch's that there are widths for, or not there.
     """
-    if torch.device(device).type not in UNITS:
+    asked, there = torch.device(device), torch.cuda.device_count()
+    if asked.type not in UNITS:
         raise ValueError(f"a step is measured on cpu or cuda (device: {device})")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"{device} needs a GPU that torch can use, and it finds none; measure cpu")
+    if asked.type == "cuda" and (asked.index or 0) >= there:
+        raise ValueError(f"{device} needs a GPU that torch can use, and it finds {there or 'none'}; measure cpu")
 
 
 def measure_steps(
@@ -143,7 +144,7 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
 
 
 def _now(device: str) -> float:
-    if device != "cpu":
+    if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

@@ -33,7 +33,7 @@ class Dataset:
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
     names: tuple[str, ...] = ()
-    """Of the classes, where they have some."""
+    """Of the classes, where they have some; one without samples goes by its number."""
 
     def sha256(self, split: str) -> str:
         """Digests the images and labels of a split."""
@@ -90,7 +90,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
         {name: labels["train"][rows] for name, rows in index.items()} | {"test": labels["test"]},
         classes,
         shape,
-        tuple(names),
+        tuple(names and [*names, *map(str, range(len(names), classes))]),
     )
 
 

@@ -14,6 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 
+class DamagedFile(ValueError):
+    """A file that is not what was written; the text says which, and how it differs."""
+
+
 class Folder:
     """A local folder, or any URI that `pyarrow.fs` knows, such as s3://bucket/runs. Nothing is opened before its use.
 
@@ -39,7 +43,11 @@ class Folder:
             raise self._error(f"{self.path(name)} cannot be read ({_brief(error)})") from error
 
     def get_checked(self, name: str, *, num_bytes: int, sha256: str) -> bytes:
-        """Returns a file of which it is known what was written, and no other."""
+        """Returns a file of which it is known what was written.
+
+        Raises:
+            DamagedFile: It is not that.
+        """
         content = self.get(name)
         if content is None:
             wrong = "is missing"
@@ -49,7 +57,7 @@ class Folder:
             wrong = "is not what was written there (its SHA-256 differs)"
         else:
             return content
-        raise self._error(f"{self.path(name)} {wrong}")
+        raise DamagedFile(f"{self.path(name)} {wrong}")
 
     def put(self, name: str, content: bytes) -> None:
         """Writes a file, folders included; what was there under its name stays until all of the new one is."""

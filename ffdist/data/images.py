@@ -2,18 +2,32 @@
 
 import io
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ffdist.config import ConfigError
 from ffdist.sections import Data
 
 SPLITS = ("train", "test")
+UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow knows and leaves to others to decode."""
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's tag that says how a photograph is stored, and what brings it upright."""
 
 
 class Sample(NamedTuple):
@@ -115,7 +129,8 @@ def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, 
 
 def is_image(file: Path) -> bool:
     """Says whether a file's name is that of an image that can be read."""
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN and not file.name.startswith(".")
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    return kind in Image.OPEN and kind not in UNREADABLE and not file.name.startswith(".")
 
 
 def decode(sample: Sample) -> Image.Image:
@@ -125,9 +140,8 @@ def decode(sample: Sample) -> Image.Image:
         ConfigError: It cannot be decoded, has more bits, or is transparent somewhere.
     """
     try:
-        image = Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image)
+        image: Image.Image = Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # each format has its own
         raise ConfigError(
             f"{sample.place}: the image cannot be decoded ({' '.join(str(error).split())[:200]}); "
@@ -137,6 +151,9 @@ def decode(sample: Sample) -> Image.Image:
         raise ConfigError(
             f"{sample.place}: images have 8 bits a channel (mode: {image.mode}); scale this one to 0 to 255"
         )
+    with suppress(Exception):  # of EXIF data that nobody can read
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        image = image if turn is None else image.transpose(turn)
     if not image.has_transparency_data:
         return image
     opaque = image.convert("RGBA")
@@ -144,7 +161,7 @@ def decode(sample: Sample) -> Image.Image:
         raise ConfigError(
             f"{sample.place}: an image must not be transparent (mode: {image.mode}); put it on a background"
         )
-    return opaque.convert("RGB")
+    return image if image.mode in ("1", "L") else opaque.convert("RGB")
 
 
 def pixels(image: Image.Image) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ffdist.data.folder import Folder
+from ffdist.data.folder import DamagedFile, Folder
 from ffdist.data.order import SHARD_SAMPLES
 from ffdist.ff.negatives import NegativesError
 
@@ -104,9 +104,9 @@ class Store:
         try:
             content = self._folder.get_checked(f"{name}.arrow", num_bytes=entry.num_bytes, sha256=entry.sha256)
             if (entry.epoch, entry.number, entry.store_sha256) != (epoch, number, self._identity):
-                raise NegativesError(f"{path} belongs to another place or store, as its entry says")
+                raise DamagedFile(f"{path} belongs to another place or store, as its entry says")
             return _decode(content)
-        except NegativesError as error:
+        except DamagedFile as error:
             raise NegativesError(f"{error}; {way_out}") from error
         except (ValueError, KeyError, TypeError) as error:  # pyarrow's own are among them
             raise NegativesError(f"{path} holds no negatives as they are written here; {way_out}") from error

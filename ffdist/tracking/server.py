@@ -125,7 +125,10 @@ def a_client(uri: str) -> Iterator[Any]:
         ConfigError: What is asked of the server or database at `uri` is not there, or it cannot be reached.
     """
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-        raise ConfigError(f"there is no tracking database at {uri}, where the runs should be; bring it back there")
+        raise ConfigError(
+            f"there is no tracking database at {uri}, where the runs should be; "
+            "correct the address, or bring it back there"
+        )
     check_server(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
