@@ -77,7 +77,7 @@ def test_what_was_stopped_goes_on(tmp_path, ffdist):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(30) == 130
+    assert process.wait(120) == 130
     said = ffdist("reproduce", "long.yaml", "--runner", "serial")
     assert "going on from" in said
     assert [row["epochs"] for row in table_of(said)] == ["60"]

@@ -163,6 +163,6 @@ def test_the_registered_model_is_served(run, tmp_path, free_port):
                 time.sleep(1)
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(120)
     assert answer["label"] == [label] == [run.dataset.labels["test"][0].item()]
     assert len(answer["probability"][0]) == len(answer["goodness"][0]) == 10
