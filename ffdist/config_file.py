@@ -12,6 +12,17 @@ from ffdist.config import Config, ConfigError
 from ffdist.sections import LocalLayer
 
 
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that comes twice, of which YAML's own takes the last without a word."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} comes twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def config_folder() -> Path:
     """Returns the folder of the shipped configurations: inside an installed package, beside an editable one."""
     package = Path(__file__).parent
@@ -52,8 +63,8 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     """
     path = find_config(name)
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        tree = yaml.load(path.read_text(), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as data: and model: (it holds: {tree!r})")
@@ -85,8 +96,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{section} is a value, not a section (given: {override})")
         tree = inner
     try:
-        tree[last] = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        tree[last] = yaml.load(text, _Loader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"the value of {key} must be YAML (given: {text})") from error
 
 

@@ -10,6 +10,35 @@ from types import FrameType
 
 ORDERLY_S = 8.0
 """Time that an orderly end may take; a cluster kills about 15 s or more after it has asked."""
+IMPORTING_S = 0.01
+"""Time after which an interrupt that came amid an import comes again."""
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Has signals raise KeyboardInterrupt for the length of a `with` block, and yields what tells whether one has.
+
+    Amid Python's own code for imports it comes a little later, because there it could leave the lock of all imports
+    taken, for which other threads wait.
+    """
+    raised = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame and frame.f_code.co_filename.startswith("<frozen importlib"):
+            later = threading.Timer(IMPORTING_S, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+            return
+        raised.set()
+        raise KeyboardInterrupt
+
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield raised.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The sections of a configuration: each setting with its type, its default and what it means."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -45,13 +46,15 @@ def hold_no_secret(uri: str) -> str:
 
 
 Number = BeforeValidator(_no_boolean)
-Count = Annotated[int, Number, Field(ge=1)]
+MOST = 10**9
+"""Beyond it float32, the clock's limits and memory end."""
+Count = Annotated[int, Number, Field(ge=1, le=MOST)]
 
 Uri = Annotated[str, AfterValidator(hold_no_secret)]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
-Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Positive = Annotated[float, Number, Field(gt=0, le=MOST, allow_inf_nan=False)]
+NotNegative = Annotated[float, Number, Field(ge=0, le=MOST, allow_inf_nan=False)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # noqa: PTH111, which raises
 
 DATA_FOLDERS = ("parquet", "image_folder")
 
@@ -79,7 +82,7 @@ class Data(Section):
     center: bool | Literal["auto"] = "auto"
     """Whether every image's mean is taken off its pixels, as large as it would else drown what they show; `auto`: of
     images in colour, because the paper's recipes for grey ones do not."""
-    jitter: Annotated[int, Number, Field(ge=0)] = 0
+    jitter: Annotated[int, Number, Field(ge=0, le=MOST)] = 0
     """Most pixels that each training image is shifted, down or up and right or left, afresh every epoch."""
     image_column: str | None = None
     """Parquet's column of images; found where there is only one candidate."""
@@ -275,13 +278,13 @@ class Tracking(Section):
 
     uri: Uri | None = None
     """Tracking server or database; without it MLFLOW_TRACKING_URI, else a database in the runs folder."""
-    experiment: str = "ffdist"
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "ffdist"
     """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
-    register: Annotated[str, Field(min_length=1)] | None = None
-    """Name of a registered model of MLflow that gets the run's network as a new version."""
-    outbox_bytes: Count = 100_000_000
+    register: Annotated[str, Field(pattern="^[^/:]+$")] | None = None
+    """Name, without / and :, of a registered model of MLflow that gets the run's network as a new version."""
+    outbox_bytes: Annotated[int, Number, Field(ge=1)] = 100_000_000
     """About how much may wait in the run's folder for a server that is away; beyond it points are thinned out."""
     flush_timeout_s: NotNegative = 30.0
     """Time that the end of a run waits for the server to take what is left."""

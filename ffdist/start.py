@@ -11,15 +11,16 @@ import torch
 from ffdist.checkpoint import CommitError, Commits, DamagedCommit, Manifest, commit_name
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError
 from ffdist.config_file import load_config, parse_config
-from ffdist.data.datasets import Dataset
 from ffdist.data.folder import Folder
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, layer_name, state_of
+from ffdist.prepare import Prepared
 from ffdist.tracking.outbox import OUTBOX, Outbox
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 """Resolved configuration and final figures in the folder of a run."""
+FORWARD_FORWARD, BACKPROPAGATION = "Forward-Forward", "backpropagation"
 LEARNED = ("weight", "bias", "mean_activity")
 """What one run takes over from another; what an optimizer keeps begins anew."""
 
@@ -48,21 +49,21 @@ def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    if (Path(run) / CONFIG).is_file():
-        return Path(run)
-    for path in sorted(runs.glob(f"*/{OUTBOX}")):
-        if Outbox.fact_of(path, "run_id") == run:
-            return path.parent
-    if config and config.checkpoint.uri and commits_of(config, Path(run)).names():
-        return runs / Path(run).name
+    if run:
+        if (Path(run) / CONFIG).is_file():
+            return Path(run)
+        for path in sorted(runs.glob(f"*/{OUTBOX}")):
+            if Outbox.fact_of(path, "run_id") == run:
+                return path.parent
+        if config and config.checkpoint.uri and commits_of(config, Path(run)).names():
+            return runs / Path(run).name
     raise ConfigError(f"a run is its folder, or the MLflow run id of one in {runs} (given: {run})")
 
 
 def commits_of(config: Config, folder: Path) -> Commits:
     """Returns the commits of a run: in its own folder, or by its name where `checkpoint.uri` says."""
-    elsewhere = config.checkpoint.uri
-    uri = f"{elsewhere.rstrip('/')}/{folder.name}" if elsewhere else f"{folder}/commits"
-    return Commits(Folder(uri, CommitError))
+    inner = folder.resolve().name if config.checkpoint.uri else "commits"
+    return Commits(Folder(config.checkpoint.uri or str(folder), CommitError, inner))
 
 
 def newest(commits: Commits) -> tuple[Manifest, State]:
@@ -74,7 +75,7 @@ def newest(commits: Commits) -> tuple[Manifest, State]:
     with _refusing():
         names = commits.names()
         if not names:
-            raise ConfigError(f"{commits.folder.uri} holds no whole commit; train it again")
+            raise ConfigError(f"{commits.folder.path()} holds no whole commit; train it again")
         return commits.read(names[-1])
 
 
@@ -87,12 +88,12 @@ def network_of(architecture: Architecture, state: State) -> Network:
     return network
 
 
-def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) -> Start:
+def resume(config: Config, prepared: Prepared, folder: Path, *, from_older: bool) -> Start:
     """Reads the commit that a run goes on from.
 
     Args:
         config: What the user asks for now.
-        dataset: That it gives.
+        prepared: What it says.
         folder: Of the run.
         from_older: Whether a damaged commit is passed over.
 
@@ -113,13 +114,19 @@ def resume(config: Config, dataset: Dataset, folder: Path, *, from_older: bool) 
             passed_over.append(f"passed over: {error}")
             continue
         remarks = [*passed_over, f"going on from {commits.path(name)}, {manifest.step:,} minibatches into the run"]
-        if manifest.dataset_sha256 != dataset.sha256("train"):
+        if manifest.dataset_sha256 != prepared.dataset.sha256("train"):
             raise ConfigError(f"{folder} was trained on other samples than {config.data.name} gives now; set data.root")
+        now = _algorithm(prepared.architecture)
+        if (then := manifest.made_with.get("algorithm", now)) != now:
+            raise ConfigError(
+                f"{folder} was trained by {then} and can only go on so; `ffdist baseline` does {BACKPROPAGATION}, "
+                f"`ffdist train` {FORWARD_FORWARD}"
+            )
         return Start(state, manifest, (*remarks, *_check_same(config, manifest, folder)))
     damaged = f"; {len(passed_over)} are damaged" if passed_over else ""
     raise ConfigError(
-        f"{commits.folder.uri} holds no whole commit to go on from{damaged}; set checkpoint.uri as it was, or train it "
-        f"again"
+        f"{commits.folder.path()} holds no whole commit to go on from{damaged}; set checkpoint.uri as it "
+        f"was, or train it again"
     )
 
 
@@ -178,9 +185,10 @@ def start_from(config: Config, architecture: Architecture, folder: Path) -> Star
     return Start(state, None, tuple(remarks))
 
 
-def made_with(config: Config, device: str) -> dict[str, str | int]:
-    """Returns what the last bits of a run depend on beside its configuration."""
+def made_with(config: Config, architecture: Architecture, device: str) -> dict[str, str | int]:
+    """Returns what the weights of a run depend on beside its configuration, if only in their last bits."""
     return {
+        "algorithm": _algorithm(architecture),
         "processor": _processor(),
         "torch": torch.__version__,
         "threads_per_stage": config.pipeline.threads_per_stage,
@@ -194,8 +202,12 @@ def differences(start: Start, made: dict[str, str | int]) -> list[str]:
     return [
         f"the last bits may differ: {key} was {then.get(key)}, and is {made[key]}"
         for key in made
-        if then.get(key) != made[key]
+        if then.get(key, made[key]) != made[key]
     ]
+
+
+def _algorithm(architecture: Architecture) -> str:
+    return FORWARD_FORWARD if architecture.learned_goodness else BACKPROPAGATION
 
 
 @contextmanager

@@ -77,12 +77,14 @@ def train(
         if runner == "backpropagation":
             prepared = prepared._replace(architecture=replace(prepared.architecture, learned_goodness=False))
         start = Start({})
-        if resumed:
+        if resumed is not None:
             resumed = Path(resumed)
-            start = resume(config, prepared.dataset, resumed, from_older=from_older)
-        elif origin:
+            start = resume(config, prepared, resumed, from_older=from_older)
+        elif origin is not None:
             start = start_from(config, prepared.architecture, Path(origin))
         costs = measure(runner, prepared, config)
+        if config.checkpoint.uri:
+            Folder(config.checkpoint.uri, ConfigError).check_writable()
         _make_folder(runs)
         uri = tracking_uri(config.tracking, runs)
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens beside what follows, too
@@ -93,7 +95,7 @@ def train(
         attempt = stack.enter_context(ExitStack())  # refused, it leaves no trace of the run
         placed = attempt.enter_context(place(runner, prepared, config, resources, costs))
         folder = resumed or _new_folder(runs, name or "run")
-        made = made_with(config, placed.blueprint.device)
+        made = made_with(config, prepared.architecture, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner}, Path(origin) if origin else None)
         if not start.manifest:
             tracker.do(partial(log_dataset, **_described(config, prepared.dataset)))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import ffdist.ff.local
-from ffdist import load_config, read_network, train
+from ffdist import ConfigError, load_config, read_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.exported import save_network
@@ -107,6 +107,16 @@ def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     save_network(network, tmp_path)
     kept = read_network(tmp_path).predict(dataset.images["test"])
     assert (kept.goodness.shape[-1], (kept.label != dataset.labels["test"]).double().mean().item()) == (0, wrong)
+
+
+def test_a_reference_goes_on_as_what_it_is(tmp_path):
+    config = load_config("digits", ["training.epochs=2", "model.layers=[20, 10]"]).by_backpropagation()
+    first = train(config, runner="backpropagation", runs=tmp_path)
+    (first.folder / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="was trained by backpropagation and can only go on so; `ffdist baseline`"):
+        train(config, runner="serial", runs=tmp_path, resumed=first.folder)
+    again = train(config, runner="backpropagation", runs=tmp_path, resumed=first.folder)
+    assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
 
 
 def test_a_reference_of_any_rule_can_be_opened_again(tmp_path):

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from ffdist.cli import main
+from ffdist.cli.words import check_writable, load
 from ffdist.config_file import load_config
 
 SHORT = ["training.epochs=2", "model.layers=[30,20]"]
@@ -128,6 +129,9 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "--summary", "nowhere/file.json"], "--summary must be a file that can be written"),
         (["train", "digits", "--runs", "/proc/runs", *SERIAL], "the folder /proc/runs cannot be written"),
         (["train", "digits", "data.name=parquet", "data.path=nowhere", *SERIAL], "must hold train*.parquet"),
+        (["train", "digits", "--runs", "50%", *SERIAL], "a database's path must be without ? and %"),
+        (["train", "digits", "--resume", "", *SERIAL], "a run is its folder, or the MLflow run id of one in runs"),
+        (["train", "digits", "checkpoint.uri=nowhere://x", *SERIAL], "nowhere://x cannot be opened"),
         (["ui"], "holds no tracked run"),
         (["train", "digits", "negatives.kind=hybird", *SERIAL], "negatives.kind=hybird: is none of wrong_label, fixed"),
         (["negatives", "make", "digits"], "give negatives.store=FOLDER"),
@@ -147,6 +151,28 @@ def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, monkeypatch
     assert words in told
     assert told.startswith("Error: ")
     assert not list(tmp_path.glob("runs/digits-*"))
+
+
+def test_a_configuration_may_lie_where_a_path_has_an_equals_sign(tmp_path):
+    (tmp_path / "lr=0.1.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\n")
+    config, name = load((str(tmp_path / "lr=0.1.yaml"), "training.epochs=3"))
+    assert (config.training.epochs, name) == (3, "lr=0.1")
+
+
+def test_a_file_to_be_written_stays_what_it_is(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "later.json")
+    check_writable("--summary", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_who_stops_reading_stops_no_run(tmp_path):
+    command = [sys.executable, "-u", "-m", "ffdist.cli", "train", "digits", "training.epochs=2", *SERIAL]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 0, told
+    assert list(tmp_path.glob("runs/digits-*/summary.json"))
 
 
 def test_an_error_is_told_without_a_traceback_in_a_process_of_its_own(tmp_path):

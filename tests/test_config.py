@@ -72,7 +72,13 @@ def test_a_single_layer_predicts_by_itself():
         (["training.epoch=3"], "unknown key training.epoch; did you mean epochs"),
         (["training.epochs=0"], r"training.epochs \(0\): .*greater than or equal to 1"),
         (["training.epochs=many"], r"training.epochs \('many'\): .*integer"),
-        (["training.learning_rate=.inf"], r"training.learning_rate \(inf\): .*finite"),
+        (["training.learning_rate=.inf"], r"training.learning_rate \(inf\): .*less than or equal"),
+        (
+            ["tracking.flush_timeout_s=1e300"],
+            r"tracking.flush_timeout_s .*less than or equal to 1000000000",
+        ),
+        (["tracking.register=a/b:c"], r"tracking.register \('a/b:c'\): .*match"),
+        (["tracking.experiment="], r"tracking.experiment"),
         (["pipeline.stages=some"], r"pipeline.stages \('some'\): .*integer.*or .*'auto'"),
         (["model.layers=[]"], r"model.layers \(\[\]\): .*at least 1"),
         (["model.predict_from=4"], r"one of the 3 layers \(predict_from: 4\)"),
@@ -107,12 +113,18 @@ def test_unknown_configuration_names_the_shipped_ones():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- 1", "data: [", "{{", "seed: 2024-13-45", "!!python/object/apply:os.getcwd []", "\x00"]
+    "text", ["", "- 1", "data: [", "{{", "seed: 2024-13-45", "!!python/object/apply:os.getcwd []", "\x00", "[" * 3000]
 )
 def test_files_that_hold_no_configuration_are_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_config(str(tmp_path / "bad.yaml"))
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("data: {name: digits}\ntraining: {epochs: 1}\ntraining: {batch_size: 50}\n")
+    with pytest.raises(ConfigError, match=r"training comes twice.*line 3"):
+        load_config(str(tmp_path / "twice.yaml"))
 
 
 def test_a_section_left_empty_has_its_defaults(tmp_path):
@@ -123,6 +135,7 @@ def test_a_section_left_empty_has_its_defaults(tmp_path):
 
 def test_a_home_folder_is_meant_as_it_is_written():
     assert load_config("mnist", ["data.root=~/images"]).data.root == Path.home() / "images"
+    assert load_config("mnist", ["data.root=~nobody-here/images"]).data.root == Path("~nobody-here/images")
 
 
 @pytest.mark.parametrize(

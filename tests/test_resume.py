@@ -150,6 +150,12 @@ def test_a_run_starts_from_the_weights_of_another(runs):
         train(a_config("model.layers=[60,50,30]"), runs=runs, runner="serial", origin=first.folder)
 
 
+def test_commits_elsewhere_are_each_runs_own_whatever_the_uri_asks(runs, tmp_path):
+    where = f"checkpoint.uri=file://{tmp_path}/all?one=1"
+    finished = [train(a_config(where, f"seed={seed}"), runs=runs, runner="serial") for seed in (1, 2)]
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {run.folder.name for run in finished}
+
+
 def test_commits_elsewhere_outlive_the_runs_folder(runs, tmp_path):
     config = a_config(f"checkpoint.uri=file://{tmp_path}/commits")
     truth = train(config, runs=runs, runner="serial")

@@ -133,7 +133,7 @@ def _live(folder: Path, fate: Fate, server: dict[Point, None]) -> End | None:
     names = commits.names()
     if max(names, default="") < fate.committed:
         raise Broken(f"commit {fate.committed} is lost, after {'; '.join(fate.told)}")
-    start = resume(config, prepared.dataset, folder, from_older=False) if names else Start({})
+    start = resume(config, prepared, folder, from_older=False) if names else Start({})
     with closing(_Books(folder, fate, server)) as books:
         asked_to_stop = _Stop(fate)
         loop = run_to_the_end(

@@ -98,7 +98,7 @@ def _train(
     with told():
         check_writable("--summary", summary)
         config, name = load(words)
-        if resume and origin:
+        if resume is not None and origin is not None:
             raise ConfigError(
                 f"a run goes on or starts from another's weights, not both (--resume {resume}, --from {origin})"
             )
@@ -109,9 +109,9 @@ def _train(
             config,
             runs=runs,
             name=name,
-            resumed=find_run(resume, runs, config) if resume else None,
+            resumed=None if resume is None else find_run(resume, runs, config),
             from_older=resume_from_older,
-            origin=find_run(origin, runs, config) if origin else None,
+            origin=None if origin is None else find_run(origin, runs, config),
             **how,
         )
         if summary:

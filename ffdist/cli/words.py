@@ -1,16 +1,15 @@
 """What the commands share: their arguments, and the words for what went wrong."""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 
 from ffdist.config import Config, ConfigError, RunFailed
 from ffdist.config_file import find_config, load_config
+from ffdist.interrupts import interrupts
 
 INTERRUPTED = 130
 
@@ -37,40 +36,37 @@ class Stopped(click.ClickException):
 @contextmanager
 def told() -> Iterator[None]:
     """Turns what went wrong into words and an exit code."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    except ConfigError as error:
-        raise Refused(str(error)) from error
-    except RunFailed as error:
-        raise Stopped(str(error)) from error
-    except KeyboardInterrupt as interrupt:
-        click.echo(str(interrupt) or "interrupted; a run that had begun is marked as killed", err=True)
-        sys.exit(INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    with interrupts() as interrupted:
+        try:
+            yield
+        except BaseException as error:
+            if interrupted() or isinstance(error, KeyboardInterrupt):  # which libraries make others of
+                said = str(error) if isinstance(error, KeyboardInterrupt) else ""
+                click.echo(said or "interrupted; a run that had begun is marked as killed", err=True)
+                sys.exit(INTERRUPTED)
+            if isinstance(error, ConfigError):
+                raise Refused(str(error)) from error
+            if isinstance(error, RunFailed):
+                raise Stopped(str(error)) from error
+            raise
 
 
 def load(words: tuple[str, ...]) -> tuple[Config, str]:
     """Returns the configuration that the words name and change, and its name."""
-    names = [word for word in words if "=" not in word]
+    names = [word for word in words if "=" not in word or Path(word).is_file()]
     if len(names) != 1:
         given = " ".join(names) or "none"
         raise ConfigError(
             f"one configuration makes a run (given: {given}); see {click.get_current_context().command_path} -h"
         )
-    return load_config(names[0], [word for word in words if "=" in word]), find_config(names[0]).stem
+    return load_config(names[0], [word for word in words if word not in names]), find_config(names[0]).stem
 
 
 def check_writable(option: str, path: Path | None) -> None:
     """Finds out now, rather than after the work, that a file named by an option cannot be written."""
     if path is None:
         return
-    there = path.exists()
+    there = path.exists() or path.is_symlink()
     try:
         path.open("a").close()
         if not there:

@@ -24,12 +24,13 @@ class Folder:
     Args:
         uri: Path or URI.
         error: Raised, with a text that says what and why, where it cannot be opened, read or written.
+        inner: Folder in it that is meant, which a URI with a query could not say itself.
     """
 
-    def __init__(self, uri: str, error: type[Exception]) -> None:
+    def __init__(self, uri: str, error: type[Exception], inner: str = "") -> None:
         # Now, because an actor that it is sent to works in another folder.
-        self.uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
-        self._error = error
+        self.uri = uri if "://" in uri else str(Path(os.path.expanduser(uri)).resolve())  # noqa: PTH111, which raises
+        self._error, self._inner = error, inner
 
     def get(self, name: str) -> bytes | None:
         """Returns what a file holds; None where there is none."""
@@ -115,21 +116,19 @@ class Folder:
         self.put(probe, b"")
         self.remove(probe)
 
-    def path(self, name: str) -> str:
-        """Returns where a file lies, in words that a user can look for."""
-        return f"{self._root}/{name}"
+    def path(self, name: str = "") -> str:
+        """Returns where a file, or all of them, lies, in words that a user can look for."""
+        return f"{self._root}/{name}" if name else self._root
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         from pyarrow.fs import FileSystem, LocalFileSystem
 
-        if "://" not in self.uri:
-            return LocalFileSystem(), self.uri
         try:
-            filesystem, root = FileSystem.from_uri(self.uri)
+            filesystem, root = FileSystem.from_uri(self.uri) if "://" in self.uri else (LocalFileSystem(), self.uri)
         except (ValueError, OSError) as error:
             raise self._error(f"{self.uri} cannot be opened ({_brief(error)})") from error
-        return filesystem, root
+        return filesystem, f"{root.rstrip('/')}/{self._inner}" if self._inner else root
 
     @property
     def _filesystem(self) -> Any:

@@ -24,6 +24,13 @@ PICTURES = {
 """What a run's pictures show; those that it has are named on its page."""
 
 
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on and says nothing more where nobody reads on, such as `head`; rich's own ends the process."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Display:
     """A bar and a table of layers on a terminal, now and then a line elsewhere; open for the length of a `with` block.
 
@@ -34,7 +41,7 @@ class Display:
     """
 
     def __init__(self, epochs: int, minibatches: int, batch_size: int) -> None:
-        self.console = Console(highlight=False)
+        self.console = _Screen(highlight=False)
         self._epochs, self._minibatches, self._batch_size = epochs, minibatches, batch_size
         self._bar = Progress(
             TextColumn("{task.description}"),

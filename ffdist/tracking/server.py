@@ -47,12 +47,15 @@ def tracking_uri(config: Tracking, runs: Path) -> str:
     """Returns where a run is tracked: the configuration's word, else the environment's, else the runs folder.
 
     Raises:
-        ConfigError: There is a password in it.
+        ConfigError: There is a password in it, or a database's path that would be taken for another.
     """
     try:
-        return config.uri or hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", "")) or default_uri(runs)
+        uri = config.uri or hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", "")) or default_uri(runs)
     except ValueError as error:
         raise ConfigError(f"MLFLOW_TRACKING_URI: {error}") from None
+    if uri.startswith(SQLITE) and {"?", "%"} & set(uri):
+        raise ConfigError(f"a database's path must be without ? and % ({uri}); set --runs or tracking.uri")
+    return uri
 
 
 def how_to_look(uri: str, experiment: str, runs: Path) -> str:
@@ -60,7 +63,7 @@ def how_to_look(uri: str, experiment: str, runs: Path) -> str:
     if uri == default_uri(runs):
         where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
         return f"ffdist ui{where}" + ("" if experiment == EXPERIMENT else f" --experiment {shlex.quote(experiment)}")
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:

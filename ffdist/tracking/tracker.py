@@ -140,7 +140,10 @@ class Tracker:
                 outbox.add_sent(Point(name, point.value, point.timestamp, point.step) for point in history)
             self._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
-            raise ConfigError(f"tracking at {self.uri} cannot go on with run {run_id} ({error}); {WAY_OUT}") from error
+            raise ConfigError(
+                f"tracking at {self.uri} cannot go on with run {run_id} ({brief(error)}); set --runs as it was, or "
+                f"{WAY_OUT}"
+            ) from error
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Has metrics sent, with the number of samples seen as `step`; returns at once.
