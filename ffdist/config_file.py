@@ -1,6 +1,7 @@
 """Reading a configuration: the file, what the command line sets over it, and what is wrong with it."""
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from ffdist.sections import LocalLayer
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuses a key that comes twice, of which YAML's own takes the last without a word."""
-        seen = set[str]()
-        for key, _ in node.value:
-            if key.value in seen:
+        node, seen = super().compose_mapping_node(anchor), set[tuple[str, str]]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} comes twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def config_folder() -> Path:
@@ -41,7 +42,7 @@ def find_config(name: str) -> Path:
         ConfigError: There is neither.
     """
     shipped = shipped_configs()
-    if Path(name).is_file():
+    if os.path.isfile(name):  # noqa: PTH113, a name may be long
         return Path(name)
     if name in shipped:
         return shipped[name]

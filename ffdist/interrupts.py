@@ -24,19 +24,24 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     raised = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame and frame.f_code.co_filename == __file__:  # it came amid what defers another
+            frame = frame.f_back
         if frame and frame.f_code.co_filename.startswith("<frozen importlib"):
-            later = threading.Timer(IMPORTING_S, os.kill, (os.getpid(), number))
-            later.daemon = True
-            later.start()
+            signal.setitimer(signal.ITIMER_REAL, IMPORTING_S)
             return
         raised.set()
         raise KeyboardInterrupt
 
+    def again(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(heard[0])  # which may be a request to stop by now
+
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heard}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, again)
     try:
         yield raised.is_set
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from ffdist.checkpoint import CommitError
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError, RunFailed
 from ffdist.config_file import find_config, load_config, shipped_configs
@@ -14,6 +12,7 @@ from ffdist.offline import fit_readout
 from ffdist.prepare import prepare
 from ffdist.start import CONFIG, SUMMARY, commits_of
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
+from ffdist.tracking.progress import Screen
 from ffdist.tracking.results import MISSED, finished_runs, result_rows, results_table
 from ffdist.tracking.server import tracking_uri
 from ffdist.trainer import train
@@ -55,7 +54,7 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **how: Any) -> Re
     found = [_earlier(config, past, runs) for _, config in todo]
     for name in {name for (name, _), earlier in zip(todo, found, strict=True) if not isinstance(earlier, Run)}:
         prepare(first[name])
-    console, made = Console(highlight=False), dict[str, Config]()
+    console, made = Screen(highlight=False), dict[str, Config]()
     for number, ((name, config), earlier) in enumerate(zip(todo, found, strict=True), 1):
         console.print(f"{number} of {len(todo)}: {name}, seed {config.seed}", style="bold", markup=False)
         if isinstance(earlier, Run):

@@ -282,7 +282,7 @@ class Tracking(Section):
     """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
-    register: Annotated[str, Field(pattern="^[^/:]+$")] | None = None
+    register: Annotated[str, Field(pattern=r"^[^/:.\s][^/:]*$")] | None = None
     """Name, without / and :, of a registered model of MLflow that gets the run's network as a new version."""
     outbox_bytes: Annotated[int, Number, Field(ge=1)] = 100_000_000
     """About how much may wait in the run's folder for a server that is away; beyond it points are thinned out."""

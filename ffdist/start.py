@@ -56,7 +56,7 @@ def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
             if Outbox.fact_of(path, "run_id") == run:
                 return path.parent
         if config and config.checkpoint.uri and commits_of(config, Path(run)).names():
-            return runs / Path(run).name
+            return runs / Path(run).resolve().name
     raise ConfigError(f"a run is its folder, or the MLflow run id of one in {runs} (given: {run})")
 
 

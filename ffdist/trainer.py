@@ -71,6 +71,9 @@ def train(
         name, config = name or find_config(str(config)).stem, load_config(str(config))
     if runner == "backpropagation":
         config = config.by_backpropagation()
+    uri = tracking_uri(config.tracking, runs)
+    if config.checkpoint.uri:
+        Folder(config.checkpoint.uri, ConfigError).check_writable()
     with ExitStack() as stack:
         joined = stack.enter_context(machine(runner, address))  # Ray starts beside what follows
         prepared = prepare(config)
@@ -83,10 +86,7 @@ def train(
         elif origin is not None:
             start = start_from(config, prepared.architecture, Path(origin))
         costs = measure(runner, prepared, config)
-        if config.checkpoint.uri:
-            Folder(config.checkpoint.uri, ConfigError).check_writable()
         _make_folder(runs)
-        uri = tracking_uri(config.tracking, runs)
         tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens beside what follows, too
         display = stack.enter_context(Display(config.passes, prepared.order.minibatches, prepared.order.batch_size))
         display.doing("starting")

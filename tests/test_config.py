@@ -113,7 +113,18 @@ def test_unknown_configuration_names_the_shipped_ones():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- 1", "data: [", "{{", "seed: 2024-13-45", "!!python/object/apply:os.getcwd []", "\x00", "[" * 3000]
+    "text",
+    [
+        "",
+        "- 1",
+        "data: [",
+        "{{",
+        "seed: 2024-13-45",
+        "!!python/object/apply:os.getcwd []",
+        "\x00",
+        "[" * 3000,
+        "seed: {{ n }}",
+    ],
 )
 def test_files_that_hold_no_configuration_are_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
@@ -125,6 +136,14 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("data: {name: digits}\ntraining: {epochs: 1}\ntraining: {batch_size: 50}\n")
     with pytest.raises(ConfigError, match=r"training comes twice.*line 3"):
         load_config(str(tmp_path / "twice.yaml"))
+
+
+def test_what_yaml_merges_does_not_come_twice(tmp_path):
+    (tmp_path / "merged.yaml").write_text(
+        "data: {name: digits}\nmodel: {layers: [9]}\ntraining: {epochs: 1, batch_size: 7}\n"
+        "checkpoint: {keep: 3}\npipeline: {<<: {stages: 1}, <<: {chunk_size: 5}}\n"
+    )
+    assert load_config(str(tmp_path / "merged.yaml")).pipeline.chunk_size == 5
 
 
 def test_a_section_left_empty_has_its_defaults(tmp_path):

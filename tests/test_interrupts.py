@@ -9,6 +9,14 @@ from ffdist.cli.words import told
 from ffdist.interrupts import interrupts
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """As a shell without job control does not do for what it runs in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, monkeypatch):
     """There it could leave the lock of all imports taken, and Ray's thread waiting for it."""
@@ -21,6 +29,7 @@ def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, m
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("nowhere_at_all")
+    monkeypatch.setattr("ffdist.interrupts.IMPORTING_S", 1.0)
     with interrupts() as interrupted:
         signal.getsignal(number)(number, frames[0])
         assert not interrupted()

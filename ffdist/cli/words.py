@@ -1,5 +1,6 @@
 """What the commands share: their arguments, and the words for what went wrong."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,20 +41,20 @@ def told() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if interrupted() or isinstance(error, KeyboardInterrupt):  # which libraries make others of
-                said = str(error) if isinstance(error, KeyboardInterrupt) else ""
-                click.echo(said or "interrupted; a run that had begun is marked as killed", err=True)
-                sys.exit(INTERRUPTED)
             if isinstance(error, ConfigError):
                 raise Refused(str(error)) from error
             if isinstance(error, RunFailed):
                 raise Stopped(str(error)) from error
+            if interrupted() or isinstance(error, KeyboardInterrupt):  # which libraries make others of
+                said = str(error) if isinstance(error, KeyboardInterrupt) else ""
+                click.echo(said or "interrupted; a run that had begun is marked as killed", err=True)
+                sys.exit(INTERRUPTED)
             raise
 
 
 def load(words: tuple[str, ...]) -> tuple[Config, str]:
     """Returns the configuration that the words name and change, and its name."""
-    names = [word for word in words if "=" not in word or Path(word).is_file()]
+    names = [word for word in words if "=" not in word or os.path.isfile(word)]  # noqa: PTH113, a value may be long
     if len(names) != 1:
         given = " ".join(names) or "none"
         raise ConfigError(

@@ -85,8 +85,8 @@ class Folder:
             self._filesystem.move(part, path)
             for folder in (os.path.dirname(path), self._root):  # noqa: PTH120
                 self._sync(folder)
-        except OSError as error:
-            with suppress(OSError):
+        except (OSError, ValueError) as error:  # of pyarrow's
+            with suppress(OSError, ValueError):
                 self._filesystem.delete_file(part)  # a full disk wants it back
             raise self._error(f"{path} cannot be written ({_brief(error)})") from error
 

@@ -24,7 +24,9 @@ PICTURES = {
 """What a run's pictures show; those that it has are named on its page."""
 
 
-class _Screen(Console):
+class Screen(Console):
+    """A terminal, a file or a pipe."""
+
     def on_broken_pipe(self) -> None:
         """Goes on and says nothing more where nobody reads on, such as `head`; rich's own ends the process."""
         with suppress(SystemExit):
@@ -41,7 +43,7 @@ class Display:
     """
 
     def __init__(self, epochs: int, minibatches: int, batch_size: int) -> None:
-        self.console = _Screen(highlight=False)
+        self.console = Screen(highlight=False)
         self._epochs, self._minibatches, self._batch_size = epochs, minibatches, batch_size
         self._bar = Progress(
             TextColumn("{task.description}"),

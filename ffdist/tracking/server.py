@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from filelock import FileLock
 
@@ -53,8 +54,8 @@ def tracking_uri(config: Tracking, runs: Path) -> str:
         uri = config.uri or hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", "")) or default_uri(runs)
     except ValueError as error:
         raise ConfigError(f"MLFLOW_TRACKING_URI: {error}") from None
-    if uri.startswith(SQLITE) and {"?", "%"} & set(uri):
-        raise ConfigError(f"a database's path must be without ? and % ({uri}); set --runs or tracking.uri")
+    if uri.startswith(SQLITE) and ("?" in uri or unquote(uri) != uri):
+        raise ConfigError(f"a database's path must hold no ? and nothing like %20 ({uri}); set --runs or tracking.uri")
     return uri
 
 
