@@ -38,10 +38,11 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heard}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, again)
+    timer = signal.getitimer(signal.ITIMER_REAL)  # somebody else's, such as that of pytest-timeout
     try:
         yield raised.is_set
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         for number, handler in before.items():
             signal.signal(number, handler)
 

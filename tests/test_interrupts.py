@@ -36,6 +36,7 @@ def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, m
         with pytest.raises(KeyboardInterrupt):
             time.sleep(60)
         assert interrupted()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 1, "of pytest-timeout, which goes on"
 
 
 def test_what_a_library_makes_of_an_interrupt_is_told_as_one(capsys):
