@@ -1,10 +1,12 @@
 """A network as two files that need no run: its weights, and what it is made of."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -16,13 +18,16 @@ from ffdist.ff.network import Architecture, Network
 from ffdist.ff.update import Update
 
 WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
+NAMES = "class_names"
+"""Key beside those of the architecture; classes may have none."""
 
 
-def save_network(network: Network, folder: Path) -> None:
-    """Writes a network into a folder that is there; what it only learned by is left out."""
+def save_network(network: Network, folder: Path, names: Sequence[str] = ()) -> None:
+    """Writes a network and its classes' names into a folder that is there; what it only learned by is left out."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if _predicts(name)}
     (folder / WEIGHTS).write_bytes(save(tensors))  # unlike save_file, for all to read
-    (folder / ARCHITECTURE).write_text(json.dumps(asdict(network.architecture), indent=2))
+    facts = asdict(network.architecture) | {NAMES: list(names)}
+    (folder / ARCHITECTURE).write_text(json.dumps(facts, indent=2))
 
 
 def read_network(folder: str | Path) -> Network:
@@ -45,23 +50,26 @@ def read_network(folder: str | Path) -> Network:
 class Served:
     """What MLflow asks, on behalf of whoever asks the model of a run."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, names: Sequence[str]) -> None:
         self._network = network
+        self._names = names
 
     def predict(self, images: Any, params: Any = None) -> dict[str, Any]:
         """Returns what images show, uint8 `[N, channels, height, width]`.
 
-        It is each one's `label` by goodness, else by the readout, and `probability` and `goodness` of every label.
+        It is each one's `label` by goodness, else by the readout, and `probability` and `goodness` of every label; and
+        the label's `name`, where classes have names.
         """
         found = self._network.predict(torch.as_tensor(images).to(torch.uint8).flatten(1))
         goodness = total_goodness(found.goodness, self._network.architecture.predict_from)
-        named = {"label": found.label, "probability": found.probabilities, "goodness": goodness}
-        return {name: tensor.numpy() for name, tensor in named.items()}
+        told = {"label": found.label, "probability": found.probabilities, "goodness": goodness}
+        named = {"name": np.array(self._names)[found.label.numpy()]} if self._names else {}
+        return {key: tensor.numpy() for key, tensor in told.items()} | named
 
 
 def _load_pyfunc(path: str) -> Served:
     """Reads a model; MLflow calls it by this name."""
-    return Served(read_network(path))
+    return Served(read_network(path), json.loads((Path(path) / ARCHITECTURE).read_text()).get(NAMES, []))
 
 
 def _predicts(name: str) -> bool:
@@ -71,7 +79,7 @@ def _predicts(name: str) -> bool:
 def _architecture(facts: dict[str, Any]) -> Architecture:
     rule, layers = facts["rule"], facts["layers"]
     return Architecture(
-        **facts
+        **{key: value for key, value in facts.items() if key != NAMES}
         | {
             "shape": tuple(facts["shape"]),
             "layers": tuple(layer if isinstance(layer, int) else Fields(**layer) for layer in layers),

@@ -158,7 +158,7 @@ class Loop:
         for picture in draw_pictures(folder, self._config, dataset, network, test, history, self._timeline.spans):
             self._tracker.log_artifact(picture)
         image, register = dataset.images["test"][0], self._config.tracking.register
-        self._tracker.do(partial(log_model, network=network, image=image, register=register))
+        self._tracker.do(partial(log_model, network=network, names=dataset.names, image=image, register=register))
         if self._timeline.spans:
             self._tracker.log_artifact(self._timeline.write(folder))
         return {

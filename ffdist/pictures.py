@@ -57,7 +57,7 @@ def draw_pictures(
         yield plots.plot_goodness(test.goodness, dataset.labels["test"], thresholds, folder / "goodness.png")
     yield plots.plot_errors(test, folder / "errors.png")
     yield plots.plot_fields(network, folder / "fields.png")
-    yield plots.plot_confusion(test.confusion, by, folder / "confusion.png")
+    yield plots.plot_confusion(test.confusion, by, dataset.names, folder / "confusion.png")
     if spans:
         yield plots.plot_timeline(spans, folder / "timeline.png")
 

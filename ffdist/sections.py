@@ -57,6 +57,7 @@ NotNegative = Annotated[float, Number, Field(ge=0, le=MOST, allow_inf_nan=False)
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # noqa: PTH111, which raises
 
 DATA_FOLDERS = ("parquet", "image_folder")
+MOST_CLASSES = 256
 
 
 class Section(BaseModel):
@@ -90,8 +91,8 @@ class Data(Section):
     """Parquet's column of labels; found where there is only one candidate."""
     image_size: tuple[Count, Count] | None = None
     """Height and width that images of one's own are resized to; without it all must have the same."""
-    classes: Annotated[int, Number, Field(ge=2, le=256)] | None = None
-    """Number of classes of one's own data; without it one more than the largest training label."""
+    classes: Annotated[int, Number, Field(ge=2, le=MOST_CLASSES)] | None = None
+    """Number of classes of one's own data; else as many as have names, or one more than the largest training label."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> "Data":

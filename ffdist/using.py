@@ -96,13 +96,13 @@ def export_network(run: Run, to: Path) -> Iterator[Path]:
         to.mkdir(parents=True, exist_ok=True)
         if any(to.iterdir()):
             raise ConfigError(f"--to must be a folder that is new or empty ({to} holds {next(to.iterdir()).name})")
-        save_network(network, to)
+        save_network(network, to, run.class_names)
         yield from (to / WEIGHTS, to / ARCHITECTURE)
         torch.export.save(_readout_program(network), to / PROGRAM)
         yield to / PROGRAM
         torch.onnx.export(_readout_program(in_float32), f=to / ONNX, verbose=False)
         yield from sorted(to.glob(f"{ONNX}*"))  # its weights lie beside it
-        save_model(network, torch.zeros(network.architecture.pixels, dtype=torch.uint8), to / NAME)
+        save_model(network, run.class_names, torch.zeros(network.architecture.pixels, dtype=torch.uint8), to / NAME)
         yield to / NAME
     except OSError as error:
         raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --to") from error

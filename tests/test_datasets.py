@@ -1,4 +1,5 @@
 import io
+import json
 import os
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_parquet_files_and_folders_become_channel_after_channel(colours):
     assert dataset.images["train"][0].view(3, 12)[:, 5].tolist() == [10, 20, 30]
     assert dataset.labels["train"].tolist() == [0, 2, 1]
     assert dataset.images["test"][0].view(3, 12)[:, 0].tolist() == [0, 0, 255]
+
+
+def test_names_that_hugging_face_gives_classes_are_theirs(tmp_path):
+    """As `datasets` 5.2.0 writes them; a class that no sample shows is one, too."""
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [png(9, mode="L"), png(8, mode="L")], [0, 1])
+        table = pq.read_table(tmp_path / f"{split}.parquet")
+        kept = {"img": {"_type": "Image"}, "label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kept}})})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    assert (load(tmp_path).classes, load(tmp_path).names) == (3, ("ant", "bee", "cat"))
+    assert load(tmp_path, classes=4).names == ("ant", "bee", "cat", "3")
+    assert load(tmp_path, classes=2).names == ("ant", "bee")
+    for odd in (b"{}", b'{"info": {"features": []}}', b"["):
+        pq.write_table(table.replace_schema_metadata({"huggingface": odd}), tmp_path / "train.parquet")
+        assert (load(tmp_path).classes, load(tmp_path).names) == (2, ())
 
 
 def test_raw_bytes_and_grey_images_are_read(tmp_path):

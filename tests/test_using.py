@@ -89,10 +89,10 @@ def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
     assert "07.png" in said
 
 
-def test_the_table_tells_images_apart_and_names_classes(tmp_path, ffdist):
-    """Whatever their names are; and the chosen label is listed, however improbable the readout takes it to be."""
+def test_classes_go_by_their_names(tmp_path, ffdist):
+    """Whatever they are; and the chosen label is listed, however improbable the readout takes it to be."""
     for split in ("train", "test"):
-        for shade, name in ((40, "ant"), (120, "bee"), (160, "cat"), (200, "[dog]")):
+        for shade, name in ((40, "ant"), (120, "$x^$"), (160, "cat"), (200, "[dog]")):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
             for number in range(5):
                 image = Image.new("L", (6, 6), shade + number)
@@ -108,12 +108,21 @@ def test_the_table_tells_images_apart_and_names_classes(tmp_path, ffdist):
     said = ffdist("predict", folder, "--input", tmp_path / "pets" / "test", "--to", tmp_path / "found.parquet")
     rows = [line.split(maxsplit=2) for line in said.splitlines() if ".png" in line]
     assert said.count("photo[3].png") == 4
-    assert "bee/photo[3].png" in said
+    assert "$x^$/photo[3].png" in said
     assert pq.read_table(tmp_path / "found.parquet")["name"].to_pylist() == [name for _, name, _ in rows]
     assert all(f"{name}: " in told for _, name, told in rows)
     assert "of 20 samples" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test")
+    ffdist("export", folder, "--to", tmp_path / "out")
+    images = [[[[shade] * 6] * 6] for shade in range(40, 240, 40)]
+    (tmp_path / "asked.json").write_text(json.dumps({"inputs": images}))
+    words = ["-m", "out/model", "-i", "asked.json", "-o", "answer.json", "--env-manager", "local"]
+    subprocess.run([sys.executable, "-m", "mlflow", "models", "predict", *words], cwd=tmp_path, check=True, timeout=200)
+    answer = json.loads((tmp_path / "answer.json").read_text())["predictions"]
+    assert answer["name"] == [["$x^$", "[dog]", "ant", "cat"][label] for label in answer["label"]]
     (tmp_path / "pets" / "test" / "ant").rename(tmp_path / "pets" / "test" / "owl")
-    assert "(classes: [dog], ant, bee, cat)" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test", code=2)
+    assert "(classes: $x^$, [dog], ant, cat)" in ffdist(
+        "evaluate", folder, "--data", tmp_path / "pets" / "test", code=2
+    )
 
 
 def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):

@@ -60,7 +60,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     elif config.name == "digits":
         images, labels = _digits()
     elif config.name == "parquet":
-        images, labels = read_parquet(config)
+        images, labels, names = read_parquet(config)
     elif config.name == "image_folder":
         images, labels, names = read_image_folder(config)
     else:
@@ -71,7 +71,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
             f"training.validation_samples must leave something to train on "
             f"(validation_samples: {validation_samples}, training samples: {samples})"
         )
-    classes = config.classes or int(labels["train"].max()) + 1
+    classes = config.classes or len(names) or int(labels["train"].max()) + 1
     if classes < 2:
         raise ConfigError(
             f"training needs samples of at least two classes (data: {config.path or config.name}, classes: 1)"
@@ -90,7 +90,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
         {name: labels["train"][rows] for name, rows in index.items()} | {"test": labels["test"]},
         classes,
         shape,
-        tuple(names and [*names, *map(str, range(len(names), classes))]),
+        tuple(names and [*names, *map(str, range(len(names), classes))][:classes]),
     )
 
 

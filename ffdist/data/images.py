@@ -1,7 +1,8 @@
 """A user's own images: Parquet files and image folders, checked sample by sample."""
 
 import io
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ffdist.config import ConfigError
-from ffdist.sections import Data
+from ffdist.sections import MOST_CLASSES, Data
 
 SPLITS = ("train", "test")
 UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -40,22 +41,24 @@ class Sample(NamedTuple):
     """Where it stands, for errors."""
 
 
-def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Reads `train*` and `test*`, files or folders of files, of `data.path`.
 
     The image column holds encoded images, as bytes or as the common `{bytes, path}` structure; the label column holds
     integers from 0 on.
 
     Returns:
-        uint8 images `[N, channels, height, width]` and int64 labels `[N]`, by split.
+        uint8 images `[N, channels, height, width]` and int64 labels `[N]`, by split; and the names of the classes, in
+        their order, where Hugging Face's `datasets` wrote them.
 
     Raises:
         ConfigError: Names the file and row that break a rule.
     """
     assert config.path is not None
-    return _read(
-        config, {split: chain.from_iterable(rows(f, config) for f in _files(config.path, split)) for split in SPLITS}
-    )
+    files = {split: _files(config.path, split) for split in SPLITS}
+    names = _class_names(files["train"][0], config)
+    samples = {split: chain.from_iterable(rows(f, config) for f in files[split]) for split in SPLITS}
+    return *_read(config, samples, config.classes or len(names)), names
 
 
 def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
@@ -82,16 +85,19 @@ def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor
     if folders["train"].classes != folders["test"].classes:
         odd = sorted(set(folders["train"].classes) ^ set(folders["test"].classes))
         raise ConfigError(f"{config.path}: train and test must have the same class folders (only in one: {odd})")
-    samples: dict[str, Iterable[Sample]] = {
+    samples = {
         split: (Sample(Path(path), label, path) for path, label in folder.samples) for split, folder in folders.items()
     }
-    return *_read(config, samples), folders["train"].classes
+    names = folders["train"].classes
+    return *_read(config, samples, config.classes or len(names)), names
 
 
-def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read(
+    config: Data, splits: Mapping[str, Iterable[Sample]], classes: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from rich.progress import track
 
-    classes, mode, size = config.classes, None, config.image_size
+    mode, size, most = None, config.image_size, min(classes or MOST_CLASSES, MOST_CLASSES)
     images, labels = {}, {}
     for split, samples in splits.items():
         decoded: list[Tensor] = []
@@ -114,8 +120,8 @@ def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, 
             if image.size != size[::-1]:
                 image = image.resize(size[::-1], Image.Resampling.BILINEAR)
             decoded.append(pixels(image))
-            if not isinstance(sample.label, int) or not 0 <= sample.label < (classes or 256):
-                below = f"{classes}, the number of classes" if classes else "256"
+            if not isinstance(sample.label, int) or not 0 <= sample.label < most:
+                below = f"{most}{', the number of classes' if most == classes else ''}"
                 raise ConfigError(
                     f"{sample.place}: a label must be an integer from 0 to below {below} (label: {sample.label!r})"
                 )
@@ -123,7 +129,7 @@ def _read(config: Data, splits: dict[str, Iterable[Sample]]) -> tuple[dict[str, 
         if not decoded:
             raise ConfigError(f"{config.path}: the {split} split is empty; it must hold at least one sample")
         images[split], labels[split] = torch.stack(decoded), torch.tensor(numbers)
-        classes = classes or max(numbers) + 1
+        most = classes = classes or max(numbers) + 1
     return images, labels
 
 
@@ -210,6 +216,19 @@ def rows(file: Path, config: Data, *, labelled: bool = True) -> Iterator[Sample]
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _class_names(file: Path, config: Data) -> list[str]:
+    """Returns the names that Hugging Face's `datasets` gives the classes in a file; none where it did not write it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with suppress(pa.ArrowException, OSError, ValueError, LookupError, TypeError):  # reading the rows says what it is
+        schema = pq.read_schema(file)
+        label = _column(file, schema, "label_column", config.label_column, pa.types.is_integer)
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return list(map(str, names)) if len(names) <= MOST_CLASSES else []
+    return []
 
 
 def _holds_images(kind: Any) -> bool:

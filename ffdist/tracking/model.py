@@ -1,6 +1,7 @@
 """The network of a run as an MLflow model, that `mlflow models serve` answers requests with."""
 
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +17,16 @@ NEEDED = ("mlflow", "numpy", "safetensors", "torch")
 """What the model needs where it is served; the part of ffdist that predicts goes with it."""
 
 
-def log_model(client: Any, run_id: str, network: Network, image: Tensor, register: str | None) -> None:
+def log_model(
+    client: Any, run_id: str, network: Network, names: Sequence[str], image: Tensor, register: str | None
+) -> None:
     """Logs a network as the model of a run, and registers it where there is a name for that.
 
     Args:
         client: MLflow's.
         run_id: The run's.
         network: What to log.
+        names: Of the classes, where they have some.
         image: An example, uint8 `[D]`.
         register: Name of a registered model, which gets a new version.
     """
@@ -36,7 +40,7 @@ def log_model(client: Any, run_id: str, network: Network, image: Tensor, registe
         facts = Model(
             artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
         )
-        save_model(network, image, path, mlflow_model=facts)
+        save_model(network, names, image, path, mlflow_model=facts)
         client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -51,11 +55,12 @@ def log_model(client: Any, run_id: str, network: Network, image: Tensor, registe
         client.create_model_version(register, source, run_id, model_id=model.model_id)
 
 
-def save_model(network: Network, image: Tensor, path: Path, **facts: Any) -> None:
+def save_model(network: Network, names: Sequence[str], image: Tensor, path: Path, **facts: Any) -> None:
     """Writes a network as an MLflow model into a folder that is not there yet.
 
     Args:
         network: What to write.
+        names: Of the classes, where they have some.
         image: An example, uint8 `[D]`.
         path: The folder.
         **facts: As MLflow's `save_model` takes them.
@@ -68,6 +73,8 @@ def save_model(network: Network, image: Tensor, path: Path, **facts: Any) -> Non
     architecture = network.architecture
     named = {"label": (np.int64, ()), "probability": (np.float32, (architecture.classes,))}
     named["goodness"] = (np.float32, (architecture.classes if architecture.goodness_predicts else 0,))
+    if names:
+        named["name"] = (np.str_, ())
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, *architecture.shape))]),
         Schema([TensorSpec(np.dtype(kind), (-1, *shape), name) for name, (kind, shape) in named.items()]),
@@ -80,7 +87,7 @@ def save_model(network: Network, image: Tensor, path: Path, **facts: Any) -> Non
             shutil.copy(package / name, part)
         kept = Path(folder) / "network"
         kept.mkdir()
-        exported.save_network(network, kept)
+        exported.save_network(network, kept, names)
         pyfunc.save_model(
             path,
             loader_module=exported.__name__,

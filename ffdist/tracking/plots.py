@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from matplotlib import colormaps, rc_context
@@ -27,8 +28,8 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 110,
 }
 _ONE_AT_A_TIME = Lock()
-UNITS, BINS, CHUNKS, FIRST = 64, 60, 14, 4
-"""Receptive fields, bins of a histogram and chunks of a timeline that are drawn, and the first of these."""
+UNITS, BINS, CHUNKS, FIRST, LONGEST = 64, 60, 14, 4, 20
+"""Receptive fields, bins of a histogram, chunks of a timeline and the first of them, and letters of a name: drawn."""
 LOOKS = {"compute": ("#2a6f97", "#89c2d9"), "wait": ("#eeeeee",), "wait for negatives": ("#333333",)}
 """Of the timeline's spans; one chunk after the other."""
 
@@ -41,7 +42,9 @@ def _styled(*, grid: bool = True) -> Iterator[None]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
+    with catch_warnings():
+        filterwarnings("ignore", "Glyph")  # of names in scripts that matplotlib's font lacks
+        figure.savefig(path)
     return path
 
 
@@ -148,16 +151,24 @@ def plot_fields(network: Network, path: Path) -> Path:
 
 
 @_styled(grid=False)
-def plot_confusion(confusion: Tensor, predicted_by: str, path: Path) -> Path:
-    """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path."""
+def plot_confusion(confusion: Tensor, predicted_by: str, names: Sequence[str], path: Path) -> Path:
+    """Draws a confusion matrix `[C, C]`, true labels down, predicted ones across, and returns the picture's path.
+
+    Args:
+        confusion: Counts.
+        predicted_by: What predicted.
+        names: Of the classes, where they have some.
+        path: Where to draw.
+    """
     classes = len(confusion)
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     panel = figure.subplots()
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     panel.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.3, 0, 1))  # so that rare errors are seen
     if classes <= 30:
-        panel.set_xticks(range(classes))
-        panel.set_yticks(range(classes))
+        ticks = [name[:LONGEST] for name in names or map(str, range(classes))]
+        panel.set_xticks(range(classes), ticks, rotation=90 if names else 0, parse_math=False)
+        panel.set_yticks(range(classes), ticks, parse_math=False)
         for row, column in confusion.nonzero().tolist():
             color = "white" if share[row, column] > 0.1 else "black"
             count = str(int(confusion[row, column]))
