@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from ffdist.config import Config, ConfigError
@@ -39,12 +40,9 @@ def prepare(config: Config) -> Prepared:
             f"training.batch_size must be at most the number of training samples "
             f"(batch_size: {order.batch_size}, training samples: {order.samples})"
         )
-    return Prepared(
-        dataset,
-        order,
-        build_architecture(config, dataset.shape, dataset.classes),
-        plan_negatives(config, dataset, order),
-    )
+    architecture = build_architecture(config, dataset.shape, dataset.classes)
+    _check_memory(architecture)
+    return Prepared(dataset, order, architecture, plan_negatives(config, dataset, order))
 
 
 def build_architecture(config: Config, shape: tuple[int, int, int], classes: int) -> Architecture:
@@ -83,6 +81,16 @@ def build_architecture(config: Config, shape: tuple[int, int, int], classes: int
         )
     except ValueError as error:
         raise ConfigError(f"model.layers and data.label must fit together: {error}") from error
+
+
+def _check_memory(architecture: Architecture) -> None:
+    needed, there = 2 * sum(architecture.weights) * torch.float32.itemsize, psutil.virtual_memory().total
+    if needed > there:
+        raise ConfigError(
+            f"all weights, each with its gradient's running mean, must fit into this machine's memory, through which "
+            f"every commit goes (they take: {needed / 1e9:,.1f} GB, memory: {there / 1e9:,.1f} GB); make model.layers "
+            f"smaller"
+        )
 
 
 def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> NegativePlan:

@@ -53,13 +53,23 @@ def test_parquet_files_and_folders_become_channel_after_channel(colours):
 
 def test_names_that_hugging_face_gives_classes_are_theirs(tmp_path):
     """As `datasets` 5.2.0 writes them; a class that no sample shows is one, too."""
-    for split in ("train", "test"):
+
+    def name(split, names):
         write_parquet(tmp_path / f"{split}.parquet", [png(9, mode="L"), png(8, mode="L")], [0, 1])
         table = pq.read_table(tmp_path / f"{split}.parquet")
-        kept = {"img": {"_type": "Image"}, "label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}}
+        kept = {"img": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kept}})})
         pq.write_table(table, tmp_path / f"{split}.parquet")
+        return table
+
+    name("train", ["ant", "bee", "cat"])
+    name("test", ["cat", "ant"])
     assert (load(tmp_path).classes, load(tmp_path).names) == (3, ("ant", "bee", "cat"))
+    assert load(tmp_path).labels["test"].tolist() == [2, 0]
+    name("test", ["cat", "owl"])
+    with pytest.raises(ConfigError, match=r"row 1: a label must be an integer .* \(label: 'owl'\)"):
+        load(tmp_path)
+    table = name("test", ["ant", "bee", "cat"])
     assert load(tmp_path, classes=4).names == ("ant", "bee", "cat", "3")
     assert load(tmp_path, classes=2).names == ("ant", "bee")
     for odd in (b"{}", b'{"info": {"features": []}}', b"["):

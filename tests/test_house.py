@@ -38,7 +38,7 @@ HOMES = {
     "yaml": {"config", "config_file"},
     "safetensors": {"checkpoint", "exported"},
     "click": {"cli"},
-    "psutil": {"chaos", "bench"},
+    "psutil": {"chaos", "bench", "prepare"},
 }
 
 

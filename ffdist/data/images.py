@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -57,7 +57,7 @@ def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], li
     assert config.path is not None
     files = {split: _files(config.path, split) for split in SPLITS}
     names = _class_names(files["train"][0], config)
-    samples = {split: chain.from_iterable(rows(f, config) for f in files[split]) for split in SPLITS}
+    samples = {split: chain.from_iterable(rows(f, config, names) for f in files[split]) for split in SPLITS}
     return *_read(config, samples, config.classes or len(names)), names
 
 
@@ -187,8 +187,11 @@ def _files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def rows(file: Path, config: Data, *, labelled: bool = True) -> Iterator[Sample]:
+def rows(file: Path, config: Data, names: Sequence[str] = (), *, labelled: bool = True) -> Iterator[Sample]:
     """Yields the samples of a Parquet file; where they need no label, None stands for one that there is not.
+
+    Where both it and the caller name the classes, they are numbered as in `names`, and one that is not there is called
+    by its name.
 
     Raises:
         ConfigError: The file cannot be read, or its columns are not there.
@@ -205,14 +208,15 @@ def rows(file: Path, config: Data, *, labelled: bool = True) -> Iterator[Sample]
             if labelled or len(integers) == 1 or label in integers:
                 wanted = label if label in integers else config.label_column
                 columns.append(_column(file, schema, "label_column", wanted, pa.types.is_integer))
-            row = 0
+            own, row = _class_names(file, config) if names else [], 0
+            numbered = {index: names.index(name) if name in names else name for index, name in enumerate(own)}
             for batch in parquet.iter_batches(batch_size=1024, columns=columns):
                 listed = batch[columns[-1]].to_pylist() if len(columns) == 2 else [None] * batch.num_rows
                 for encoded, number in zip(batch[image].to_pylist(), listed, strict=True):
                     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
                     if content is None:
                         raise ConfigError(f"{file}, row {row}: an image is its encoded bytes, and here are none")
-                    yield Sample(content, number, f"{file}, row {row}")
+                    yield Sample(content, numbered.get(number, number), f"{file}, row {row}")
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error

@@ -79,7 +79,7 @@ def _samples(paths: Sequence[Path], config: Data, classes: int, names: Sequence[
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
             for parquet in (file for file in files if file.suffix == ".parquet"):
-                yield from rows(parquet, config, labelled=False)
+                yield from rows(parquet, config, names, labelled=False)
             files = [file for file in files if is_image(file)]
             folders = sorted({file.parent.name for file in files})
             flat = {file.parent.parent for file in files} == {path}
@@ -87,7 +87,7 @@ def _samples(paths: Sequence[Path], config: Data, classes: int, names: Sequence[
             order = list(names or folders)
             yield from (Sample(file, order.index(file.parent.name) if known else None, str(file)) for file in files)
         elif path.suffix == ".parquet":
-            yield from rows(path, config, labelled=False)
+            yield from rows(path, config, names, labelled=False)
         elif path.is_file():
             yield Sample(path, None, str(path))
         else:
