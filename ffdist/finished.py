@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from ffdist.config import Config, ConfigError
@@ -21,6 +20,7 @@ from ffdist.ff.negatives import NegativesError
 from ffdist.ff.network import Network, Prediction
 from ffdist.pipeline.runner import Evaluated
 from ffdist.prepare import build_architecture
+from ffdist.screen import track
 from ffdist.start import CONFIG, SUMMARY, commits_of, find_run, network_of, newest
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.timeline import TIMELINE, read_timeline
@@ -114,7 +114,7 @@ class Run:
                 f"{list(shape)})"
             )
         parts = torch.split(images.flatten(1), max(1, ROWS // architecture.classes))
-        found = [self.network.predict(part) for part in track(parts, "predicting", transient=True)]
+        found = [self.network.predict(part) for part in track(parts, "predicting")]
         probabilities, goodness, label = zip(*found, strict=True)
         return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
 

@@ -46,7 +46,7 @@ def fill_store(config: Config) -> Store:
     source = NegativeSource(plan, dataset.images, dataset.labels["train"], architecture, order)
     try:
         with torch_threads(config.pipeline.threads_per_stage):
-            for epoch in track(range(config.passes), f"making {plan.kind} negatives", transient=True):
+            for epoch in track(range(config.passes), f"making {plan.kind} negatives"):
                 for number in order.shards(0, order.minibatches):
                     source.make(epoch, number)
     except NegativesError as broken:
@@ -75,7 +75,7 @@ def show_store(uri: str, picture: Path) -> None:
         order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
         of = len(order.shards(0, order.minibatches))
         table = Table("epoch", "shards", "samples", "bytes", box=None, padding=(0, 2))
-        for epoch, group in groupby(track(entries, "checking", transient=True), lambda entry: entry.epoch):
+        for epoch, group in groupby(track(entries, "checking"), lambda entry: entry.epoch):
             shards = list(group)
             for shard in shards:
                 store.read(shard.epoch, shard.number)
@@ -119,7 +119,7 @@ def fit_readout(run: str, *, runs: Path) -> float:
         parts = torch.split(dataset.images[split], ROWS)
         passed = [
             torch.cat([activity.float() for activity in network.read(network.architecture.neutral_rows(part))], 1)
-            for part in track(parts, f"passing {split} samples through the layers", transient=True)
+            for part in track(parts, f"passing {split} samples through the layers")
         ]
         rows[split] = torch.cat(passed)
     readout = network.architecture.readout()

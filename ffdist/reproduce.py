@@ -10,9 +10,9 @@ from ffdist.config_file import find_config, load_config, shipped_configs
 from ffdist.finished import Run
 from ffdist.offline import fit_readout
 from ffdist.prepare import prepare
+from ffdist.screen import Screen
 from ffdist.start import CONFIG, SUMMARY, commits_of
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
-from ffdist.tracking.progress import Screen
 from ffdist.tracking.results import MISSED, finished_runs, result_rows, results_table
 from ffdist.tracking.server import tracking_uri
 from ffdist.trainer import train

@@ -25,7 +25,7 @@ ROWS = [
     {"runtime", "tracking"},
     {"pipeline", "checkpoint", "evaluation"},
     {"exported"},
-    {"ff", "data", "config", "config_file", "sections", "failures", "interrupts"},
+    {"ff", "data", "config", "config_file", "sections", "failures", "interrupts", "screen"},
 ]
 HOMES = {
     "ray": {"runtime", "chaos"},

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from rich.progress import track
 
 from ffdist.chaos.simulated import (
     BATCH,
@@ -41,6 +40,7 @@ from ffdist.pipeline.source import NegativePlan
 from ffdist.pipeline.stage import layer_name
 from ffdist.prepare import Prepared, build_architecture
 from ffdist.recovery import run_to_the_end
+from ffdist.screen import track
 from ffdist.start import Start, resume
 from ffdist.tracking.averages import is_learned
 from ffdist.tracking.outbox import OUTBOX, Outbox, Point
@@ -87,7 +87,7 @@ def simulate(schedules: int, seed: int) -> Outcome:
     """
     truth, _ = run_schedule(seed, faults=0)
     start, faults = time.perf_counter(), 0
-    for number in track(range(schedules), "simulating", transient=True):
+    for number in track(range(schedules), "simulating"):
         try:
             end, told = run_schedule(seed * 1_000_000 + number, faults=MOST_FAULTS)
             wrong = [name for name, one, other in zip(End._fields, end, truth, strict=True) if one != other]

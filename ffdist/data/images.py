@@ -95,14 +95,14 @@ def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor
 def _read(
     config: Data, splits: Mapping[str, Iterable[Sample]], classes: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    from rich.progress import track
+    from ffdist.screen import track
 
     mode, size, most = None, config.image_size, min(classes or MOST_CLASSES, MOST_CLASSES)
     images, labels = {}, {}
     for split, samples in splits.items():
         decoded: list[Tensor] = []
         numbers: list[int] = []
-        for sample in track(samples, f"reading {split} images", transient=True):
+        for sample in track(samples, f"reading {split} images"):
             image = decode(sample)
             mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
             if image.mode not in ("1", "L") and mode == "L":

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageChops
-from rich.progress import track
 from torch import Tensor
 
 from ffdist.config import ConfigError
 from ffdist.data.images import Sample, decode, is_image, pixels, rows
+from ffdist.screen import track
 from ffdist.sections import Data
 
 
@@ -45,7 +45,7 @@ def read_inputs(
         ConfigError: Names the file or row that cannot be brought to it, and the rule.
     """
     images, labels, places = list[Tensor](), list[int | None](), list[str]()
-    for sample in track(_samples(paths, config, classes, names), "reading images", transient=True):
+    for sample in track(_samples(paths, config, classes, names), "reading images"):
         images.append(pixels(_fitted(decode(sample), sample.place, shape, resize=config.image_size is not None)))
         labels.append(sample.label)
         places.append(sample.place)

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ffdist.evaluation import errors_in_words
+from ffdist.screen import Screen
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
@@ -22,15 +23,6 @@ PICTURES = {
     "timeline.png": "who computed and who waited",
 }
 """What a run's pictures show; those that it has are named on its page."""
-
-
-class Screen(Console):
-    """A terminal, a file or a pipe."""
-
-    def on_broken_pipe(self) -> None:
-        """Goes on and says nothing more where nobody reads on, such as `head`; rich's own ends the process."""
-        with suppress(SystemExit):
-            super().on_broken_pipe()
 
 
 class Display:
