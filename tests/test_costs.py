@@ -45,6 +45,15 @@ def test_the_slowest_stage_decides_where_processors_abound(cut, processors, seco
     assert found == pytest.approx(digits.order.batch_size / seconds)
 
 
+def test_on_gpus_only_layers_share_them_and_a_stage_packs_by_itself(digits):
+    three = a_blueprint(digits, [range(1), range(1, 2), range(2, 3)])
+    for gpus, others, seconds in [(4, 0.05, 0.05), (4, 0.01, 0.03), (1, 0.05, 0.06)]:
+        costs = Costs([0.01, 0.03, 0.02], others, "cuda")
+        ideal = digits.order.batch_size / seconds
+        found = predicted_samples_per_s(costs, three.paced(1000, 1), processors=gpus)
+        assert 0.98 * ideal < found <= ideal
+
+
 def test_parts_that_share_processors_wait_for_all_of_them_and_their_messages(digits):
     costs, blueprint = Costs([0.01, 0.03, 0.02], 0.01, "cpu"), a_blueprint(digits, [range(1), range(1, 2), range(2, 3)])
     ideal = digits.order.batch_size / 0.035

@@ -14,7 +14,7 @@ def test_overwrite_replaces_the_first_pixels_in_a_copy():
 
 def test_append_keeps_every_pixel():
     images = torch.rand(4, 20)
-    shown = append(images, neutral((4,), 5))
+    shown = append(images, neutral(images, 5))
     assert torch.equal(shown[:, :20], images)
     assert torch.equal(shown[:, 20:], torch.full((4, 5), 0.2))
 

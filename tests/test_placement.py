@@ -3,7 +3,7 @@ import time
 import pytest
 
 from ffdist.config import ConfigError
-from ffdist.runtime.placement import decide, reserve
+from ffdist.runtime.placement import READOUT_GPUS, decide, reserve
 from ffdist.sections import Pipeline
 
 
@@ -20,16 +20,17 @@ def test_auto_is_one_stage_a_layer_on_processors():
 
 def test_auto_is_one_stage_a_gpu_where_there_are_fewer_gpus_than_layers():
     placement = decided(resources={"CPU": 16, "GPU": 2})
-    assert (placement.stages, placement.device, placement.stage_gpus) == (2, "cuda", 1)
+    assert (placement.stages, placement.device, placement.stage_gpus) == (2, "cuda", 0.9)
     assert decided(resources={"CPU": 16, "GPU": 8}).stages == 4
 
 
 @pytest.mark.parametrize(
-    ("stages", "gpus", "share"), [(4, 4, 1), (4, 2, 1 / 2), (4, 3, 1 / 2), (5, 2, 1 / 3), (3, 8, 1)]
+    ("stages", "gpus", "share"), [(4, 4, 0.9), (4, 2, 0.45), (4, 3, 0.45), (5, 2, 0.3), (3, 8, 0.9)]
 )
-def test_more_stages_than_gpus_share_them_evenly(stages, gpus, share):
+def test_stages_share_gpus_evenly_and_leave_room_for_the_readout(stages, gpus, share):
     placement = decided(layers=6, stages=stages, resources={"CPU": 16, "GPU": gpus})
-    assert placement.stage_gpus == share
+    assert placement.stage_gpus == pytest.approx(share)
+    assert placement.bundles(1)[stages] == {"CPU": 1, "GPU": READOUT_GPUS}
 
 
 def test_few_processors_are_shared_like_gpus():
@@ -49,7 +50,7 @@ def test_gpus_asked_for_and_not_there():
 
 def test_bundles_are_in_the_order_in_which_actors_are_made():
     bundles = decided(stages=2, layers=2, negative_actors=2, resources={"CPU": 8, "GPU": 1}).bundles(2)
-    assert bundles == [{"CPU": 1, "GPU": 0.5}] * 2 + [{"CPU": 1}] * 3
+    assert bundles == [{"CPU": 1, "GPU": 0.45}] * 2 + [{"CPU": 1, "GPU": 0.1}] + [{"CPU": 1}] * 2
 
 
 def test_an_actor_that_no_node_can_hold_is_refused_at_once(ray_start_4_cpus):

@@ -54,7 +54,7 @@ def test_hard_label_is_the_newest_that_was_drawn_a_delay_ago(delay, chunk_size):
 
 def a_source(plan: NegativePlan, jitter=0, **changes) -> tuple[Source, NegativeSource]:
     architecture = Architecture(SHAPE, CLASSES, (8, 8), **changes)
-    return Source(architecture, ORDER, plan, jitter, IMAGES, LABELS), NegativeSource(
+    return Source(architecture, ORDER, "cpu", plan, jitter, IMAGES, LABELS), NegativeSource(
         plan, IMAGES, LABELS, architecture, ORDER
     )
 
@@ -130,7 +130,7 @@ def test_a_chunk_across_shards_gets_the_negatives_of_its_own_samples():
     images = {"train": torch.zeros(order.samples, 1, dtype=torch.uint8)}
     architecture = Architecture((1, 1, 1), 7, (3,), label="append", predict_from=1)
     plan = NegativePlan("fixed")
-    source = Source(architecture, order, plan, 0, images, labels)
+    source = Source(architecture, order, "cpu", plan, 0, images, labels)
     negatives = NegativeSource(plan, images, labels, architecture, order)
     assert [list(order.shards(first, 4)) for first in (0, 3, 4, 6)] == [[0], [0, 1], [0, 1], [1]]
     signal, _ = source.train(Train(3, 3, 4, 33, 1.0), negatives.make(3, 0), negatives.make(3, 1))

@@ -116,14 +116,14 @@ def _measure(name: str, layer: Layer, batch: int, precision: str, byte_s: float,
         torch.matmul(inputs, weight.mT)
         torch.matmul(direction.mT, trained)
 
-    def train(rows: torch.Tensor, way: Way) -> list[torch.Tensor]:
-        passed, metrics = layer.train_minibatch(rows, batch=batch, gain=way.gain)
+    def train(parts: Sequence[torch.Tensor], way: Way) -> list[torch.Tensor]:
+        passed, metrics = layer.train_minibatch(parts[0], batch=batch, gain=way.gain)
         return [passed.activity, metrics]
 
     take = Graphs(train)
 
     def step() -> None:
-        take(rows, Way(1.0, None, measure=False))
+        take((rows,), Way(1.0))
 
     products_s, step_s = _seconds([products, step], device)
     moved = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))

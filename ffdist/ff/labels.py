@@ -10,9 +10,9 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels, classes).to(torch.float32)
 
 
-def neutral(shape: tuple[int, ...], classes: int) -> Tensor:
-    """Returns label values `[*shape, C]` that favour no class: `1 / C` each."""
-    return torch.full((*shape, classes), 1 / classes)
+def neutral(images: Tensor, classes: int) -> Tensor:
+    """Returns label values `[..., C]` for images `[..., D]` that favour no class: `1 / C` each."""
+    return torch.full((*images.shape[:-1], classes), 1 / classes, device=images.device)
 
 
 def overwrite(images: Tensor, values: Tensor) -> Tensor:

@@ -167,9 +167,14 @@ class Architecture:
             rows = LABELS[self.label](rows, values * self.label_scale)
         return NORMALIZATIONS[self.rule.normalization](rows, squared_length(rows)).to(self.compute_dtype)
 
+    def claiming_rows(self, images: Tensor) -> Tensor:
+        """Turns images `[N, D]` into rows with every label, in their order `[N, C, D']`."""
+        labels = torch.arange(self.classes, device=images.device).expand(len(images), -1)
+        return self.rows(images.unsqueeze(1), one_hot(labels, self.classes))
+
     def neutral_rows(self, images: Tensor) -> Tensor:
         """Turns images `[..., D]` into the rows that the readout's pass reads: with the neutral label, or none."""
-        return self.rows(images, neutral(images.shape[:-1], self.classes) if self.labels_shown else None)
+        return self.rows(images, neutral(images, self.classes) if self.labels_shown else None)
 
 
 class Prediction(NamedTuple):
@@ -216,9 +221,7 @@ class Network(nn.Module):
         if not architecture.goodness_predicts:
             none = probabilities.new_empty(len(self.layers), len(images), 0)
             return Prediction(probabilities, none, probabilities.argmax(-1))
-        labels = torch.arange(architecture.classes).expand(len(images), -1)
-        rows = architecture.rows(images.unsqueeze(1), one_hot(labels, architecture.classes))
-        goodness = []
+        rows, goodness = architecture.claiming_rows(images), []
         for layer in self.layers:
             rows, layer_goodness = layer(rows)
             goodness.append(layer_goodness)

@@ -29,7 +29,7 @@ class Readout(Learner):
         return F.linear(self._rows(activities), self.weight, self.bias)
 
     def _rows(self, activities: list[Tensor]) -> Tensor:
-        return torch.cat([part.to(self.weight.dtype) for part in activities], -1)
+        return torch.cat(activities, -1).to(self.weight.dtype)
 
     def train_minibatch(self, activities: list[Tensor], labels: Tensor, *, gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """Makes one update on the cross-entropy.

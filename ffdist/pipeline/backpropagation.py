@@ -38,7 +38,8 @@ class Backpropagation:
         self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
         self._device = blueprint.device
         self._refresh()
-        self._source = Source(architecture, blueprint.order, blueprint.negatives, blueprint.jitter, images, labels)
+        data = blueprint.negatives, blueprint.jitter, images, labels
+        self._source = Source(architecture, blueprint.order, blueprint.device, *data)
         self._order, self._images, self._labels, self._writer = blueprint.order, images, labels, writer
 
     def restore(self, state: State) -> None:

@@ -112,7 +112,7 @@ class Blueprint(NamedTuple):
                 make(Stage, architecture, layers, order, self.measure_every, self.device, *first)
                 for layers, first in zip(self.stage_layers, chain([source], repeat(())), strict=False)
             ],
-            readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay)),
+            readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay), self.device),
             negatives=[
                 make(NegativeSource, negatives, images, labels, architecture, order) for _ in range(negatives.num_parts)
             ],

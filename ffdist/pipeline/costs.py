@@ -15,8 +15,8 @@ from ffdist.pipeline.partition import given_partition
 from ffdist.pipeline.runner import Trained, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Train
 
-SIZE, LEAST, MOST, ENOUGH_S = 4, 3, 16, 1.0
-"""Minibatches of a chunk that is measured, fewest and most of them, and when the fewest are enough."""
+SIZE, LEAST, MOST, ENOUGH_S = {"cpu": 4, "cuda": 40}, 3, 16, 1.0
+"""Minibatches of a chunk that is measured, fewest and most chunks, and when the fewest are enough."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
 """Processor time of an actor's call, in all processes of driver and Ray, and of a byte that goes from one actor to the
 next; measured with Ray 2.60."""
@@ -54,10 +54,15 @@ def measure_costs(
 def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Costs:
     order, one_each = blueprint.order, given_partition([1] * len(blueprint.architecture.layers))
     alone = blueprint._replace(stage_layers=one_each, negatives=replace(blueprint.negatives, store=None))
-    size = min(SIZE, order.minibatches)
-    chunks = [Train(0, first, size, first, 1.0) for first in range(0, order.minibatches - size + 1, size)][:MOST]
-    took: list[tuple[float, list[float]]] = []  # of each chunk all, and its layers
+    size = min(SIZE[blueprint.device], order.minibatches)
+    of_epoch = order.minibatches // size
+    places = (divmod(number, of_epoch) for number in range(MOST))
+    chunks = [Train(epoch, size * part, size, epoch * order.minibatches + size * part, 1.0) for epoch, part in places]
+    took: list[tuple[float, list[float]]] = []  # of each chunk what is not the layers', and what is
     runner = serial_runner(alone, images, labels, None)
+    if blueprint.device != "cpu":  # whose libraries start and whose graphs are captured in the first chunk
+        for _ in runner.run(chunks[-1:], chunks[-1:]):
+            pass
     start = since = time.perf_counter()
     worked_since = time.thread_time()
     for _, trained in runner.run(chunks, chunks):
@@ -65,15 +70,16 @@ def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor
         now, worked = time.perf_counter(), time.thread_time()
         # Of the time on a processor: others, such as a Ray that starts, take turns with this thread.
         share = (worked - worked_since) / (now - since) if blueprint.device == "cpu" else 1.0
-        took.append((share * (now - since), [share * report.compute_s for report in trained.stages]))
+        layers = [share * report.compute_s for report in trained.stages]
+        took.append((max(0.0, worked - worked_since - sum(layers)), layers))
         since, worked_since = now, worked
         if len(took) >= LEAST and now - start > ENOUGH_S:
             break
-    made_s = took[0][0] - sum(took[0][1])  # the first chunk makes a whole shard of negatives
-    per_minibatch = made_s * order.batch_size / min(SHARD_SAMPLES, order.samples)
+    # The first chunk makes a whole shard of negatives.
+    negatives_s = took[0][0] * order.batch_size / min(SHARD_SAMPLES, order.samples)
     warm = took[1:] or took
     layers = [median(each) / size for each in zip(*(layers for _, layers in warm), strict=True)]
-    others = per_minibatch + median(all_s - sum(layers) for all_s, layers in warm) / size
+    others = negatives_s + median(others_s for others_s, _ in warm) / size
     return Costs(layers, others, blueprint.device)
 
 
@@ -90,12 +96,17 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
         blueprint: How layers are cut into stages, and how many minibatches travel together.
         processors: Of the kind that the stages compute on, each for one thread; None where all is done in turn.
     """
-    batch, stages, busy_s = blueprint.order.batch_size, blueprint.stage_layers, sum(costs.layers) + costs.others
+    batch, stages, call_s = blueprint.order.batch_size, blueprint.stage_layers, CALL_S / blueprint.chunk_size
     if processors is None:
-        return batch / busy_s
-    calls_s = CALL_S * (len(stages) + 2) / blueprint.chunk_size
-    travels_s = BYTE_S * sum(_bytes_out(blueprint, layers) for layers in stages)
-    return batch / max(slowest_stage_s(costs, stages), (busy_s + calls_s + travels_s) / processors)
+        return batch / (sum(costs.layers) + costs.others)
+    travels_s = [BYTE_S * _bytes_out(blueprint, layers) for layers in stages]
+    if costs.device == "cpu":
+        shared_s = sum(costs.layers) + costs.others + call_s * (len(stages) + 2) + sum(travels_s)
+        return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
+    # What is packed, and all that is not a layer's, is the work of processors beside the GPUs.
+    each_s = [sum(costs.layers[layer] for layer in layers) for layers in stages]
+    packed_s = max(compute_s + out_s for compute_s, out_s in zip(each_s, travels_s, strict=True))
+    return batch / max(packed_s + call_s, sum(costs.layers) / processors, costs.others)
 
 
 def _bytes_out(blueprint: Blueprint, layers: Sequence[int]) -> int:

@@ -1,9 +1,8 @@
-"""How the minibatches of a chunk pass through a stage: one by one on processors, overlapping with copies on a GPU.
+"""How the minibatches of a chunk pass through a part: one by one on processors, while the next ones come on a GPU."""
 
-What is for CUDA alone, graphs and their replay, has not been run yet; the rest of `Overlapped` is tested on processors.
-"""
-
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,25 +17,37 @@ class Way(NamedTuple):
 
     gain: float
     """The schedule's factor on the learning rates."""
-    layer: int | None
+    layer: int | None = None
     """The only layer that learns; None for all."""
-    measure: bool
+    measure: bool = False
     """Whether MEASURED is."""
 
 
-Step = Callable[[Tensor, Way], Sequence[Tensor]]
-"""Trains on the rows of a minibatch, where the layers live, and returns tensors there."""
-Minibatch = tuple[Sequence[Tensor], Way]
-"""The parts of its rows, in main memory; and how it is trained on."""
+Step = Callable[[Sequence[Tensor], Way], Sequence[Tensor]]
+"""Trains on the parts of a minibatch, where the weights live, and returns tensors there."""
+Take = Callable[[Sequence[Tensor], Sequence[Way]], list[Tensor]]
+"""Takes the steps of a chunk, as `one_by_one` does."""
+Captured = tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Sequence[Tensor]]
+"""A graph, the parts that it reads, and what it makes of them."""
 
 
-def one_by_one(step: Step, minibatches: Sequence[Minibatch]) -> list[Tensor]:
+def taking(step: Step, device: str, *, made_there: bool = False) -> Take:
+    """Returns how steps are best taken on a device; arguments are those of `Overlapped`."""
+    return partial(one_by_one, step) if device == "cpu" else Overlapped(step, device, made_there=made_there)
+
+
+def one_by_one(step: Step, parts: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
     """Takes steps on processors.
 
+    Args:
+        step: To take.
+        parts: What minibatches consist of, of all of them `[K, ...]` each.
+        ways: How each of them is trained on.
+
     Returns:
-        Each thing that a step makes, of all minibatches `[K, ...]`.
+        Each thing that a step makes, of all minibatches `[K, ...]`, in main memory.
     """
-    made = [step(torch.cat(list(parts)), way) for parts, way in minibatches]
+    made = [step(minibatch, way) for *minibatch, way in zip(*parts, ways, strict=True)]
     return [torch.stack(each) for each in zip(*made, strict=True)]
 
 
@@ -51,70 +62,75 @@ class Graphs:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._captured: dict[Way, tuple[torch.cuda.CUDAGraph, Tensor, Sequence[Tensor]] | None] = {}
+        self._captured: dict[Way, Captured | None] = {}
 
-    def __call__(self, rows: Tensor, way: Way) -> Sequence[Tensor]:
+    def __call__(self, parts: Sequence[Tensor], way: Way) -> Sequence[Tensor]:
         """Returns what the step makes, which the next one may overwrite."""
-        if rows.device.type != "cuda":
-            return self._step(rows, way)
+        if parts[0].device.type != "cuda":
+            return self._step(parts, way)
         if way not in self._captured:
             if len(self._captured) == MOST_WAYS:
                 torch.cuda.synchronize()
                 self._captured.clear()  # of past epochs, with the memory that they hold
             self._captured[way] = None
-            return self._step(rows, way)
-        captured = self._captured[way]
-        if captured is None:
-            graph, place = torch.cuda.CUDAGraph(), rows.clone()
-            with torch.cuda.graph(graph):
-                made = self._step(place, way)
-            captured = self._captured[way] = graph, place, made
-        graph, place, made = captured
-        place.copy_(rows)
+            return self._step(parts, way)
+        graph, places, made = self._captured[way] or self._capture(parts, way)
+        for place, part in zip(places, parts, strict=True):
+            place.copy_(part)
         graph.replay()
         return made
 
+    def _capture(self, parts: Sequence[Tensor], way: Way) -> Captured:
+        graph, places, collects = torch.cuda.CUDAGraph(), [part.clone() for part in parts], gc.isenabled()
+        gc.disable()  # garbage may hold other graphs, and to free one would spoil the capture
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                captured = self._captured[way] = graph, places, self._step(places, way)
+        finally:
+            if collects:
+                gc.enable()
+        return captured
+
 
 class Overlapped:
-    """Takes steps while the rows of the next minibatch come, and what the last one made goes, on streams of their own.
+    """Takes steps on a GPU, while what the next ones read is copied there on a stream of its own.
 
     Args:
         step: To take.
         device: Where, as torch names it.
+        made_there: Whether parts are on the device already, where they were made, or come from main memory.
     """
 
-    def __init__(self, step: Step, device: str) -> None:
-        self._device, self._is_cuda = device, device.startswith("cuda")
+    def __init__(self, step: Step, device: str, *, made_there: bool) -> None:
+        self._device, self._made_there, self._is_cuda = device, made_there, device.startswith("cuda")
         self._of_device = torch.get_device_module(device)
-        self._coming, self._going = self._of_device.Stream(), self._of_device.Stream()
-        self._steps = Graphs(step)
+        self._coming, self._steps = self._of_device.Stream(), Graphs(step)
         if self._is_cuda:  # sums of bfloat16 products are float32, also where a product is split
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-    def __call__(self, minibatches: Sequence[Minibatch]) -> list[Tensor]:
-        """Returns each thing that a step makes, of all minibatches `[K, ...]`, in main memory."""
-        computing, on = self._of_device.current_stream(), self._of_device.stream
-        # Buffers last for the chunk: memory that is freed for one stream may still be in use by another.
-        staged, arriving = self._buffers(torch.cat(list(minibatches[0][0])), len(minibatches))
-        passing: list[tuple[Tensor, Tensor]] = []
-        for number, (parts, way) in enumerate(minibatches):
-            torch.cat(list(parts), out=staged[number])
-            with on(self._coming):
-                arriving[number].copy_(staged[number], non_blocking=True)
-            computing.wait_event(self._coming.record_event())
-            made = self._steps(arriving[number], way)
-            passing = passing or [self._buffers(each, len(minibatches)) for each in made]
-            for each, (_, leaving) in zip(made, passing, strict=True):
-                leaving[number].copy_(each)
-            self._going.wait_event(computing.record_event())
-            with on(self._going):
-                for home, leaving in passing:
-                    home[number].copy_(leaving[number], non_blocking=True)
+    def __call__(self, parts: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
+        """Takes and returns what `one_by_one` does."""
+        places = list[Tensor]()
+        coming = zip(*parts, strict=True) if self._made_there else self._arriving(parts)
+        for number, (minibatch, way) in enumerate(zip(coming, ways, strict=True)):
+            made = self._steps(minibatch, way)
+            places = places or [each.new_empty((len(ways), *each.shape)) for each in made]
+            for place, each in zip(places, made, strict=True):
+                place[number].copy_(each)
+        home = [place.to("cpu", non_blocking=True) for place in places]
         self._of_device.synchronize()
-        return [home for home, _ in passing]
+        return home
 
-    def _buffers(self, one: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Returns room for so many tensors like one: in main memory, from which a GPU can copy by itself, and there."""
-        shape = (number, *one.shape)
-        here = torch.empty(shape, dtype=one.dtype, pin_memory=self._is_cuda)
-        return here, torch.empty(shape, dtype=one.dtype, device=self._device)
+    def _arriving(self, parts: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Yields the parts of each minibatch on the device, in time for what is launched after it."""
+        # Buffers last for the chunk: memory that is freed for one stream may still be in use by another.
+        staged = [torch.empty(part.shape, dtype=part.dtype, pin_memory=self._is_cuda) for part in parts]
+        there = [torch.empty_like(part, device=self._device) for part in parts]
+        for number in range(len(parts[0])):
+            for stage, part in zip(staged, parts, strict=True):
+                stage[number].copy_(part[number])  # to where a GPU can fetch it by itself
+            with self._of_device.stream(self._coming):
+                for place, stage in zip(there, staged, strict=True):
+                    place[number].copy_(stage[number], non_blocking=True)
+            self._of_device.current_stream().wait_event(self._coming.record_event())
+            yield [place[number] for place in there]

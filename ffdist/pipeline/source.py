@@ -168,6 +168,7 @@ class Source:
     Args:
         architecture: Says how a row shows its label.
         order: SampleOrder of the training set.
+        device: Where rows are made, as torch names it. Images and labels stay where they are until they are needed.
         plan: How the negatives come.
         jitter: Most pixels that an image of the training set is shifted in either direction.
         images: uint8 images of each split `[N, D]`.
@@ -178,12 +179,13 @@ class Source:
         self,
         architecture: Architecture,
         order: SampleOrder,
+        device: str,
         plan: NegativePlan,
         jitter: int,
         images: dict[str, Tensor],
         labels: Tensor,
     ) -> None:
-        self._architecture, self._order, self._jitter = architecture, order, jitter
+        self._architecture, self._order, self._device, self._jitter = architecture, order, device, jitter
         self._images, self._labels = images, labels
         self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
@@ -201,7 +203,7 @@ class Source:
         """
         architecture = self._architecture
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        images, labels = self._images["train"][samples], self._labels[samples]
+        images, labels = self._images["train"][samples].to(self._device), self._labels[samples].to(self._device)
         shards = [part for part in arrived if isinstance(part, Shard)]
         first = chunk.first * self._order.batch_size
         cuts = [
@@ -215,7 +217,7 @@ class Source:
                 if isinstance(part, Drawn):
                     self.hard_labels.take(part)
             negatives = self.hard_labels.replace(chunk, samples, negatives)
-        others = None
+        negatives, others = negatives.to(self._device), None
         if negatives.dtype == torch.uint8:
             others, negatives = negatives, labels
         if self._jitter:
@@ -233,18 +235,17 @@ class Source:
     def read(self, chunk: Train) -> Tensor:
         """Makes what the readout's pass reads of a chunk alone `[K, B, D]`."""
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        images = self._images["train"][samples]
+        images = self._images["train"][samples].to(self._device)
         return self._architecture.neutral_rows(self._shifted(images, self._shifts(chunk)) if self._jitter else images)
 
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
         """Returns a block's rows with every label `[n, C, D]`, and those that the readout reads `[n, D]`."""
         architecture = self._architecture
-        images = self._images[block.split][block.first : block.first + block.num_samples]
+        images = self._images[block.split][block.first : block.first + block.num_samples].to(self._device)
         if not architecture.labels_shown:
             rows = architecture.rows(images, None)
             return rows.unsqueeze(1)[:, :0], rows
-        claims = one_hot(torch.arange(architecture.classes).expand(len(images), -1), architecture.classes)
-        return architecture.rows(images.unsqueeze(1), claims), architecture.neutral_rows(images)
+        return architecture.claiming_rows(images), architecture.neutral_rows(images)
 
     def _shifts(self, chunk: Train) -> Tensor:
         """Draws how far down and right each sample's image is shifted `[K, 2, B]`, in [0, 2 * jitter]."""
@@ -254,7 +255,7 @@ class Source:
                 torch.randint(2 * self._jitter + 1, shape, generator=generator(self._order.seed, "jitter", step))
                 for step in range(chunk.step, chunk.step + chunk.num_minibatches)
             ]
-        )
+        ).to(self._device)
 
     def _shifted(self, images: Tensor, shift: Tensor) -> Tensor:
         """Returns images `[K, B, D]`, shifted; what comes in at the border is 0."""
@@ -262,4 +263,4 @@ class Source:
         padded = F.pad(images.reshape(-1, channels, height, width), (self._jitter,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         down, right = shift.transpose(0, 1).flatten(1)
-        return windows[torch.arange(len(padded)), :, down, right].view(images.shape)
+        return windows[torch.arange(len(padded), device=padded.device), :, down, right].view(images.shape)

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.device import Minibatch, Overlapped, Way, one_by_one
+from ffdist.pipeline.device import Take, Way, taking
 from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Drawn, Shard, Source
 
@@ -116,7 +116,7 @@ class Stage:
         self._layers = {index: architecture.layer(index).to(device) for index in layers}
         for layer in self._layers.values():
             layer.refresh()
-        self._source = Source(architecture, order, *source) if source else None
+        self._source = Source(architecture, order, device, *source) if source else None
         self._measure_every, self._device, self._batch = measure_every, device, order.batch_size
         self._take_steps = self._steps()
         self._clock = _Clock()
@@ -124,8 +124,8 @@ class Stage:
         read = range(architecture.predict_from - 1, len(architecture.layers))
         self._read_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
 
-    def _steps(self) -> Callable[[Sequence[Minibatch]], list[Tensor]]:
-        return partial(one_by_one, self._step) if self._device == "cpu" else Overlapped(self._step, self._device)
+    def _steps(self) -> Take:
+        return taking(self._step, self._device, made_there=self._source is not None)
 
     def train(self, chunk: Train, *message: Any) -> list[Report | Tensor | None]:
         """Trains on a chunk, minibatch after minibatch.
@@ -142,20 +142,18 @@ class Stage:
         self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
         signal, read = self._source.train(chunk, *message) if self._source else message
-        minibatches = []
-        for number in range(chunk.num_minibatches):
-            measure = (chunk.step + number + 1) % self._measure_every == 0
-            # Positive rows first: without labels they are those that the readout reads.
-            parts = (signal[number], read[number]) if self._labels_shown else (read[number], signal[number])
-            minibatches.append((parts, Way(chunk.gain, chunk.layer, measure)))
-        metrics, *made = self._take_steps(minibatches)
+        # Positive rows first: without labels they are those that the readout reads.
+        parts = (signal, read) if self._labels_shown else (read, signal)
+        done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
+        ways = [Way(chunk.gain, chunk.layer, step % self._measure_every == 0) for step in done]
+        metrics, *made = self._take_steps(parts, ways)
         passed = None if self._is_last else made.pop()
         reads = [made.pop(0) if travels else None for travels in self._read_travels]
         return [self._clock.report(metrics, shards), passed, *reads]
 
-    def _step(self, rows: Tensor, way: Way) -> list[Tensor]:
+    def _step(self, parts: Sequence[Tensor], way: Way) -> list[Tensor]:
         """Trains on the rows of a minibatch; returns metrics, what the readout reads of each layer, and the signal."""
-        batch, metrics, made = self._batch, [], []
+        batch, rows, metrics, made = self._batch, torch.cat(list(parts)), [], []
         signal_rows, read_rows = slice(None, -batch), slice(-batch, None)
         if not self._labels_shown:
             signal_rows, read_rows = slice(batch, None), slice(None, batch)
@@ -218,11 +216,15 @@ class ReadoutStage:
         labels: True labels of the training set `[N]`, int64.
         order: SampleOrder of the training set.
         draws: Whether it draws wrong labels, for hard negatives.
+        device: Where it lives, as torch names it.
     """
 
-    def __init__(self, architecture: Architecture, labels: Tensor, order: SampleOrder, draws: bool) -> None:
-        self._readout, self._labels, self._order, self._clock = architecture.readout(), labels, order, _Clock()
-        self._draws = draws
+    def __init__(
+        self, architecture: Architecture, labels: Tensor, order: SampleOrder, draws: bool, device: str
+    ) -> None:
+        self._readout, self._labels, self._order = architecture.readout().to(device), labels, order
+        self._draws, self._device, self._clock = draws, device, _Clock()
+        self._take_steps = taking(self._step, device)
 
     def train(self, chunk: Train, *read: Tensor) -> tuple[Report, Drawn | None]:
         """Trains on a chunk from the activities `[K, B, H]` of each read layer, lowest first.
@@ -231,22 +233,22 @@ class ReadoutStage:
             The report; and each sample's wrong label, drawn from what the readout took it for before its update.
         """
         self._clock.begin()
-        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        metrics, drawn = [], []
-        for minibatch, labels in enumerate(self._labels[samples]):
-            logits, minibatch_metrics = self._readout.train_minibatch(
-                [part[minibatch] for part in read], labels, gain=chunk.gain
-            )
-            metrics.append(minibatch_metrics)
-            if self._draws:
-                draw = generator(self._order.seed, "hard labels", chunk.step + minibatch)
-                drawn.append(draw_wrong_labels(logits, labels, draw))
-        report = self._clock.report(torch.stack(metrics))
-        return report, Drawn(chunk, torch.stack(drawn)) if drawn else None
+        labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
+        logits, metrics = self._take_steps((*read, labels), [Way(chunk.gain)] * chunk.num_minibatches)
+        drawn = None
+        if self._draws:
+            draws = (generator(self._order.seed, "hard labels", step) for step in count(chunk.step))
+            drawn = Drawn(chunk, torch.stack([*map(draw_wrong_labels, logits, labels, draws)]))
+        return self._clock.report(metrics), drawn
+
+    def _step(self, parts: Sequence[Tensor], way: Way) -> Sequence[Tensor]:
+        """Trains on what is read of a minibatch and its labels, the last part; returns logits and metrics."""
+        *read, labels = parts
+        return self._readout.train_minibatch(read, labels, gain=way.gain)
 
     def evaluate(self, *read: Tensor) -> Tensor:
         """Returns the predicted labels `[n]` from the activities `[n, H]` of each read layer."""
-        predicted: Tensor = self._readout(list(read)).argmax(-1)
+        predicted: Tensor = self._readout([part.to(self._device) for part in read]).argmax(-1).cpu()
         self._clock.free()
         return predicted
 
@@ -257,3 +259,4 @@ class ReadoutStage:
     def restore(self, state: State) -> None:
         """Takes up where a state was taken."""
         self._readout.load_state_dict(state["readout"])
+        self._take_steps = taking(self._step, self._device)  # a graph knows the tensors before

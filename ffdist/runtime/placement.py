@@ -10,6 +10,8 @@ from ffdist.pipeline.blueprint import Blueprint
 from ffdist.sections import Pipeline
 
 PLACEMENT_TIMEOUT_S = 8.0
+READOUT_GPUS = 0.1
+"""Share of a GPU that the readout takes; the rest is for stages, so that one on every GPU leaves room for it."""
 
 
 class Placement(NamedTuple):
@@ -18,15 +20,17 @@ class Placement(NamedTuple):
     stages: int
     device: Literal["cpu", "cuda"]
     stage_gpus: float
-    """GPUs of each stage: whole ones, or a share where there are more stages than GPUs."""
+    """GPU of each stage: what the readout leaves of one, or a share of that where there are more stages than GPUs."""
     stage_cpus: float
     other_cpus: float
-    """CPUs of the readout and of each negative actor, which never touch a GPU."""
+    """CPUs of the readout and of each negative actor; those never touch a GPU."""
 
     def bundles(self, negative_actors: int) -> list[dict[str, float]]:
         """Returns what each actor needs, in the order in which they are made: stages, readout, negatives."""
-        stage = {"CPU": self.stage_cpus} | ({"GPU": self.stage_gpus} if self.stage_gpus else {})
-        return [stage] * self.stages + [{"CPU": self.other_cpus}] * (1 + negative_actors)
+        stage, readout = {"CPU": self.stage_cpus}, {"CPU": self.other_cpus}
+        if self.stage_gpus:
+            stage, readout = stage | {"GPU": self.stage_gpus}, readout | {"GPU": READOUT_GPUS}
+        return [stage] * self.stages + [readout] + [{"CPU": self.other_cpus}] * negative_actors
 
 
 def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: dict[str, float]) -> Placement:
@@ -53,7 +57,7 @@ def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: 
     return Placement(
         stages=stages,
         device=device,
-        stage_gpus=1 / math.ceil(stages / gpus) if device == "cuda" else 0,
+        stage_gpus=(1 - READOUT_GPUS) / math.ceil(stages / gpus) if device == "cuda" else 0,
         stage_cpus=pipeline.threads_per_stage * cpu_share,
         other_cpus=cpu_share,
     )
