@@ -84,4 +84,6 @@ def ui(runs: Path, experiment: str, port: int) -> None:
         uri = database(runs)
         click.echo(f"in some seconds: http://127.0.0.1:{port}{runs_page(uri, experiment)}")
     program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
+    # Eight processes more, which judge language models, take 0.9 GB, and write tracebacks at Ctrl-C.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.execv(sys.executable, program)
