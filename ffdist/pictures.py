@@ -45,15 +45,14 @@ def draw_pictures(
     Yields:
         The path of each picture.
     """
-    by = "readout" if test.goodness_error is None else "goodness"
+    by, thresholds = "readout" if test.goodness_error is None else "goodness", _thresholds(network.architecture)
     if f"{layer_name(0)}/loss" in history:  # backpropagation has no such thing
-        yield plots.plot_layers(history, folder / "layers.png")
+        yield plots.plot_layers(history, thresholds, folder / "layers.png")
         samples = torch.arange(min(SHOWN, len(dataset.labels["train"])))
         images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
         negatives = _some_negatives(config, dataset, network, samples)
         yield plots.plot_negatives(images, labels, negatives, dataset.shape, folder / "negatives.png")
     if test.goodness_error is not None:
-        thresholds = _thresholds(network.architecture)
         yield plots.plot_goodness(test.goodness, dataset.labels["test"], thresholds, folder / "goodness.png")
     yield plots.plot_errors(test, folder / "errors.png")
     yield plots.plot_fields(network, folder / "fields.png")

@@ -54,8 +54,14 @@ def _shade(index: int, count: int) -> tuple[float, ...]:
 
 
 @_styled()
-def plot_layers(history: History, path: Path) -> Path:
-    """Draws loss and goodness of every layer over the samples seen, and returns the picture's path."""
+def plot_layers(history: History, thresholds: Sequence[float | None], path: Path) -> Path:
+    """Draws loss and goodness of every layer over the samples seen, and returns the picture's path.
+
+    Args:
+        history: All metrics of a run.
+        thresholds: Of each layer; None where the loss has none.
+        path: Where to draw.
+    """
     layers = sorted(
         {name.split("/")[0] for name in history if name.startswith("layer_")}, key=lambda name: int(name[6:])
     )
@@ -69,7 +75,11 @@ def plot_layers(history: History, path: Path) -> Path:
     for panel in panels:
         panel.xaxis.set_major_formatter(EngFormatter())
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
-    panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness: positive solid, negative dashed")
+    dotted = {threshold for threshold in thresholds if threshold is not None}
+    for threshold in dotted:
+        panels[1].axhline(threshold, color="black", linestyle=":")
+    looks = "goodness: positive solid, negative dashed" + ", threshold dotted" * bool(dotted)
+    panels[1].set(xlabel="samples seen", ylabel="goodness", title=looks)
     figure.legend(loc="outside lower center", ncols=8)
     return _save(figure, path)
 
