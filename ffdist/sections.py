@@ -249,7 +249,7 @@ class Pipeline(Section):
     threads_per_stage: Count = 1
     """torch's threads in a stage, and in the readout; part of the order of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where stages compute; `auto`: on GPUs where the cluster has some."""
+    """Where stages and readout compute; `auto`: on GPUs where the cluster has some."""
     max_failures: Annotated[int, Number, Field(ge=0)] = 5
     """Lost actors or nodes, within `failure_window_s`, after which the run goes on from its last commit."""
     failure_window_s: Positive = 3600.0

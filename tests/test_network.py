@@ -127,9 +127,8 @@ def test_a_network_can_be_pickled():
     assert torch.equal(again(images), network(images))
 
 
-@pytest.mark.parametrize("label", ["overwrite", "append", "none"])
-def test_a_network_works_where_its_images_are(label):
+def test_a_network_works_where_its_images_are():
     """On a GPU, say; the device `meta` computes shapes alone, and refuses what lies elsewhere."""
-    prediction = a_network(label=label).to("meta").predict(some_images().to("meta"))
+    prediction = a_network(label="append").to("meta").predict(some_images().to("meta"))
     assert {part.device.type for part in prediction} == {"meta"}
     assert prediction.label.shape == (6,)

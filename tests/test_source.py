@@ -8,7 +8,7 @@ from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Train
-from ffdist.pipeline.source import Drawn, HardLabels, NegativePlan, NegativeSource, Source
+from ffdist.pipeline.source import Drawn, HardLabels, NegativePlan, NegativeSource, Shard, Source
 
 SHAPE, CLASSES = (1, 4, 4), 5
 ORDER = SampleOrder(seed=2, samples=43, batch_size=4)
@@ -59,10 +59,19 @@ def a_source(plan: NegativePlan, jitter=0, **changes) -> tuple[Source, NegativeS
     )
 
 
+def rows_of(source: Source, chunk: Train, *arrived: Shard | Drawn) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a chunk: those that no readout reads, and those that it does."""
+    parts = source.train(chunk, *arrived)
+    rows, batch = torch.stack([source.rows(minibatch) for minibatch in zip(*parts, strict=True)]), parts[0].shape[1]
+    if source._architecture.labels_shown:
+        return rows[:, :-batch], rows[:, -batch:]
+    return rows[:, batch:], rows[:, :batch]
+
+
 def test_all_wrong_shows_every_label_once():
     source, negatives = a_source(NegativePlan("all_wrong"), label="append")
     chunk = Train(0, 2, 3, 2, 1.0)
-    signal, read = source.train(chunk, negatives.make(0, 0))
+    signal, read = rows_of(source, chunk, negatives.make(0, 0))
     assert signal.shape == (3, 4 * CLASSES, 16 + CLASSES)
     shown = signal[..., 16:].argmax(-1).view(3, CLASSES, 4)
     assert torch.equal(shown[:, 0], LABELS[ORDER.indices(0, 2, 3)])
@@ -75,7 +84,7 @@ def test_all_wrong_shows_every_label_once():
 def test_a_negative_image_stands_under_its_samples_own_label():
     source, negatives = a_source(NegativePlan("noise"), label="append")
     chunk = Train(1, 0, 2, 10, 1.0)
-    signal, _ = source.train(chunk, negatives.make(1, 0))
+    signal, _ = rows_of(source, chunk, negatives.make(1, 0))
     labels = LABELS[ORDER.indices(1, 0, 2)]
     assert torch.equal(signal[..., 16:].argmax(-1), torch.cat((labels, labels), 1))
     assert not torch.allclose(signal[:, :4, :16], signal[:, 4:, :16])
@@ -83,7 +92,7 @@ def test_a_negative_image_stands_under_its_samples_own_label():
 
 def test_without_labels_the_positives_are_what_the_readout_reads():
     source, negatives = a_source(NegativePlan("noise"), label="none")
-    signal, read = source.train(Train(0, 0, 2, 0, 1.0), negatives.make(0, 0))
+    signal, read = rows_of(source, Train(0, 0, 2, 0, 1.0), negatives.make(0, 0))
     assert signal.shape == read.shape == (2, 4, 16)
     raw = IMAGES["train"][ORDER.indices(0, 0, 2)].float()
     torch.testing.assert_close(read, raw / raw.square().mean(-1, keepdim=True).sqrt())
@@ -93,7 +102,7 @@ def test_label_scale_is_the_value_of_the_label():
     one, negatives = a_source(NegativePlan("wrong_label"), label="append")
     scaled, _ = a_source(NegativePlan("wrong_label"), label="append", label_scale=3.0)
     chunk, shard = Train(0, 0, 1, 0, 1.0), negatives.make(0, 0)
-    (rows, neutral), (larger, neutral_larger) = one.train(chunk, shard), scaled.train(chunk, shard)
+    (rows, neutral), (larger, neutral_larger) = rows_of(one, chunk, shard), rows_of(scaled, chunk, shard)
     for row, other in ((rows, larger), (neutral, neutral_larger)):
         ratio = (other[..., 16:].amax(-1) / other[..., 0]) / (row[..., 16:].amax(-1) / row[..., 0])
         torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0))
@@ -104,7 +113,7 @@ def test_jitter_shifts_each_sample_alike_in_all_its_rows_and_afresh_every_epoch(
     shifts = []
     for epoch in range(2):
         chunk = Train(epoch, 0, 10, 10 * epoch, 1.0)
-        signal, read = source.train(chunk, negatives.make(epoch, 0))
+        signal, read = rows_of(source, chunk, negatives.make(epoch, 0))
         for minibatch, samples in enumerate(ORDER.indices(epoch, 0, 10)):
             for place, sample in enumerate(samples):
                 padded = torch.nn.functional.pad(IMAGES["train"][sample].view(4, 4).float(), (1, 1, 1, 1))
@@ -133,7 +142,7 @@ def test_a_chunk_across_shards_gets_the_negatives_of_its_own_samples():
     source = Source(architecture, order, "cpu", plan, 0, images, labels)
     negatives = NegativeSource(plan, images, labels, architecture, order)
     assert [list(order.shards(first, 4)) for first in (0, 3, 4, 6)] == [[0], [0, 1], [0, 1], [1]]
-    signal, _ = source.train(Train(3, 3, 4, 33, 1.0), negatives.make(3, 0), negatives.make(3, 1))
+    signal, _ = rows_of(source, Train(3, 3, 4, 33, 1.0), negatives.make(3, 0), negatives.make(3, 1))
     every = torch.empty_like(labels)
     for number in range(3):
         every[order.shard(0, number)] = negatives.make(0, number).negatives

@@ -1,6 +1,7 @@
 import copy
 import gc
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -80,16 +81,6 @@ def trained(stage: Stage, label: str) -> list[torch.Tensor]:
     return made + [tensor for tensors in stage.state().values() for tensor in tensors.values()]
 
 
-@pytest.mark.parametrize("label", ["overwrite", "none"])
-@pytest.mark.parametrize("layers", [range(2), range(1, 3)])
-def test_steps_between_copies_are_those_one_by_one(label, layers):
-    """On a processor, where streams are none and copies wait; graphs need a GPU."""
-    overlapped = a_stage(label, layers, "cpu")
-    overlapped._take_steps = Overlapped(overlapped._step, "cpu", made_there=0 in layers)
-    pairs = zip(trained(a_stage(label, layers, "cpu"), label), trained(overlapped, label), strict=True)
-    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
-
-
 def read_out(device: str) -> list[torch.Tensor]:
     """What a readout makes of four chunks at two rates, and what it has learned."""
     made, draw = [], torch.Generator().manual_seed(1)
@@ -102,12 +93,30 @@ def read_out(device: str) -> list[torch.Tensor]:
     return [*made, readout.evaluate(*(part[0] for part in read)), *readout.state()["readout"].values()]
 
 
+@pytest.mark.parametrize("label", ["overwrite", "none"])
+@pytest.mark.parametrize("layers", [range(2), range(1, 3)])
+def test_steps_between_copies_are_those_one_by_one(label, layers):
+    """On a processor, where streams are none and copies wait; graphs need a GPU."""
+    overlapped = a_stage(label, layers, "cpu")
+    overlapped._take_steps = Overlapped(overlapped._step, "cpu", made_there=0 in layers)
+    pairs = zip(trained(a_stage(label, layers, "cpu"), label), trained(overlapped, label), strict=True)
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+
+
+def test_steps_of_the_readout_between_copies_are_those_one_by_one(monkeypatch):
+    here = read_out("cpu")
+    monkeypatch.setattr("ffdist.pipeline.stage.taking", partial(Overlapped, made_there=False))
+    assert all(torch.equal(one, other) for one, other in zip(here, read_out("cpu"), strict=True))
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; set CUDA_VISIBLE_DEVICES=0")
 
 
 @needs_gpu
-@pytest.mark.parametrize("label", ["overwrite", "none"])
-@pytest.mark.parametrize("layers", [range(2), range(1, 3), None])
+@pytest.mark.parametrize(
+    ("label", "layers"),
+    [("overwrite", range(2)), ("overwrite", range(1, 3)), ("none", range(2)), ("none", range(1, 3)), ("readout", None)],
+)
 def test_graphs_change_no_bit(label, layers, monkeypatch):
     def made(device: str) -> list[torch.Tensor]:
         return trained(a_stage(label, layers, device), label) if layers else read_out(device)

@@ -61,6 +61,7 @@ def a_blueprint(
     rule=RELEASE,
     thresholds=(),
     center=False,
+    device="cpu",
 ) -> Blueprint:
     architecture = Architecture(
         digits.shape,
@@ -78,7 +79,7 @@ def a_blueprint(
         kind, num_parts=actors, ahead=2, prediction_delay=32 if kind == "hard_label" else None, store=store
     )
     cut = partition(architecture.weights, stages)
-    return Blueprint(architecture, an_order(digits), plan, jitter, cut, measure_every=5, device="cpu")
+    return Blueprint(architecture, an_order(digits), plan, jitter, cut, measure_every=5, device=device)
 
 
 def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greedy_layers: int | None = None) -> Results:
@@ -125,13 +126,18 @@ def assert_equal(one: Results, other: Results) -> None:
             assert all(torch.equal(tensor, twin[layer][name]) for name, tensor in tensors.items())
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; set CUDA_VISIBLE_DEVICES=0")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+
+
+@on_each_device
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("label", ["append", "overwrite"])
-def test_stages_and_chunks_change_no_bit(digits, precision, label):
-    truth = serial(digits, precision=precision, label=label)
+def test_stages_and_chunks_change_no_bit(digits, precision, label, device):
+    changes = {"precision": precision, "label": label, "device": device}
+    truth = serial(digits, **changes)
     for stages, chunk_size in [(1, 1), (2, 7), (3, 32)]:
-        other = serial(digits, stages=stages, chunk_size=chunk_size, precision=precision, label=label)
-        assert_equal(truth, other)
+        assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, **changes))
 
 
 KINDS = [
@@ -147,9 +153,10 @@ KINDS = [
 ]
 
 
+@on_each_device
 @pytest.mark.parametrize(("kind", "label", "layers"), KINDS)
-def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digits, kind, label, layers):
-    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1, "center": True}
+def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digits, kind, label, layers, device):
+    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1, "center": True, "device": device}
     truth = serial(digits, **changes)
     for stages, chunk_size, actors in [(1, 1, 1), (2, 7, 2), (3, 32, 3)]:
         assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
@@ -170,11 +177,12 @@ RULES = {
 }
 
 
+@on_each_device
 @pytest.mark.parametrize("changes", RULES.values(), ids=RULES)
-def test_stages_and_chunks_change_no_bit_for_any_rule(digits, changes):
-    truth = serial(digits, **changes)
+def test_stages_and_chunks_change_no_bit_for_any_rule(digits, changes, device):
+    truth = serial(digits, device=device, **changes)
     for stages, chunk_size in [(1, 1), (2, 7), (3, 32)]:
-        assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, **changes))
+        assert_equal(truth, serial(digits, device=device, stages=stages, chunk_size=chunk_size, **changes))
 
 
 ACTORS = {

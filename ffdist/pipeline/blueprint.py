@@ -41,7 +41,7 @@ class Blueprint(NamedTuple):
     measure_every: int
     """Minibatches between two in which MEASURED is."""
     device: str
-    """Where the layers live, as torch names it."""
+    """Where layers and readout live, as torch names it."""
 
     chunk_size: int = CHUNK
     """Most minibatches that travel together."""

@@ -14,6 +14,7 @@ from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.partition import given_partition
 from ffdist.pipeline.runner import Trained, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Train
+from ffdist.pipeline.source import NegativeSource
 
 SIZE, LEAST, MOST, ENOUGH_S = {"cpu": 4, "cuda": 40}, 3, 16, 1.0
 """Minibatches of a chunk that is measured, fewest and most chunks, and when the fewest are enough."""
@@ -27,10 +28,10 @@ class Costs(NamedTuple):
 
     layers: list[float]
     """Of each layer; making the rows is part of the first."""
-    others: float
-    """Of negatives, readout and driver."""
+    readout: float
+    negatives: float
     device: str
-    """Where the layers were."""
+    """Where layers and readout were."""
 
 
 def measure_costs(
@@ -48,7 +49,8 @@ def measure_costs(
     with torch_threads(threads), ThreadPoolExecutor(side_by_side) as pool:
         found = list(pool.map(lambda _: _measure_one(blueprint, images, labels), range(side_by_side)))
     layers = [fmean(each) for each in zip(*(costs.layers for costs in found), strict=True)]
-    return Costs(layers, fmean(costs.others for costs in found), blueprint.device)
+    readout, negatives = (fmean(getattr(costs, part) for costs in found) for part in ("readout", "negatives"))
+    return Costs(layers, readout, negatives, blueprint.device)
 
 
 def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Costs:
@@ -58,11 +60,8 @@ def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor
     of_epoch = order.minibatches // size
     places = (divmod(number, of_epoch) for number in range(MOST))
     chunks = [Train(epoch, size * part, size, epoch * order.minibatches + size * part, 1.0) for epoch, part in places]
-    took: list[tuple[float, list[float]]] = []  # of each chunk what is not the layers', and what is
+    took: list[list[float]] = []  # of each chunk the layers, and the readout
     runner = serial_runner(alone, images, labels, None)
-    if blueprint.device != "cpu":  # whose libraries start and whose graphs are captured in the first chunk
-        for _ in runner.run(chunks[-1:], chunks[-1:]):
-            pass
     start = since = time.perf_counter()
     worked_since = time.thread_time()
     for _, trained in runner.run(chunks, chunks):
@@ -70,17 +69,16 @@ def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor
         now, worked = time.perf_counter(), time.thread_time()
         # Of the time on a processor: others, such as a Ray that starts, take turns with this thread.
         share = (worked - worked_since) / (now - since) if blueprint.device == "cpu" else 1.0
-        layers = [share * report.compute_s for report in trained.stages]
-        took.append((max(0.0, worked - worked_since - sum(layers)), layers))
+        took.append([share * report.compute_s for report in (*trained.stages, trained.readout)])
         since, worked_since = now, worked
         if len(took) >= LEAST and now - start > ENOUGH_S:
             break
-    # The first chunk makes a whole shard of negatives.
-    negatives_s = took[0][0] * order.batch_size / min(SHARD_SAMPLES, order.samples)
-    warm = took[1:] or took
-    layers = [median(each) / size for each in zip(*(layers for _, layers in warm), strict=True)]
-    others = negatives_s + median(others_s for others_s, _ in warm) / size
-    return Costs(layers, others, blueprint.device)
+    *layers, readout = (median(each) / size for each in zip(*(took[1:] or took), strict=True))  # the first warms up
+    source = NegativeSource(alone.negatives, images, labels, blueprint.architecture, order)
+    worked_since = time.thread_time()
+    source.make(0, 0)
+    negatives = (time.thread_time() - worked_since) * order.batch_size / min(SHARD_SAMPLES, order.samples)
+    return Costs(layers, readout, negatives, blueprint.device)
 
 
 def slowest_stage_s(costs: Costs, stage_layers: Sequence[Sequence[int]]) -> float:
@@ -89,7 +87,7 @@ def slowest_stage_s(costs: Costs, stage_layers: Sequence[Sequence[int]]) -> floa
 
 
 def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: int | None) -> float:
-    """Returns the throughput that the slowest stage allows, or all parts that share the processors.
+    """Returns the throughput that the slowest part allows, or all that share the processors, or the GPUs.
 
     Args:
         costs: Of the parts.
@@ -97,16 +95,17 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
         processors: Of the kind that the stages compute on, each for one thread; None where all is done in turn.
     """
     batch, stages, call_s = blueprint.order.batch_size, blueprint.stage_layers, CALL_S / blueprint.chunk_size
+    trained_s = sum(costs.layers) + costs.readout
     if processors is None:
-        return batch / (sum(costs.layers) + costs.others)
+        return batch / (trained_s + costs.negatives)
     travels_s = [BYTE_S * _bytes_out(blueprint, layers) for layers in stages]
     if costs.device == "cpu":
-        shared_s = sum(costs.layers) + costs.others + call_s * (len(stages) + 2) + sum(travels_s)
+        shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(travels_s)
         return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
-    # What is packed, and all that is not a layer's, is the work of processors beside the GPUs.
-    each_s = [sum(costs.layers[layer] for layer in layers) for layers in stages]
-    packed_s = max(compute_s + out_s for compute_s, out_s in zip(each_s, travels_s, strict=True))
-    return batch / max(packed_s + call_s, sum(costs.layers) / processors, costs.others)
+    # There are processors beside the GPUs for what is packed, and for negatives.
+    packed_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, travels_s, strict=True))
+    negatives_s = costs.negatives / blueprint.negatives.num_parts
+    return batch / max(packed_s + call_s, trained_s / processors, negatives_s)
 
 
 def _bytes_out(blueprint: Blueprint, layers: Sequence[int]) -> int:

@@ -84,7 +84,7 @@ class Graphs:
         graph, places, collects = torch.cuda.CUDAGraph(), [part.clone() for part in parts], gc.isenabled()
         gc.disable()  # garbage may hold other graphs, and to free one would spoil the capture
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever else this process does there
                 captured = self._captured[way] = graph, places, self._step(places, way)
         finally:
             if collects:
@@ -126,6 +126,7 @@ class Overlapped:
         # Buffers last for the chunk: memory that is freed for one stream may still be in use by another.
         staged = [torch.empty(part.shape, dtype=part.dtype, pin_memory=self._is_cuda) for part in parts]
         there = [torch.empty_like(part, device=self._device) for part in parts]
+        self._coming.wait_stream(self._of_device.current_stream())
         for number in range(len(parts[0])):
             for stage, part in zip(staged, parts, strict=True):
                 stage[number].copy_(part[number])  # to where a GPU can fetch it by itself

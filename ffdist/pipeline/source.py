@@ -6,6 +6,7 @@ readout ---------- labels drawn `prediction_delay` minibatches ago ----^   (hard
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,6 +166,9 @@ class HardLabels:
 class Source:
     """Turns uint8 images and labels into the rows that the first layer reads; part of the first stage.
 
+    What differs from sample to sample is put together for a whole chunk, rows are made of it for each minibatch: on a
+    GPU, the shape of what is summed decides the order.
+
     Args:
         architecture: Says how a row shows its label.
         order: SampleOrder of the training set.
@@ -189,19 +193,17 @@ class Source:
         self._images, self._labels = images, labels
         self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
-    def train(self, chunk: Train, *arrived: Shard | Drawn) -> tuple[Tensor, Tensor]:
-        """Makes the rows of a chunk.
+    def train(self, chunk: Train, *arrived: Shard | Drawn) -> list[Tensor]:
+        """Puts together what the rows of a chunk are made of.
 
         Args:
             chunk: Which.
             *arrived: The shards in which its negatives lie, and labels drawn since those that came before.
 
         Returns:
-            The signal, B positive and M times B negative rows each `[K, (1 + M) B, D]`, and the neutral rows
-            `[K, B, D]`, which the readout reads. Without labels the positive rows are the ones that it reads, and the
-            signal holds the negative ones alone.
+            Its images `[K, B, D]`, uint8; where negatives are images those, likewise; and where labels are shown those
+            of the positive and M times the negative rows `[K, (1 + M) B]`, int64.
         """
-        architecture = self._architecture
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         images, labels = self._images["train"][samples].to(self._device), self._labels[samples].to(self._device)
         shards = [part for part in arrived if isinstance(part, Shard)]
@@ -224,13 +226,28 @@ class Source:
             shift = self._shifts(chunk)
             images = self._shifted(images, shift)
             others = None if others is None else self._shifted(others, shift)
+        parts = [images] if others is None else [images, others]
+        if self._architecture.labels_shown:
+            wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
+            parts.append(torch.cat((labels, wrong.transpose(1, 2).flatten(1)), 1))
+        return parts
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Makes the rows of a minibatch from what `train` put together.
+
+        Returns:
+            B positive rows, M times B negative ones and, where labels are shown, B neutral ones, which the readout
+            reads; without labels it reads the positive ones `[R, D']`.
+        """
+        architecture, (images, *rest) = self._architecture, parts
         if not architecture.labels_shown:
-            assert others is not None, "the configuration holds this"
-            return architecture.rows(others, None), architecture.neutral_rows(images)
-        wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
-        claims = one_hot(torch.cat((labels, wrong.transpose(1, 2).flatten(1)), 1), architecture.classes)
-        shown = torch.cat((images, *[images if others is None else others] * wrong.shape[-1]), 1)
-        return architecture.rows(shown, claims), architecture.neutral_rows(images)
+            return torch.cat((architecture.neutral_rows(images), *(architecture.rows(part, None) for part in rest)))
+        *others, labels = rest
+        negatives = (others or [images]) * (len(labels) // len(images) - 1)
+        claims = one_hot(labels, architecture.classes)
+        return torch.cat(
+            (architecture.rows(torch.cat((images, *negatives)), claims), architecture.neutral_rows(images))
+        )
 
     def read(self, chunk: Train) -> Tensor:
         """Makes what the readout's pass reads of a chunk alone `[K, B, D]`."""

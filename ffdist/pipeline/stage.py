@@ -141,9 +141,9 @@ class Stage:
         """
         self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
-        signal, read = self._source.train(chunk, *message) if self._source else message
         # Positive rows first: without labels they are those that the readout reads.
-        parts = (signal, read) if self._labels_shown else (read, signal)
+        rows = message if self._labels_shown else message[::-1]
+        parts = self._source.train(chunk, *message) if self._source else rows
         done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
         ways = [Way(chunk.gain, chunk.layer, step % self._measure_every == 0) for step in done]
         metrics, *made = self._take_steps(parts, ways)
@@ -153,7 +153,8 @@ class Stage:
 
     def _step(self, parts: Sequence[Tensor], way: Way) -> list[Tensor]:
         """Trains on the rows of a minibatch; returns metrics, what the readout reads of each layer, and the signal."""
-        batch, rows, metrics, made = self._batch, torch.cat(list(parts)), [], []
+        rows = self._source.rows(parts) if self._source else torch.cat(list(parts))
+        batch, metrics, made = self._batch, [], []
         signal_rows, read_rows = slice(None, -batch), slice(-batch, None)
         if not self._labels_shown:
             signal_rows, read_rows = slice(batch, None), slice(None, batch)
@@ -203,7 +204,7 @@ class Stage:
         """Takes up where a state was taken; of labels for negatives only where there are any."""
         for index, layer in self._layers.items():
             layer.load_state_dict(state[layer_name(index)])
-        self._take_steps = self._steps()  # a graph knows the tensors before
+        self._take_steps = self._steps()  # a graph knows the copies of weights before
         if self._source and self._source.hard_labels and "negatives" in state:
             self._source.hard_labels.restore(state["negatives"])
 
@@ -259,4 +260,3 @@ class ReadoutStage:
     def restore(self, state: State) -> None:
         """Takes up where a state was taken."""
         self._readout.load_state_dict(state["readout"])
-        self._take_steps = taking(self._step, self._device)  # a graph knows the tensors before

@@ -94,7 +94,7 @@ class ActorMaker:
         handle = (
             ray.remote(ACTORS[part])
             .options(
-                num_cpus=bundle["CPU"],
+                num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, len(self.made)),
                 max_restarts=0,

@@ -23,21 +23,22 @@ class Placement(NamedTuple):
     """GPU of each stage: what the readout leaves of one, or a share of that where there are more stages than GPUs."""
     stage_cpus: float
     other_cpus: float
-    """CPUs of the readout and of each negative actor; those never touch a GPU."""
+    """CPUs of each negative actor, and of the readout where it is on none of the GPUs."""
 
     def bundles(self, negative_actors: int) -> list[dict[str, float]]:
         """Returns what each actor needs, in the order in which they are made: stages, readout, negatives."""
-        stage, readout = {"CPU": self.stage_cpus}, {"CPU": self.other_cpus}
-        if self.stage_gpus:
-            stage, readout = stage | {"GPU": self.stage_gpus}, readout | {"GPU": READOUT_GPUS}
-        return [stage] * self.stages + [readout] + [{"CPU": self.other_cpus}] * negative_actors
+        stage, other = {"CPU": self.stage_cpus}, {"CPU": self.other_cpus}
+        if not self.stage_gpus:
+            return [stage] * self.stages + [other] * (1 + negative_actors)
+        # The stages of a node with GPUs may leave no processor to the readout.
+        return [stage | {"GPU": self.stage_gpus}] * self.stages + [{"GPU": READOUT_GPUS}] + [other] * negative_actors
 
 
 def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: dict[str, float]) -> Placement:
     """Decides stages and shares; a pure function of the configuration and the cluster's totals.
 
-    Actors share processors and GPUs evenly where there are fewer than actors, `1 / ceil(actors / devices)` of one
-    each, because other fractions may not fit into whole devices.
+    Actors share processors evenly where there are fewer than actors, `1 / ceil(actors / processors)` of one each,
+    because other fractions may not fit into whole ones; so do stages what the readout leaves of GPUs.
 
     Raises:
         ConfigError: GPUs wanted and none there.
