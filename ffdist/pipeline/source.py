@@ -219,14 +219,12 @@ class Source:
                 if isinstance(part, Drawn):
                     self.hard_labels.take(part)
             negatives = self.hard_labels.replace(chunk, samples, negatives)
-        negatives, others = negatives.to(self._device), None
+        negatives, parts = negatives.to(self._device), [images]
         if negatives.dtype == torch.uint8:
-            others, negatives = negatives, labels
+            parts, negatives = [images, negatives], labels
         if self._jitter:
             shift = self._shifts(chunk)
-            images = self._shifted(images, shift)
-            others = None if others is None else self._shifted(others, shift)
-        parts = [images] if others is None else [images, others]
+            parts = [self._shifted(part, shift) for part in parts]
         if self._architecture.labels_shown:
             wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
             parts.append(torch.cat((labels, wrong.transpose(1, 2).flatten(1)), 1))
