@@ -58,7 +58,7 @@ def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor
     alone = blueprint._replace(stage_layers=one_each, negatives=replace(blueprint.negatives, store=None))
     size = min(SIZE[blueprint.device], order.minibatches)
     of_epoch = order.minibatches // size
-    places = (divmod(number, of_epoch) for number in range(MOST))
+    places = (divmod(number, of_epoch) for number in range(max(LEAST, min(MOST, of_epoch))))
     chunks = [Train(epoch, size * part, size, epoch * order.minibatches + size * part, 1.0) for epoch, part in places]
     took: list[list[float]] = []  # of each chunk the layers, and the readout
     runner = serial_runner(alone, images, labels, None)
