@@ -19,7 +19,8 @@ from ffdist.pipeline.stage import layer_name
 from ffdist.tracking import plots
 from ffdist.tracking.timeline import Span
 
-SHOWN = 10
+SHOWN, COUNTED = 10, 1000
+"""Samples that are drawn, and, where no label is shown, those whose goodness is."""
 
 
 def draw_pictures(
@@ -52,8 +53,14 @@ def draw_pictures(
         images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
         negatives = _some_negatives(config, dataset, network, samples)
         yield plots.plot_negatives(images, labels, negatives, dataset.shape, folder / "negatives.png")
-    if test.goodness_error is not None:
-        yield plots.plot_goodness(test.goodness, dataset.labels["test"], thresholds, folder / "goodness.png")
+        if network.architecture.labels_shown:
+            goodness = _by_label(test.goodness, dataset.labels["test"])
+        else:
+            samples = torch.arange(min(COUNTED, len(dataset.labels["train"])))
+            negatives = _some_negatives(config, dataset, network, samples)
+            shown = {"training data": dataset.images["train"][samples], "negatives": negatives}
+            goodness = {what: _goodness(network, images) for what, images in shown.items()}
+        yield plots.plot_goodness(goodness, thresholds, folder / "goodness.png")
     yield plots.plot_errors(test, folder / "errors.png")
     yield plots.plot_fields(network, folder / "fields.png")
     yield plots.plot_confusion(test.confusion, by, dataset.names, folder / "confusion.png")
@@ -81,8 +88,23 @@ def log_goodness(
     """
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.png"
-        plots.plot_goodness(found.goodness, labels, _thresholds(architecture), path)
+        plots.plot_goodness(_by_label(found.goodness, labels), _thresholds(architecture), path)
         client.log_artifact(run_id, str(path), "goodness")
+
+
+def _by_label(goodness: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Parts the goodness of every label tried `[L, N, C]` into that of the true labels `[N]` and of the others."""
+    is_true = torch.nn.functional.one_hot(labels, goodness.shape[-1]).bool()
+    return {"true label": goodness[:, is_true], "wrong labels": goodness[:, ~is_true]}
+
+
+def _goodness(network: Network, images: Tensor) -> Tensor:
+    """Returns each layer's goodness for images without a label `[L, N]`."""
+    rows, found = network.architecture.rows(images, None), []
+    for layer in network.layers:
+        rows, goodness = layer(rows)
+        found.append(goodness)
+    return torch.stack(found)
 
 
 def _thresholds(architecture: Architecture) -> list[float | None]:

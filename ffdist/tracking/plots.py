@@ -85,26 +85,24 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
 
 
 @_styled()
-def plot_goodness(goodness: Tensor, labels: Tensor, thresholds: Sequence[float | None], path: Path) -> Path:
-    """Draws how the goodness of true and of wrong labels is distributed in each layer, and returns the picture's path.
+def plot_goodness(goodness: dict[str, Tensor], thresholds: Sequence[float | None], path: Path) -> Path:
+    """Draws how the goodness of positive and of negative data is distributed in each layer, and returns the path.
 
     A layer that learns has them on different sides of its threshold.
 
     Args:
-        goodness: For every label tried `[L, N, C]`.
-        labels: True labels `[N]`.
+        goodness: Of positive, then of negative data `[L, any number]`, by what each is.
         thresholds: Of each layer; None where the loss has none.
         path: Where to draw.
     """
-    figure = Figure(figsize=(min(16, 3.2 * len(goodness) + 1), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(goodness), squeeze=False)[0]
-    is_true = torch.nn.functional.one_hot(labels, goodness.shape[-1]).bool()
-    for number, (panel, layer, threshold) in enumerate(zip(panels, goodness, thresholds, strict=True), 1):
-        span = (layer.min().item(), layer.max().item())
-        for name, values, look in (
-            ("true label", layer[is_true], {"color": "#2a6f97", "alpha": 0.85}),
-            ("wrong labels", layer[~is_true], {"color": "black", "histtype": "step", "linewidth": 1.2}),
-        ):
+    figure = Figure(figsize=(min(16, 3.2 * len(thresholds) + 1), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(thresholds), squeeze=False)[0]
+    looks = {"color": "#2a6f97", "alpha": 0.85}, {"color": "black", "histtype": "step", "linewidth": 1.2}
+    layers = zip(panels, zip(*goodness.values(), strict=True), thresholds, strict=True)
+    for number, (panel, layer, threshold) in enumerate(layers, 1):
+        both = torch.cat(layer)
+        span = (both.min().item(), both.max().item())
+        for name, values, look in zip(goodness, layer, looks, strict=True):
             panel.hist(values.numpy(), BINS, range=span, density=True, label=name, **look)
         if threshold is not None:
             panel.axvline(threshold, color="black", linestyle=":", label="threshold")
