@@ -59,7 +59,8 @@ def draw_pictures(
             samples = torch.arange(min(COUNTED, len(dataset.labels["train"])))
             negatives = _some_negatives(config, dataset, network, samples)
             shown = {"training data": dataset.images["train"][samples], "negatives": negatives}
-            goodness = {what: _goodness(network, images) for what, images in shown.items()}
+            rows = network.architecture.neutral_rows
+            goodness = {what: network.goodness(rows(images)) for what, images in shown.items()}
         yield plots.plot_goodness(goodness, thresholds, folder / "goodness.png")
     yield plots.plot_errors(test, folder / "errors.png")
     yield plots.plot_fields(network, folder / "fields.png")
@@ -96,15 +97,6 @@ def _by_label(goodness: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Parts the goodness of every label tried `[L, N, C]` into that of the true labels `[N]` and of the others."""
     is_true = torch.nn.functional.one_hot(labels, goodness.shape[-1]).bool()
     return {"true label": goodness[:, is_true], "wrong labels": goodness[:, ~is_true]}
-
-
-def _goodness(network: Network, images: Tensor) -> Tensor:
-    """Returns each layer's goodness for images without a label `[L, N]`."""
-    rows, found = network.architecture.rows(images, None), []
-    for layer in network.layers:
-        rows, goodness = layer(rows)
-        found.append(goodness)
-    return torch.stack(found)
 
 
 def _thresholds(architecture: Architecture) -> list[float | None]:

@@ -209,6 +209,14 @@ class Network(nn.Module):
             activities.append(rows)
         return activities[self.architecture.predict_from - 1 :]
 
+    def goodness(self, rows: Tensor) -> Tensor:
+        """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`."""
+        found = []
+        for layer in self.layers:
+            rows, goodness = layer(rows)
+            found.append(goodness)
+        return torch.stack(found)
+
     def forward(self, images: Tensor) -> Tensor:
         """Returns the readout's logits `[B, C]` for uint8 images `[B, D]`, from one pass without a claim."""
         logits: Tensor = self.readout(self.read(self.architecture.neutral_rows(images)))
@@ -221,9 +229,5 @@ class Network(nn.Module):
         if not architecture.goodness_predicts:
             none = probabilities.new_empty(len(self.layers), len(images), 0)
             return Prediction(probabilities, none, probabilities.argmax(-1))
-        rows, goodness = architecture.claiming_rows(images), []
-        for layer in self.layers:
-            rows, layer_goodness = layer(rows)
-            goodness.append(layer_goodness)
-        by_layer = torch.stack(goodness)
+        by_layer = self.goodness(architecture.claiming_rows(images))
         return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))
