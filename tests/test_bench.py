@@ -33,16 +33,17 @@ def test_a_step_and_its_floor(tmp_path, monkeypatch):
 
 def test_a_pipeline_against_the_machine(tmp_path):
     told, found = bench(tmp_path, "pipeline", "digits", "pipeline.stages=2", "model.layers=[30,20]", "--seconds", "0.1")
-    assert found["pipeline_efficiency"] == pytest.approx(
-        found["ray_samples_per_s"] / (found["serial_1_thread_samples_per_s"] * found["machine_capacity"]), rel=0.5
+    one = {name.removeprefix("stages_1/"): value for name, value in found.items() if name.startswith("stages_1/")}
+    assert one["pipeline_efficiency"] == pytest.approx(  # of one round; medians of several have not this relation
+        one["ray_samples_per_s"] / (one["serial_1_thread_samples_per_s"] * one["machine_capacity"])
     )
+    assert set(one) < set(found)
     assert 0 < found["serialization_fraction"] < 1
     assert found["stage_unique_bytes"] < found["stage_resident_bytes"]
-    assert "stages_1/pipeline_efficiency" in found
     assert "stages_2/pipeline_efficiency" not in found
     assert "| pipeline_efficiency" in told
     assert {"committing_over_not", "epoch_boundary_over_not", "evaluation_s", "predicted_over_ray"} < set(found)
-    assert 0 < found["busy_fraction"] <= 1.1
+    assert 0 < found["busy_fraction"] < 2  # a share, not percent; the kernel counts in hundredths of a second
 
 
 def test_growth_by_layers_and_stages(tmp_path, monkeypatch):
