@@ -1,5 +1,8 @@
 import os
 import socket
+from collections.abc import Callable
+from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,20 +34,27 @@ def ray_start_4_cpus(tmp_path_factory):
     ray.shutdown()
 
 
-@pytest.fixture
-def ffdist(tmp_path, monkeypatch):
-    """The command line in the test's folder, and in its process, which has imported everything.
+@pytest.fixture(scope="session")
+def ffdist_in() -> Callable[..., str]:
+    """The command line in a folder, and in the test's process, which has imported everything.
 
-    Takes the words and the exit code that is right, and returns what was said.
+    Takes the folder, the words and the exit code that is right, and returns what was said.
     """
-    monkeypatch.chdir(tmp_path)
 
-    def run(*words: str | Path, code: int = 0) -> str:
-        done = CliRunner().invoke(main, [str(word) for word in words])
+    def run(folder: Path, *words: str | Path, code: int = 0) -> str:
+        with chdir(folder):
+            done = CliRunner().invoke(main, [str(word) for word in words])
         assert done.exit_code == code, (done.output, done.exception)
         return done.output
 
     return run
+
+
+@pytest.fixture
+def ffdist(ffdist_in, tmp_path, monkeypatch) -> Callable[..., str]:
+    """The same in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return partial(ffdist_in, tmp_path)
 
 
 @pytest.fixture

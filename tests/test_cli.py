@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it: in a process of its own wherever that matters."""
 
 import json
 import os
@@ -186,17 +186,14 @@ def test_an_error_is_told_without_a_traceback_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def unsupervised(tmp_path_factory) -> Path:
+def unsupervised(tmp_path_factory, ffdist_in) -> Path:
     """A folder in which a store was made, and a run without labels trained from it and one that drew its own."""
     folder = tmp_path_factory.mktemp("unsupervised")
     short = ["digits", "data.label=none", "negatives.kind=hybrid", "training.epochs=2", "model.layers=[40,30]"]
-    made = ffdist("negatives", "make", *short, "negatives.store=made", cwd=folder)
-    assert made.returncode == 0, made.stderr
+    ffdist_in(folder, "negatives", "make", *short, "negatives.store=made")
     for name, stored in (("drawn", []), ("stored", ["negatives.store=made"])):
-        options = ["--runner", "serial", "--summary", f"{name}.json"]
-        run = ffdist("train", *options, *short, *stored, cwd=folder)
-        assert run.returncode == 0, run.stderr
-        (folder / f"{name}.log").write_text(run.stdout)
+        said = ffdist_in(folder, "train", *SERIAL, "--summary", f"{name}.json", *short, *stored)
+        (folder / f"{name}.log").write_text(said)
     return folder
 
 
@@ -212,15 +209,14 @@ def test_without_labels_there_is_no_error_by_goodness(unsupervised):
     assert "by goodness" not in (unsupervised / "drawn.log").read_text()
 
 
-def test_a_store_is_shown_with_a_picture(unsupervised):
-    shown = ffdist("negatives", "show", "made", "--picture", "samples.png", cwd=unsupervised)
-    assert shown.returncode == 0, shown.stderr
-    assert "kind hybrid" in shown.stdout
-    assert "1,437" in shown.stdout
+def test_a_store_is_shown_with_a_picture(unsupervised, ffdist_in):
+    said = ffdist_in(unsupervised, "negatives", "show", "made", "--picture", "samples.png")
+    assert "kind hybrid" in said
+    assert "1,437" in said
     assert (unsupervised / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_damaged_store_is_named_before_it_is_used(unsupervised, tmp_path):
+def test_a_damaged_store_is_named_before_it_is_used(unsupervised, tmp_path, ffdist_in):
     store = tmp_path / "damaged"
     shutil.copytree(unsupervised / "made", store)
     shard = store / "epoch_0001/shard_000000.arrow"
@@ -228,17 +224,16 @@ def test_a_damaged_store_is_named_before_it_is_used(unsupervised, tmp_path):
     short = ["digits", "data.label=none", "negatives.kind=hybrid", "training.epochs=2", "model.layers=[40,30]"]
     commands = {2: ["negatives", "show", str(store)], 1: ["train", *short, f"negatives.store={store}"]}
     for code, command in commands.items():
-        run = ffdist(*command, cwd=tmp_path)
-        assert run.returncode == code, run.stderr
-        assert "Traceback" not in run.stderr
-        assert "epoch_0001/shard_000000.arrow is cut" in run.stderr
+        said = ffdist_in(tmp_path, *command, code=code)
+        assert "Traceback" not in said
+        assert "epoch_0001/shard_000000.arrow is cut" in said
 
 
-def test_a_readout_is_fitted_to_layers_as_they_are(unsupervised):
+def test_a_readout_is_fitted_to_layers_as_they_are(unsupervised, ffdist_in):
     facts = summary(unsupervised / "drawn.json")
     run = next(line for line in (unsupervised / "drawn.log").read_text().splitlines() if line.startswith("run  "))
     before = {path: path.read_bytes() for path in unsupervised.rglob("*.safetensors")}
-    outputs = {ffdist("readout", name, cwd=unsupervised).stdout for name in (run.split()[1], facts["mlflow_run_id"])}
+    outputs = {ffdist_in(unsupervised, "readout", name) for name in (run.split()[1], facts["mlflow_run_id"])}
     assert len(outputs) == 1
     assert {path: path.read_bytes() for path in unsupervised.rglob("*.safetensors")} == before
     fitted = MlflowClient(facts["mlflow_tracking_uri"]).get_run(facts["mlflow_run_id"]).data.metrics
@@ -246,8 +241,8 @@ def test_a_readout_is_fitted_to_layers_as_they_are(unsupervised):
     assert fitted["test/fitted_readout_error"] < facts["test_readout_error"]
 
 
-def test_results_are_a_table_of_finished_runs(finished):
-    table = ffdist("results", cwd=finished).stdout.splitlines()
+def test_results_are_a_table_of_finished_runs(finished, ffdist_in):
+    table = ffdist_in(finished, "results").splitlines()
     head, rule, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
     figures = summary(finished / "serial.json")
     found = dict(zip(head, row, strict=True))

@@ -123,7 +123,7 @@ def test_python_examples(tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path, ffdist):
-    short = ["--runner", "serial", "training.epochs=120", "model.layers=[40,30,20]", "checkpoint.every_minibatches=50"]
+    short = ["--runner", "serial", "training.epochs=60", "model.layers=[40,30,20]", "checkpoint.every_minibatches=50"]
     process = subprocess.Popen([*arguments("ffdist train digits"), *short], cwd=tmp_path)
     while not (found := list(tmp_path.glob("runs/digits-*/commits/*/manifest.json"))):
         assert process.poll() is None
@@ -158,10 +158,9 @@ def test_yaml_examples_are_configurations(block, tmp_path):
     load_config(str(tmp_path / "example.yaml"))
 
 
-def test_ui_shows_a_finished_run(tmp_path, free_port):
+def test_ui_shows_a_finished_run(tmp_path, free_port, ffdist):
     assert "ffdist ui" in COMMANDS
-    short = ["--runner", "serial", "training.epochs=1"]
-    subprocess.run([*arguments("ffdist train digits"), *short], cwd=tmp_path, check=True, capture_output=True)
+    ffdist("train", "digits", "--runner", "serial", "training.epochs=1")
     server = subprocess.Popen(
         [*arguments("ffdist ui"), "--port", str(free_port)],
         cwd=tmp_path,
