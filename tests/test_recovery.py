@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,13 @@ ACTORS = ("StageActor", "ReadoutActor", "NegativeActor", "WriterActor")
 
 
 def processes(actor: str) -> set[psutil.Process]:
-    """Ray names the process of an actor by its class."""
-    return {process for process in psutil.process_iter(["cmdline"]) if f"ray::{actor}" in str(process.info["cmdline"])}
+    """Those of this Ray; it names the process of an actor by its class."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if f"ray::{actor}" in str(process.cmdline()):
+                found.add(process)
+    return found
 
 
 def newest(runs: Path) -> str:
