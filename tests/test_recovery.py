@@ -15,7 +15,7 @@ from ffdist.failures import Failures, PartLost
 SHORT = [
     *("model.layers=[60,50,40]", "training.epochs=150", "tracking.every_minibatches=20", "pipeline.stages=2"),
     *("negatives.kind=hard_label", "negatives.prediction_delay=30", "checkpoint.every_minibatches=40"),
-    *("training.validation_samples=200", "training.evaluate_every=20", "pipeline.stall_timeout_s=4"),
+    *("training.validation_samples=200", "training.evaluate_every=20"),
 ]
 ACTORS = ("StageActor", "ReadoutActor", "NegativeActor", "WriterActor")
 
@@ -57,6 +57,30 @@ def test_too_many_failures_end_a_run_with_the_first_and_its_history(ray_start_4_
         RunFailed, match=r"stage \d is gone .* s later the readout is gone .*no more than 1 failures in 3600 s"
     ):
         train(config, runs=tmp_path)
+
+
+def test_patience_with_a_part_begins_when_it_has_started(ray_start_4_cpus):
+    import ray
+
+    from ffdist.runtime.runner import Collector
+
+    class Slow:
+        def __init__(self):
+            time.sleep(3)
+
+        def work(self, seconds):
+            time.sleep(seconds)
+            return seconds
+
+    slow = ray.remote(num_cpus=0)(Slow).remote()
+    names = {slow._actor_id.hex(): "the slow one"}
+    with pytest.raises(PartLost, match=r"the slow one did nothing for 0\.5 s \(of patience\)"):
+        Collector(names, 0.5, "of patience")([slow.work.remote(0)])
+    patient = Collector(names, 2.0, "of patience", [slow.__ray_ready__.remote()])
+    assert patient([slow.work.remote(0)]) == [0]
+    with pytest.raises(PartLost, match=r"the slow one did nothing for 2 s"):
+        patient([slow.work.remote(60)])
+    ray.kill(slow)
 
 
 def test_old_failures_are_forgotten(monkeypatch):

@@ -1,6 +1,7 @@
 """The runner whose parts are actors."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,14 +53,12 @@ def ray_runner(
     try:
         parts = blueprint.assemble(make, ray.put(images), ray.put(labels), None)
         needed = [actor.__ray_ready__.remote() for actor in make.made]
-        _Collector(make.names, START_TIMEOUT_S, "the time to start")(needed)
-        parts = parts._replace(writer=make.make_writer(commits))  # last, and not waited for: it has time
-        yield Runner(
-            blueprint,
-            parts,
-            call=_call_remotely,
-            collect=_Collector(make.names, pipeline.stall_timeout_s, "pipeline.stall_timeout_s"),
+        Collector(make.names, START_TIMEOUT_S, "the time to start")(needed)
+        writer = make.make_writer(commits)  # last, and not waited for: it has time
+        collect = Collector(
+            make.names, pipeline.stall_timeout_s, "pipeline.stall_timeout_s", [writer.__ray_ready__.remote()]
         )
+        yield Runner(blueprint, parts._replace(writer=writer), call=_call_remotely, collect=collect)
     except (ObjectStoreFullError, OutOfDiskError) as error:
         raise RunFailed(
             f"the object store has no room for the dataset ({' '.join(str(error).split())[:300]})"
@@ -74,27 +73,35 @@ def _call_remotely(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
     return getattr(part, method).options(num_returns=returns).remote(*args)
 
 
-class _Collector:
+class Collector:
     """Fetches what calls returned, and tells who is to blame where that fails.
 
     Args:
         names: Of the actors, by id.
         patience_s: Longest that nothing of what is waited for may come.
         limit: What that is called.
+        starting: What tells that actors have started; patience begins then, or after the time to start.
     """
 
-    def __init__(self, names: dict[str, str], patience_s: float, limit: str) -> None:
+    def __init__(self, names: dict[str, str], patience_s: float, limit: str, starting: Sequence[Any] = ()) -> None:
         self._names, self._patience_s, self._limit = names, patience_s, limit
+        self._starting, self._started_by = list(starting), time.monotonic() + START_TIMEOUT_S
 
     def __call__(self, returned: list[Any], wait: bool = True) -> list[Any] | None:
+        """Returns what references stand for; without waiting, None where not all of it is there yet.
+
+        Raises:
+            PartLost: An actor is gone, or nothing came for longer than patience lasts.
+            RunFailed: An actor raised something.
+        """
         left = returned
         while left:
-            waited_for = len(left)
+            waited_for, starting = len(left), self._is_any_starting()
             # One at a time, so that patience begins anew with each that comes.
             _, left = ray.wait(left, num_returns=1 if wait else waited_for, timeout=self._patience_s if wait else 0)
             if left and not wait:
                 return None
-            if len(left) == waited_for:
+            if len(left) == waited_for and not starting:
                 name = self._names.get(left[0].task_id().actor_id().hex(), "an actor")
                 raise PartLost(f"{name} did nothing for {self._patience_s:g} s ({self._limit})")
         try:
@@ -102,6 +109,11 @@ class _Collector:
         except RayError as error:
             raise self._told(error) from error
         return values
+
+    def _is_any_starting(self) -> bool:
+        if self._starting:
+            _, self._starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        return bool(self._starting) and time.monotonic() < self._started_by
 
     def _told(self, error: RayError) -> Exception:
         cause: BaseException = error
