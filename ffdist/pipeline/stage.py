@@ -46,6 +46,7 @@ class _Clock:
     """Splits a stage's time into computing and waiting; the first chunk starts it."""
 
     def __init__(self) -> None:
+        self._zero_at = time.time() - time.perf_counter()  # one clock for all: read apart, two disagree under load
         self._free_since: tuple[float, float, float] | None = None
         self._begun, self._wait_s, self._packing_s, self._queued_s = 0.0, 0.0, 0.0, 0.0
 
@@ -59,10 +60,10 @@ class _Clock:
 
     def report(self, metrics: Tensor, shards: Sequence[Shard] = ()) -> Report:
         compute_s = self.free() - self._begun
-        until_made_s = time.time() - compute_s - max((shard.made_at for shard in shards), default=-math.inf)
+        begun_at = self._zero_at + self._begun
+        until_made_s = begun_at - max((shard.made_at for shard in shards), default=-math.inf)
         making_s = sum(shard.make_s for shard in shards)
         negatives_wait_s = max(0.0, min(making_s, self._wait_s - until_made_s))
-        begun_at = time.time() - compute_s
         return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s, self._queued_s, begun_at)
 
     def free(self) -> float:
