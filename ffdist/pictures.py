@@ -12,6 +12,7 @@ from ffdist.config import Config
 from ffdist.data.datasets import Dataset
 from ffdist.evaluation import Evaluation
 from ffdist.ff.keyed import generator
+from ffdist.ff.labels import one_hot
 from ffdist.ff.layers import counted_threshold
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
 from ffdist.ff.network import Architecture, Network
@@ -95,7 +96,7 @@ def log_goodness(
 
 def _by_label(goodness: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Parts the goodness of every label tried `[L, N, C]` into that of the true labels `[N]` and of the others."""
-    is_true = torch.nn.functional.one_hot(labels, goodness.shape[-1]).bool()
+    is_true = one_hot(labels, goodness.shape[-1]).bool()
     return {"true label": goodness[:, is_true], "wrong labels": goodness[:, ~is_true]}
 
 

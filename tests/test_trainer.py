@@ -88,6 +88,6 @@ def test_rules_learn(rule, tmp_path):
 
 
 def test_xor_is_learned_without_labels_from_any_seed(tmp_path):
-    for seed in range(5):
+    for seed in range(10):
         summary = train(load_config("xor", [f"seed={seed}"]), runner="serial", runs=tmp_path).summary
         assert summary["test_readout_error"] == 0

@@ -59,7 +59,7 @@ class Trainer:
             evaluation: What is evaluated as they begin.
             boundary: Whether an epoch ends soon after they begin.
         """
-        deadline, ends, chunks = float("inf"), list[tuple[float, float, float, int]](), list[Trained]()
+        deadline, ends, chunks = float("inf"), list[tuple[float, float, float, float, int]](), list[Trained]()
         written, evaluation_s = None, 0.0
         steady_after = self.blueprint.chunk_size * self._in_flight
         first_minibatch = max(0, self._order.minibatches - 2 * steady_after) if boundary else 0
@@ -83,7 +83,7 @@ class Trainer:
                 self.start_s = self.start_s or process_age_s()
                 self._epoch = order.epoch + 1
                 chunks.append(result)
-                ends.append((now, time.process_time(), _busy_s(), order.num_minibatches))
+                ends.append((now, time.process_time(), *_processor_s(), order.num_minibatches))
                 if len(ends) == self._in_flight and not evaluation:
                     deadline = now + seconds
             elif callable(result):
@@ -92,12 +92,12 @@ class Trainer:
             written(True)
         first = self._in_flight - 1
         last = max(first + 1, sum(end <= deadline for end, *_ in ends) - 1)
-        took_s, work_s, busy_s = (ends[last][part] - ends[first][part] for part in (0, 1, 2))
+        took_s, work_s, busy_s, all_s = (ends[last][part] - ends[first][part] for part in range(4))
         minibatches = sum(count for *_, count in ends[first + 1 : last + 1])
         return Stretch(
             samples_per_s=minibatches * self._order.batch_size / took_s,
             driver_cpu_fraction=work_s / took_s,
-            busy_fraction=busy_s / took_s / (os.cpu_count() or 1),
+            busy_fraction=busy_s / all_s if all_s else 0.0,
             evaluation_s=evaluation_s,
             chunks=chunks[first + 1 : last + 1],
         )
@@ -122,10 +122,11 @@ def process_age_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _busy_s() -> float:
-    """Returns the time that all processors of the machine were at work."""
+def _processor_s() -> tuple[float, float]:
+    """Returns the time that all processors of the machine were at work, and all of their time, as the kernel counts."""
     times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)  # those are counted twice
+    all_s = sum(times) - times.guest - times.guest_nice  # those are counted twice
+    return all_s - times.idle - times.iowait, all_s
 
 
 @contextmanager
