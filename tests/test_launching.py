@@ -173,9 +173,10 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
     file.write_text(yaml.safe_dump(config))
 
     def ray(*words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ray.scripts.scripts", *words]
+        command, began = [sys.executable, "-m", "ray.scripts.scripts", *words], time.monotonic()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-        print(f"$ ray {shlex.join(words)}\n{done.stdout}{done.stderr}exit code {done.returncode}\n")
+        took = f"exit code {done.returncode} after {time.monotonic() - began:.1f} s"
+        print(f"$ ray {shlex.join(words)}\n{done.stdout}{done.stderr}{took}\n")
         return done
 
     up = ray("up", str(file), "-y", "--no-config-cache")
