@@ -94,7 +94,7 @@ def show_store(uri: str, picture: Path) -> None:
     samples = order.shard(first.epoch, first.number)[:SHOWN]
     images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
     try:
-        path = plot_negatives(images, labels, negatives[:SHOWN], dataset.shape, picture)
+        path = plot_negatives(images, labels, negatives[:SHOWN], dataset.shape, dataset.names, picture)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--picture must be a picture's file that can be written ({picture}: {error})") from error
     console.print(f"samples beside their negatives: {path}", markup=False, soft_wrap=True)

@@ -53,7 +53,7 @@ def draw_pictures(
         samples = torch.arange(min(SHOWN, len(dataset.labels["train"])))
         images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
         negatives = _some_negatives(config, dataset, network, samples)
-        yield plots.plot_negatives(images, labels, negatives, dataset.shape, folder / "negatives.png")
+        yield plots.plot_negatives(images, labels, negatives, dataset.shape, dataset.names, folder / "negatives.png")
         if network.architecture.labels_shown:
             goodness = _by_label(test.goodness, dataset.labels["test"])
         else:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ffdist import ConfigError, Run, load_config, train
+from ffdist.tracking.plots import plot_negatives
 from ffdist.tracking.timeline import read_timeline
 
 TREE = {
@@ -130,6 +131,13 @@ def test_every_kind_of_run_can_be_drawn(changes, tmp_path):
         load_config("digits", ["model.layers=[20,20]", *changes, "training.epochs=1"]), runner="serial", runs=tmp_path
     )
     assert {path.stem for path in run.folder.glob("*.png")} == PICTURES
+
+
+def test_pictures_call_classes_by_their_names(tmp_path):
+    images, labels = torch.zeros(2, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    for names, expected in (((), ["0", "as 1"]), (("owl", "heron $1"), ["owl", "as heron $1"])):
+        drawn = plot_negatives(images, labels, 1 - labels, (1, 2, 2), names, tmp_path / "n.svg").read_text()
+        assert all(f"<!-- {text} -->" in drawn for text in expected)  # which it writes beside the outlines of letters
 
 
 def test_the_timeline_tells_who_computed_and_waited_when(run):

@@ -53,6 +53,10 @@ def _shade(index: int, count: int) -> tuple[float, ...]:
     return colormaps["viridis"](0.85 * index / max(1, count - 1))
 
 
+def _name(label: int, names: Sequence[str], longest: int) -> str:
+    return names[label][:longest] if names else str(label)
+
+
 @_styled()
 def plot_layers(history: History, thresholds: Sequence[float | None], path: Path) -> Path:
     """Draws loss and goodness of every layer over the samples seen, and returns the picture's path.
@@ -174,7 +178,7 @@ def plot_confusion(confusion: Tensor, predicted_by: str, names: Sequence[str], p
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     panel.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.3, 0, 1))  # so that rare errors are seen
     if classes <= 30:
-        ticks = [name[:LONGEST] for name in names or map(str, range(classes))]
+        ticks = [_name(label, names, LONGEST) for label in range(classes)]
         panel.set_xticks(range(classes), ticks, rotation=90 if names else 0, parse_math=False)
         panel.set_yticks(range(classes), ticks, parse_math=False)
         for row, column in confusion.nonzero().tolist():
@@ -186,7 +190,14 @@ def plot_confusion(confusion: Tensor, predicted_by: str, names: Sequence[str], p
 
 
 @_styled(grid=False)
-def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tuple[int, int, int], path: Path) -> Path:
+def plot_negatives(
+    images: Tensor,
+    labels: Tensor,
+    negatives: Tensor,
+    shape: tuple[int, int, int],
+    names: Sequence[str],
+    path: Path,
+) -> Path:
     """Draws samples above their negatives, and returns the picture's path.
 
     Args:
@@ -194,6 +205,7 @@ def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tup
         labels: True labels `[n]`.
         negatives: Labels `[n]` or `[n, M]`, or images `[n, D]`, as a kind of negatives returns them.
         shape: Channels, height and width of an image.
+        names: Of the classes, where they have some.
         path: Where to draw.
     """
     figure = Figure(figsize=(1.1 * len(images) + 1, 3), layout="constrained")
@@ -201,13 +213,15 @@ def plot_negatives(images: Tensor, labels: Tensor, negatives: Tensor, shape: tup
     shown = negatives if negatives.dtype == torch.uint8 else images
     for row, (name, pictures) in enumerate((("positive", images), ("negative", shown))):
         for column, picture in enumerate(pictures):
-            title = str(labels[column].item())
+            title = _name(int(labels[column]), names, LONGEST // 2)
             if row:
                 wrong = [] if negatives.dtype == torch.uint8 else negatives[column].flatten().tolist()
-                title = f"as {wrong[0]}" if len(wrong) == 1 else "as all others" if wrong else ""
+                one = len(wrong) == 1
+                title = f"as {_name(wrong[0], names, LONGEST // 2)}" if one else "as all others" if wrong else ""
             panel = panels[row, column]
             panel.imshow(picture.view(shape).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-            panel.set(xticks=[], yticks=[], title=title)
+            panel.set(xticks=[], yticks=[])
+            panel.set_title(title, parse_math=False)
         panels[row, 0].set_ylabel(name)
     return _save(figure, path)
 
