@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 ORDERLY_S = 8.0
-"""Time that an orderly end may take; a cluster kills about 15 s or more after it has asked."""
+"""Time that an orderly end may take; a cluster kills some time after it has asked."""
 IMPORTING_S = 0.01
 """Time after which an interrupt that came amid an import comes again."""
 

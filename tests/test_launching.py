@@ -79,51 +79,53 @@ def test_the_job_of_kuberay_has_its_published_fields():
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
         for container in group["template"]["spec"]["containers"]
     ]
-    assert all(set(container) == {"name", "image", "resources"} for container in containers)
+    assert all(set(container) - {"env", "envFrom"} == {"name", "image", "resources"} for container in containers)
     yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["MLFLOW_TRACKING_URI"]
 
 
 @pytest.fixture
-def machine(tmp_path, free_port, ray_folder):
-    """A machine that is reached by ssh: an sshd on 127.0.0.1 whose users have a throwaway home.
+def machines(tmp_path, free_port, ray_folder, monkeypatch):
+    """Two machines that are reached by ssh, 127.0.0.1 and 127.0.0.2: an sshd whose users have a throwaway home on each.
 
-    Yields the home, and what a cluster file says of the way there.
+    Yields the homes, what a cluster file says of the way there, and the command that knows it.
     """
     if not (shutil.which("sshd", path="/usr/sbin:/usr/bin") and shutil.which("rsync")):
         pytest.skip("sshd or rsync is missing; install openssh-server and rsync")
-    home, keys = tmp_path / "home", tmp_path / "keys"
-    home.mkdir()
+    homes, keys = (tmp_path / "home", tmp_path / "worker"), tmp_path / "keys"
+    for home in homes:
+        home.mkdir()
     keys.mkdir(mode=0o700)
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
     settings = {
         "Port": free_port,
-        "ListenAddress": "127.0.0.1",
+        "ListenAddress": "0.0.0.0",
         "HostKey": keys / "host",
         "AuthorizedKeysFile": keys / "user.pub",
         "StrictModes": "no",
         "UsePAM": "no",
         "PermitRootLogin": "yes",
         "PidFile": "none",
-        "SetEnv": f"HOME={home} PATH={os.environ['PATH']} RAY_TMPDIR={ray_folder}",  # where it looks for a cluster
     }
-    (keys / "sshd").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    lines = [f"{name} {value}\n" for name, value in settings.items()]
+    for number, home in enumerate(homes, 1):
+        known = f"HOME={home} PATH={os.environ['PATH']} RAY_TMPDIR={ray_folder}"  # where it looks for a cluster
+        lines.append(f"Match LocalAddress 127.0.0.{number}\nSetEnv {known}\n")
+    (keys / "sshd").write_text("".join(lines))
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where it separates its privileges
     daemon = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", keys / "sshd"], stderr=(keys / "log").open("w"))
-    way = keys / "way"  # ray knows no port of ssh
-    way.write_text(f"#!/bin/bash\nexec 3<>/dev/tcp/127.0.0.1/{free_port}\ncat <&3 &\ncat >&3\nkill $!\n")
-    way.chmod(0o700)
-    auth = {
-        "ssh_user": psutil.Process().username(),
-        "ssh_private_key": str(keys / "user"),
-        "ssh_proxy_command": str(way),
-    }
+    ssh = keys / "ssh"  # ray knows no port of it, and it knows no other home than the user's
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -p {free_port} -i {keys / "user"} "$@"\n')
+    ssh.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{keys}:{os.environ['PATH']}")
+    auth = {"ssh_user": psutil.Process().username(), "ssh_private_key": str(keys / "user")}
     try:
-        yield home, auth
+        yield *homes, auth, ssh
     finally:
         daemon.kill()
-        end_processes_of(home)
+        for home in homes:
+            end_processes_of(home)
 
 
 @pytest.fixture
@@ -141,34 +143,39 @@ def end_processes_of(home: Path) -> None:
                 process.kill()
 
 
-def test_ray_up_and_submit(machine, ray_folder, tmp_path):
-    """Ends in a run with the digest of a local one; the exit code tells of one that fails; Ctrl-C ends it in order.
+def test_ray_up_and_submit(machines, ray_folder, tmp_path):
+    """Ends in a run on both machines with the digest of a local one; one that fails and Ctrl-C have their exit code.
 
     `pytest -rP` shows what was said.
     """
-    home, auth = machine
+    home, _, auth, ssh = machines
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
-    config |= {"provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}, "auth": auth}
-    config |= {"min_workers": 0, "max_workers": 0}
+    config |= {"provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": ["127.0.0.2"]}, "auth": auth}
     (tmp_path / "token").write_text("0123456789abcdef" * 4)
     config["file_mounts"]["~/.ray/auth_token"] = str(tmp_path / "token")
-    make, install, path, *_ = config["setup_commands"]
+    guard, make, install, path, *_ = config["setup_commands"]
     here = next(folder for folder in sys.path if folder.endswith("site-packages"))
     site = f"~/ffdist-env/lib/python3.{sys.version_info.minor}/site-packages"
     ray_script = '#!/bin/sh\nexec ~/ffdist-env/bin/python -m ray.scripts.scripts "$@"\n'
     config["setup_commands"] = [  # all that the package needs is here already, 6.5 GB of it
+        guard,
         make.replace("python3", sys.executable),
         f"echo {here} > {site}/here.pth",
         f"printf {shlex.quote(ray_script)} > ~/ffdist-env/bin/ray; chmod +x ~/ffdist-env/bin/ray",
-        f"{install} --no-deps",
+        f"ln -sf {ssh} ~/ffdist-env/bin/ssh",
+        f"{install.partition(' ray==')[0]} --no-deps",
         path,
     ]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     stop, start = config["head_start_ray_commands"]
     assert stop == "~/ffdist-env/bin/ray stop", "which would end all of this user's Ray"
-    start = start.replace("--port=6379", f"--port={port} --ray-client-server-port={port + 1} --num-cpus=4")
-    config["head_start_ray_commands"] = [start]
+    assert stop == config["worker_start_ray_commands"][0]
+    start = start.replace("--port=6379", f"--port={port} --ray-client-server-port={port + 1}")
+    own = "--num-cpus=2 --dashboard-agent-listen-port"
+    config["head_start_ray_commands"] = [f"{start} --node-ip-address=127.0.0.1 {own}={port + 2}"]
+    start = config["worker_start_ray_commands"][1].replace(":6379", f":{port}")
+    config["worker_start_ray_commands"] = [f"{start} --node-ip-address=127.0.0.2 {own}={port + 3}"]
     file = tmp_path / "local.yaml"
     file.write_text(yaml.safe_dump(config))
 
@@ -182,6 +189,12 @@ def test_ray_up_and_submit(machine, ray_folder, tmp_path):
     up = ray("up", str(file), "-y", "--no-config-cache")
     assert up.returncode == 0
     assert (home / "configs" / "digits.yaml").is_file()
+    assert (home / ".ray" / "auth_token").stat().st_mode & 0o77 == 0
+    deadline = time.monotonic() + 180
+    while (
+        "/4.0 CPU" not in ray("exec", str(file), f"ray status --address=127.0.0.1:{port}").stdout
+    ):  # the head starts the worker
+        assert time.monotonic() < deadline, "the worker does not come"
     short = ["training.epochs=2", "--runs", str(tmp_path / "runs"), "--summary", str(tmp_path / "far.json")]
     submitted = ray("submit", str(file), "ffdist/run.py", "--", "digits", *short)
     assert submitted.returncode == 0
