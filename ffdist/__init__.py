@@ -7,6 +7,7 @@ print(run.summary["test_goodness_error"], run.folder, run.network)
 """
 
 from importlib import import_module
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ffdist.ff.network import Architecture, Network
     from ffdist.finished import Run
     from ffdist.trainer import train
+
+__path__ = extend_path(__path__, __name__)  # a model of MLflow's brings a part of this package, and puts it first
 
 _HOMES = {
     "Architecture": "ffdist.ff.network",

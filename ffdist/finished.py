@@ -17,16 +17,13 @@ from ffdist.config_file import load_config
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.negatives import NegativesError
-from ffdist.ff.network import Network, Prediction
+from ffdist.ff.network import ROWS, Network, Prediction
 from ffdist.pipeline.runner import Evaluated
 from ffdist.prepare import build_architecture
 from ffdist.screen import track
 from ffdist.start import CONFIG, SUMMARY, commits_of, find_run, network_of, newest
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.timeline import TIMELINE, read_timeline
-
-ROWS = 4000
-"""Rows that pass through the layers together."""
 
 
 @dataclass(frozen=True)

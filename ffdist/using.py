@@ -37,7 +37,7 @@ def evaluate_on(run: Run, data: Path | None) -> str:
             classes = ", ".join(run.class_names) or f"from 0 to below {run.network.architecture.classes}"
             raise ConfigError(
                 f"{data} must say the label of every image, by an integer column of Parquet or by one folder for each "
-                f"class and nothing beside them (classes: {classes})"
+                f"class and nothing beside them (classes: {classes}; {found.unlabelled})"
             )
         images, labels = found.images, found.labels
     return f"test error {run.evaluate(images, labels).in_words()}, of {len(labels):,} samples"

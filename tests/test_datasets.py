@@ -164,7 +164,7 @@ def test_missing_and_empty_splits_are_named(colours, tmp_path_factory):
 def test_columns_are_chosen_when_there_are_several(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", [png(1, mode="L")] * 2, [0, 1], fine=[3, 4])
-    with pytest.raises(ConfigError, match=r"data\.label_column \(candidates: \['label', 'fine'\]"):
+    with pytest.raises(ConfigError, match=r"data\.label_column must name it \(candidates: \['label', 'fine'\]"):
         load(tmp_path)
     assert load(tmp_path, label_column="fine").labels["train"].tolist() == [3, 4]
     with pytest.raises(ConfigError, match=r"data\.label_column=coarse is none"):

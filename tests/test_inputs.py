@@ -1,4 +1,6 @@
 import io
+import json
+import os
 import struct
 
 import pyarrow as pa
@@ -55,19 +57,56 @@ def test_what_is_not_is_refused(image, rule, tmp_path):
 def test_folders_and_parquet_tell_labels_where_there_are_some(tmp_path):
     encoded = io.BytesIO()
     an_image().save(encoded, "png")
-    for kind in "abc":
-        (tmp_path / "classes" / kind).mkdir(parents=True)
-        an_image().save(tmp_path / "classes" / kind / "x.png")
-    found = read_inputs([tmp_path / "classes"], DATA, GREY, 3)
-    assert found.labels.tolist() == [0, 1, 2]
-    assert [place[-7:] for place in found.places] == ["a/x.png", "b/x.png", "c/x.png"]
-    assert read_inputs([tmp_path / "classes"], DATA, GREY, 4).labels is None
+    for number in (1, 2, 10):  # by number, not by their order, and whether or not all are there
+        (tmp_path / "classes" / str(number) / "more").mkdir(parents=True)
+        an_image().save(tmp_path / "classes" / str(number) / "more" / "x.png")
+    found = read_inputs([tmp_path / "classes"], DATA, GREY, 11)
+    assert found.labels.tolist() == [1, 10, 2]
+    assert found.places[1] == str(tmp_path / "classes" / "10" / "more" / "x.png")
+    few = read_inputs([tmp_path / "classes"], DATA, GREY, 10)  # 10 is none of the classes
+    assert (few.labels, few.unlabelled) == (None, f"{tmp_path / 'classes' / '1' / 'more' / 'x.png'} has none")
+    (tmp_path / "classes" / "2").rename(tmp_path / "elsewhere")
+    (tmp_path / "classes" / "2").symlink_to(tmp_path / "elsewhere")  # as training follows it
+    assert read_inputs([tmp_path / "classes"], DATA, GREY, 11).labels.tolist() == [1, 10, 2]
     pq.write_table(pa.table({"image": [encoded.getvalue()] * 2, "label": [1, 2]}), tmp_path / "two.parquet")
     pq.write_table(pa.table({"image": [encoded.getvalue()]}), tmp_path / "one.parquet")
     found = read_inputs([tmp_path / "two.parquet"], DATA, GREY, 3)
     assert (found.labels.tolist(), found.places[1]) == ([1, 2], f"{tmp_path / 'two.parquet'}, row 1")
     both = read_inputs([tmp_path / "two.parquet", tmp_path / "one.parquet"], DATA, GREY, 3)
     assert (both.labels, len(both.images)) == (None, 3)
+    assert read_inputs([tmp_path / "two.parquet"], DATA, GREY, 2).unlabelled.endswith("two.parquet, row 1 has 2")
+
+
+def test_columns_of_parquet_are_found_among_others(tmp_path):
+    """Also where training was told of columns that are not there."""
+    encoded = io.BytesIO()
+    an_image().save(encoded, "png")
+    columns = {"image": [encoded.getvalue()] * 2, "id": [7, 8], "label": [0, 1]}
+    features = {"info": {"features": {"label": {"names": ["cat", "ant"]}}}}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, tmp_path / "named.parquet")
+    assert read_inputs([tmp_path / "named.parquet"], DATA, GREY, 2, ["ant", "cat"]).labels.tolist() == [1, 0]
+    own = Data(name="parquet", path=tmp_path, label_column="fine")
+    for left in (["image"], ["image", "id"], ["image", "id", "label"]):
+        pq.write_table(table.select(left), tmp_path / "left.parquet")
+        assert read_inputs([tmp_path / "left.parquet"], own, GREY, 2).labels is None
+
+
+def test_names_of_any_bytes_can_be_printed(tmp_path):
+    an_image().save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / os.fsdecode(b"\xe9t\xe9.png"))
+    (place,) = read_inputs([tmp_path], DATA, GREY, 3).places
+    assert place.encode().decode().endswith(".png")
+
+
+def test_no_other_program_is_run_over_an_image(tmp_path):
+    """As Ghostscript would be, where Pillow finds it."""
+    (tmp_path / "one.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n")
+    with pytest.raises(ConfigError, match="cannot identify"):
+        read_inputs([tmp_path / "one.png"], DATA, GREY, 3)
+    (tmp_path / "one.png").rename(tmp_path / "one.eps")
+    with pytest.raises(ConfigError, match="there must be an image"):
+        read_inputs([tmp_path], DATA, GREY, 3)
 
 
 def test_nothing_and_what_is_not_there_are_told(tmp_path):
@@ -112,8 +151,9 @@ def test_classes_are_told_by_their_names_where_they_have_some(tmp_path):
 def test_a_folder_may_hold_more_than_images(tmp_path):
     encoded = io.BytesIO()
     an_image().save(encoded, "png")
-    for name in ("._x.png", "paper.pdf", "note.txt", "features.h5", "clip.mpg"):
+    for name in ("._x.png", "._x.parquet", "paper.pdf", "note.txt", "features.h5", "clip.mpg"):
         (tmp_path / name).write_text("no image")
+    pq.write_table(pa.table({"file_name": ["x.png"], "label": [1]}), tmp_path / "metadata.parquet")
     an_image().save(tmp_path / "x.png")
     (tmp_path / "spark.parquet").mkdir()
     columns = {"image": [encoded.getvalue()], "id": [7], "label": [2]}

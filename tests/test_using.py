@@ -31,6 +31,9 @@ def run(tmp_path_factory):
 def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
     label = "everywhere" if label == "append" and not isinstance(layers[0], int) else label
     network = Network(Architecture((1, 6, 6), 3, layers, label=label, precision="bfloat16", seed=3))
+    for parameter in network.parameters():  # or what the seed alone makes would do
+        parameter.data += torch.randn_like(parameter)
+    network.load_state_dict(network.state_dict())
     save_network(network, tmp_path)
     images = torch.randint(256, (7, 36), dtype=torch.uint8)
     for one, other in zip(network.predict(images), read_network(tmp_path).predict(images), strict=True):
@@ -87,6 +90,8 @@ def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
     assert [len(row) for row in found["probability"] + found["goodness"]] == [10] * 40
     assert found["goodness"][0].index(max(found["goodness"][0])) == found["label"][0]
     assert "07.png" in said
+    again = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
+    assert again == said  # what the first has left there holds no images
 
 
 def test_classes_go_by_their_names(tmp_path, ffdist):
@@ -120,9 +125,21 @@ def test_classes_go_by_their_names(tmp_path, ffdist):
     answer = json.loads((tmp_path / "answer.json").read_text())["predictions"]
     assert answer["name"] == [["$x^$", "[dog]", "ant", "cat"][label] for label in answer["label"]]
     (tmp_path / "pets" / "test" / "ant").rename(tmp_path / "pets" / "test" / "owl")
-    assert "(classes: $x^$, [dog], ant, cat)" in ffdist(
+    assert "(classes: $x^$, [dog], ant, cat; " in ffdist(
         "evaluate", folder, "--data", tmp_path / "pets" / "test", code=2
     )
+
+
+def test_who_has_loaded_a_model_still_has_all_of_ffdist(run, tmp_path, ffdist):
+    """MLflow puts the model's own part of the package in front of what is installed."""
+    ffdist("export", run.folder, "--to", tmp_path / "out")
+    code = (
+        "import mlflow, sys; model = mlflow.pyfunc.load_model('out/model'); from ffdist import Run; "
+        "print('out' in sys.modules['ffdist'].__file__, Run.find(sys.argv[1]).summary['classes'])"
+    )
+    command = [sys.executable, "-c", code, str(run.folder)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
+    assert said.split() == ["True", "10"]
 
 
 def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):

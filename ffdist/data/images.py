@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +18,8 @@ from ffdist.config import ConfigError
 from ffdist.sections import MOST_CLASSES, Data
 
 SPLITS = ("train", "test")
-UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that Pillow knows and leaves to others to decode."""
+UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow knows and leaves to others to decode; Ghostscript would run what an EPS holds."""
 ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,7 +58,7 @@ def read_parquet(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], li
     """
     assert config.path is not None
     files = {split: _files(config.path, split) for split in SPLITS}
-    names = _class_names(files["train"][0], config)
+    names = _class_names(files["train"][0], config.label_column)
     samples = {split: chain.from_iterable(rows(f, config, names) for f in files[split]) for split in SPLITS}
     return *_read(config, samples, config.classes or len(names)), names
 
@@ -80,13 +82,14 @@ def read_image_folder(config: Data) -> tuple[dict[str, Tensor], dict[str, Tensor
             raise ConfigError(f"data.path must hold one folder {split}* (path: {config.path}, found: {len(found)})")
         try:
             folders[split] = ImageFolder(str(found[0]), is_valid_file=lambda file: is_image(Path(file)))
-        except FileNotFoundError as error:
+        except OSError as error:
             raise ConfigError(f"{found[0]}: {' '.join(str(error).split())}") from error
     if folders["train"].classes != folders["test"].classes:
         odd = sorted(set(folders["train"].classes) ^ set(folders["test"].classes))
         raise ConfigError(f"{config.path}: train and test must have the same class folders (only in one: {odd})")
     samples = {
-        split: (Sample(Path(path), label, path) for path, label in folder.samples) for split, folder in folders.items()
+        split: (Sample(Path(path), label, printable(path)) for path, label in folder.samples)
+        for split, folder in folders.items()
     }
     names = folders["train"].classes
     return *_read(config, samples, config.classes or len(names)), names
@@ -133,10 +136,36 @@ def _read(
     return images, labels
 
 
+@cache
+def _formats() -> list[str]:
+    """Returns the formats of images that can be read."""
+    Image.init()
+    return [kind for kind in Image.OPEN if kind not in UNREADABLE]
+
+
 def is_image(file: Path) -> bool:
     """Says whether a file's name is that of an image that can be read."""
     kind = Image.registered_extensions().get(file.suffix.lower())
-    return kind in Image.OPEN and kind not in UNREADABLE and not file.name.startswith(".")
+    return kind in _formats() and not file.name.startswith(".")
+
+
+def has_images(file: Path, config: Data) -> bool:
+    """Says whether a Parquet file has a column of images; where that cannot be seen, reading it will say why."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.name.startswith(".") or file.is_dir():
+        return False
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError):
+        return True
+    return config.image_column in schema.names or any(_holds_images(field.type) for field in schema)
+
+
+def printable(path: Path | str) -> str:
+    """Returns a path as it can be printed and written, whatever bytes its name is of."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def decode(sample: Sample) -> Image.Image:
@@ -146,7 +175,8 @@ def decode(sample: Sample) -> Image.Image:
         ConfigError: It cannot be decoded, has more bits, or is transparent somewhere.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image)
+        content = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
+        image: Image.Image = Image.open(content, formats=_formats())
         image.load()
     except Exception as error:  # each format has its own
         raise ConfigError(
@@ -204,11 +234,12 @@ def rows(file: Path, config: Data, names: Sequence[str] = (), *, labelled: bool 
             schema = parquet.schema_arrow
             image = _column(file, schema, "image_column", config.image_column, _holds_images)
             integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-            columns, label = [image], config.label_column or (None if labelled else "label")
-            if labelled or len(integers) == 1 or label in integers:
-                wanted = label if label in integers else config.label_column
+            columns, wanted = [image], config.label_column
+            if not labelled and wanted is None and len(integers) > 1:
+                wanted = "label"
+            if labelled or wanted in integers or (wanted is None and integers):
                 columns.append(_column(file, schema, "label_column", wanted, pa.types.is_integer))
-            own, row = _class_names(file, config) if names else [], 0
+            own, row = _class_names(file, columns[1]) if names and len(columns) == 2 else [], 0
             numbered = {index: names.index(name) if name in names else name for index, name in enumerate(own)}
             for batch in parquet.iter_batches(batch_size=1024, columns=columns):
                 listed = batch[columns[-1]].to_pylist() if len(columns) == 2 else [None] * batch.num_rows
@@ -216,20 +247,20 @@ def rows(file: Path, config: Data, names: Sequence[str] = (), *, labelled: bool 
                     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
                     if content is None:
                         raise ConfigError(f"{file}, row {row}: an image is its encoded bytes, and here are none")
-                    yield Sample(content, numbered.get(number, number), f"{file}, row {row}")
+                    yield Sample(content, numbered.get(number, number), f"{printable(file)}, row {row}")
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
 
 
-def _class_names(file: Path, config: Data) -> list[str]:
+def _class_names(file: Path, label_column: str | None) -> list[str]:
     """Returns the names that Hugging Face's `datasets` gives the classes in a file; none where it did not write it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with suppress(pa.ArrowException, OSError, ValueError, LookupError, TypeError):  # reading the rows says what it is
         schema = pq.read_schema(file)
-        label = _column(file, schema, "label_column", config.label_column, pa.types.is_integer)
+        label = _column(file, schema, "label_column", label_column, pa.types.is_integer)
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
         return list(map(str, names)) if len(names) <= MOST_CLASSES else []
     return []
@@ -250,7 +281,9 @@ def _column(file: Path, schema: Any, setting: str, wanted: str | None, fits: Any
         return str(candidates[0])
     if wanted in candidates:
         return str(wanted)
-    asked = f"data.{setting}={wanted} is none" if wanted else f"there must be one to choose, or set data.{setting}"
+    asked = (
+        f"data.{setting}={wanted} is none" if wanted else f"there must be exactly one, or data.{setting} must name it"
+    )
     raise ConfigError(
         f"{file}: {asked} (candidates: {candidates}, all columns: {schema.names}); images are encoded bytes or "
         f"{{bytes, path}} structures, labels are integers"

@@ -1,5 +1,6 @@
 """Images that a finished network is to look at: files, folders and Parquet files, brought to its shape."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from ffdist.config import ConfigError
-from ffdist.data.images import Sample, decode, is_image, pixels, rows
+from ffdist.data.images import Sample, decode, has_images, is_image, pixels, printable, rows
 from ffdist.screen import track
 from ffdist.sections import Data
 
@@ -23,6 +24,8 @@ class Inputs(NamedTuple):
     """True labels `[N]`, where all are known."""
     places: list[str]
     """A file, or a file and row."""
+    unlabelled: str = ""
+    """Where the first of them is whose label is not known, and what stands there."""
 
 
 def read_inputs(
@@ -35,7 +38,7 @@ def read_inputs(
 
     Args:
         paths: Image files, Parquet files and folders of either. A folder that has one for each class, by its name where
-            classes have names, and no images elsewhere, tells the labels.
+            classes have names, else by its number, and no images elsewhere, tells the labels.
         config: Columns of Parquet files, and whether training resized.
         shape: Channels, height and width.
         classes: Number of them.
@@ -51,8 +54,11 @@ def read_inputs(
         places.append(sample.place)
     if not images:
         raise ConfigError(f"there must be an image to look at (none in: {', '.join(map(str, paths))})")
-    wrong = next((place for place, label in zip(places, labels, strict=True) if not _is_one(label, classes)), None)
-    return Inputs(torch.stack(images), None if wrong else torch.tensor(labels), places)
+    for place, label in zip(places, labels, strict=True):
+        if not (isinstance(label, int) and 0 <= label < classes):
+            told = f"{place} has {'none' if label is None else repr(label)}"
+            return Inputs(torch.stack(images), None, places, told)
+    return Inputs(torch.stack(images), torch.tensor(labels), places)
 
 
 def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
@@ -70,26 +76,22 @@ def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
         raise ConfigError(f"{path} cannot be written ({error}); name another file") from error
 
 
-def _is_one(label: object, classes: int) -> bool:
-    return isinstance(label, int) and 0 <= label < classes
-
-
 def _samples(paths: Sequence[Path], config: Data, classes: int, names: Sequence[str]) -> Iterator[Sample]:
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            for parquet in (file for file in files if file.suffix == ".parquet"):
+            walked = os.walk(path, followlinks=True)  # as torchvision does for training
+            files = sorted(Path(folder, name) for folder, _, found in walked for name in found)
+            for parquet in (file for file in files if file.suffix == ".parquet" and has_images(file, config)):
                 yield from rows(parquet, config, names, labelled=False)
-            files = [file for file in files if is_image(file)]
-            folders = sorted({file.parent.name for file in files})
-            flat = {file.parent.parent for file in files} == {path}
-            known = flat and (set(folders) <= set(names) if names else len(folders) == classes)
-            order = list(names or folders)
-            yield from (Sample(file, order.index(file.parent.name) if known else None, str(file)) for file in files)
+            order = list(names) or [str(number) for number in range(classes)]
+            images = [(file, file.relative_to(path).parts) for file in files if is_image(file)]
+            known = all(len(parts) > 1 and parts[0] in order for _, parts in images)
+            for file, (first, *_) in images:
+                yield Sample(file, order.index(first) if known else None, printable(file))
         elif path.suffix == ".parquet":
             yield from rows(path, config, names, labelled=False)
         elif path.is_file():
-            yield Sample(path, None, str(path))
+            yield Sample(path, None, printable(path))
         else:
             raise ConfigError(f"{path} must be an image, a Parquet file or a folder of either; there is none")
 

@@ -16,6 +16,9 @@ from ffdist.ff.local import Fields, Local, Map
 from ffdist.ff.readout import Readout
 from ffdist.ff.update import READOUT_UPDATE, Update
 
+ROWS = 4000
+"""Rows that pass through the layers together when it predicts."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -223,7 +226,15 @@ class Network(nn.Module):
         return logits
 
     def predict(self, images: Tensor) -> Prediction:
-        """Predicts in both ways: one neutral pass for the readout, and one pass a label for goodness."""
+        """Predicts what images show, uint8 `[B, D]`, in both ways, some at a time.
+
+        It takes one neutral pass for the readout, and one pass a label for goodness.
+        """
+        parts = torch.split(images, max(1, ROWS // self.architecture.classes))
+        probabilities, goodness, label = zip(*map(self._predict, parts), strict=True)
+        return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
+
+    def _predict(self, images: Tensor) -> Prediction:
         architecture = self.architecture
         probabilities = self(images).softmax(-1)
         if not architecture.goodness_predicts:
