@@ -37,7 +37,8 @@ def hold_no_secret(uri: str) -> str:
     """
     parts = urlsplit(uri)
     named = {name.lower() for name, _ in parse_qsl(parts.query)}
-    if parts.password or any(word in name for name in named for word in SECRETS):
+    named_only = parts.scheme in ("http", "https") and parts.username  # which may be a token
+    if parts.password or named_only or any(word in name for name in named for word in SECRETS):
         raise ValueError(
             f"a URI must hold no password or key, because it is written down (scheme: {parts.scheme}, host: "
             f"{parts.hostname}); give it by the environment, such as MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"
@@ -50,11 +51,18 @@ MOST = 10**9
 """Beyond it float32, the clock's limits and memory end."""
 Count = Annotated[int, Number, Field(ge=1, le=MOST)]
 
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111, the latter raises
+
+
 Uri = Annotated[str, AfterValidator(hold_no_secret)]
+Place = Annotated[Uri, AfterValidator(lambda uri: uri if "://" in uri else _absolute(uri))]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
 Positive = Annotated[float, Number, Field(gt=0, le=MOST, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0, le=MOST, allow_inf_nan=False)]
-Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # noqa: PTH111, which raises
+Folder = Annotated[Path, AfterValidator(lambda path: Path(_absolute(str(path))))]
+"""Absolute, because what is written down is read from elsewhere."""
 
 DATA_FOLDERS = ("parquet", "image_folder")
 MOST_CLASSES = 256
@@ -180,7 +188,7 @@ class Negatives(Section):
     """Chunks whose negatives are asked for before the chunk is."""
     prediction_delay: Count = 200
     """Minibatches after which a label that the readout drew becomes a sample's `hard_label`."""
-    store: Uri | None = None
+    store: Place | None = None
     """Folder, or URI of one, that negatives are read from and, where it lacks them, added to."""
 
     @model_validator(mode="after")
@@ -267,7 +275,7 @@ class Checkpoint(Section):
     """Minibatches from one commit to the next; without it time alone decides."""
     every_s: Positive | None = 60.0
     """Seconds from one commit to the next."""
-    uri: Uri | None = None
+    uri: Place | None = None
     """Folder, or URI of one, that gets a folder of commits for each run; without it they lie in the run's own."""
 
 

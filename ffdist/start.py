@@ -75,7 +75,10 @@ def newest(commits: Commits) -> tuple[Manifest, State]:
     with _refusing():
         names = commits.names()
         if not names:
-            raise ConfigError(f"{commits.folder.path()} holds no whole commit; train it again")
+            raise ConfigError(
+                f"{commits.folder.path()} holds no whole commit; set checkpoint.uri in its "
+                f"configuration to where they are, or train it again"
+            )
         return commits.read(names[-1])
 
 

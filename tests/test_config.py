@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -154,7 +155,7 @@ def test_a_section_left_empty_has_its_defaults(tmp_path):
 
 def test_a_home_folder_is_meant_as_it_is_written():
     assert load_config("mnist", ["data.root=~/images"]).data.root == Path.home() / "images"
-    assert load_config("mnist", ["data.root=~nobody-here/images"]).data.root == Path("~nobody-here/images")
+    assert load_config("mnist", ["data.root=~nobody-here/images"]).data.root == Path("~nobody-here/images").absolute()
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,7 @@ def test_a_missing_section_is_named(tmp_path):
     "override",
     [
         "tracking.uri=https://me:hush@server",
+        "tracking.uri=https://hush@server",
         "checkpoint.uri=s3://id:hush@bucket/commits",
         "negatives.store=gs://bucket/store?access_token=hush",
     ],
@@ -230,3 +232,14 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(override):
     with pytest.raises(ConfigError, match="must hold no password or key") as refused:
         load_config("digits", [override])
     assert "hush" not in str(refused.value)
+
+
+def test_places_are_written_down_as_they_are_meant_where_it_was_asked(tmp_path, monkeypatch):
+    """A run's folder is read from elsewhere, too."""
+    monkeypatch.chdir(tmp_path)
+    words = ["data.name=parquet", "data.path=birds", "checkpoint.uri=kept", "negatives.store=~/store"]
+    config = load_config("digits", words)
+    assert config.data.path == tmp_path / "birds"
+    assert config.checkpoint.uri == f"{tmp_path}/kept"
+    assert config.negatives.store == os.path.expanduser("~/store")  # noqa: PTH111
+    assert load_config("digits", ["checkpoint.uri=s3://bucket/kept"]).checkpoint.uri == "s3://bucket/kept"
