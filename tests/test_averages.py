@@ -62,3 +62,16 @@ def test_times_are_counted_once_and_shares_add_up():
 def test_what_was_not_measured_is_left_out(monkeypatch):
     monkeypatch.setitem(globals(), "LAYERS", LAYERS.clone().index_fill_(2, torch.tensor([4, 5]), math.nan))
     assert not {f"layer_1/{name}" for name in MEASURED} & set(points(4, 8)[0][1])
+
+
+def test_throughput_counts_from_where_training_begins(monkeypatch):
+    """Not the start of the parts, for which a run waits with its averages at hand."""
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    averages = Averages(STEPS, BATCH_SIZE)
+    now = 100.0
+    averages.begin()
+    now = 102.0
+    stages = [Report(LAYERS, 3.0, 1.0, 0.5)]
+    ((_, metrics),) = averages.add(Train(0, 0, STEPS, 0, 1.0), Trained(stages, Report(READOUT, 1.0, 1.0)))
+    assert metrics["samples_per_s"] == STEPS * BATCH_SIZE / 2

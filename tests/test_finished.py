@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ffdist import ConfigError, Run, load_config, train
-from ffdist.tracking.plots import plot_negatives
+from ffdist.tracking.plots import plot_layers, plot_negatives
 from ffdist.tracking.timeline import read_timeline
 
 TREE = {
@@ -131,6 +131,13 @@ def test_every_kind_of_run_can_be_drawn(changes, tmp_path):
         load_config("digits", ["model.layers=[20,20]", *changes, "training.epochs=1"]), runner="serial", runs=tmp_path
     )
     assert {path.stem for path in run.folder.glob("*.png")} == PICTURES
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    """As a short run has it."""
+    history = {f"layer_1/{name}": [(100, 0.5)] for name in ("loss", "goodness_positive", "goodness_negative")}
+    drawn = plot_layers(history, [None], tmp_path / "l.svg").read_text()
+    assert drawn.count("#440154") > 3  # of viridis, the first
 
 
 def test_pictures_call_classes_by_their_names(tmp_path):

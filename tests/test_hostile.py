@@ -122,7 +122,13 @@ FROM = [
     ["train", "digits", *SHORT, *SERIAL, "--from", "finished"],
     ["baseline", "digits", *SHORT, "--from", "finished"],
 ]
-READOUT = [["readout", "finished"]]
+READOUT = [
+    ["readout", "finished"],
+    ["evaluate", "finished"],
+    ["predict", "finished", "--input", "birds/test.parquet"],
+    ["plot", "finished"],
+    ["export", "finished", "--to", "out"],
+]
 SHOW = [["negatives", "show", "store"], ["train", "digits", *SHORT, *STORE, *SERIAL]]
 BIRDS = ["data.label=append", "model.layers=[5,5]", "training.batch_size=5"]
 PARQUET = [["train", "digits", "data.name=parquet", "data.path=birds", *BIRDS, *SERIAL]]
@@ -201,12 +207,15 @@ CASES = {
 }
 
 
+TRACKING = ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", ".mlflow.lock")
+
+
 def tree() -> dict[str, str]:
     """Every file but those of the tracking database, which a command may open."""
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path().rglob("*"))
-        if path.is_file() and path.parts[0] != "runs" and path.name not in (".lock", "metrics.db-wal", "metrics.db-shm")
+        if path.is_file() and path.name not in (".lock", "metrics.db-wal", "metrics.db-shm", *TRACKING)
     }
 
 
@@ -216,16 +225,16 @@ def test_what_is_broken_is_told_and_nothing_is_written_over(place, damage, comma
     before = tree()
     for command in commands:
         result = ffdist(*command)
-        assert result.exit_code == (1 if "the run stopped" in result.output else 2), (
-            command,
-            result.output,
-            result.exception,
-        )
+        stopped = "the run stopped" in result.output
+        assert result.exit_code == (1 if stopped else 2), (command, result.output, result.exception)
         error = result.output[result.output.index("Error: ") :]
         assert "Traceback" not in result.output
         assert len(error.strip().splitlines()) == 1, "one paragraph"
         assert re.search(told, error), error
-        assert tree() == before
+        now = tree()
+        assert {path: now.get(path) for path in before} == before
+        assert stopped or len(now) == len(before), "a run that is refused leaves no trace"
+        before = now
     assert not Path("code-ran").exists()
 
 

@@ -38,10 +38,11 @@ def test_a_commit_is_a_network_that_predicts_as_the_run_says(run):
 
 
 def test_one_layer_and_two_classes_are_enough(tmp_path):
-    config = load_config("digits", ["model.layers=[20]", "training.epochs=1", "pipeline.chunk_size=1000"])
-    summary = train(config, runner="serial", runs=tmp_path).summary
-    assert summary["stages"] == 1
-    assert len(summary["layer_errors"]) == 1
+    words = ["data.label=append", "negatives={kind: wrong_label}", "model.layers=[20]", "training.epochs=1"]
+    run = train(load_config("xor", [*words, "pipeline.chunk_size=1000"]), runner="serial", runs=tmp_path)
+    assert (run.summary["stages"], run.summary["classes"]) == (1, 2)
+    assert len(run.summary["layer_errors"]) == 1
+    assert (run.folder / "goodness.png").is_file()
 
 
 def test_training_leaves_torchs_threads_as_they_were(tmp_path):

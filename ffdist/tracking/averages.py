@@ -29,7 +29,12 @@ class Averages:
         self._layers: list[Tensor] = []
         self._readout: list[Tensor] = []
         self._times: list[tuple[float, float, float]] = []
-        self._since, self._minibatches = time.perf_counter(), 0
+        self._minibatches = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins to count the time from now on."""
+        self._since = time.perf_counter()
 
     def add(self, chunk: Train, trained: Trained) -> Iterator[tuple[int, dict[str, float]]]:
         """Takes the reports of a chunk in.

@@ -73,9 +73,12 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
     panels = figure.subplots(1, 2)
     for index, layer in enumerate(layers):
         color = _shade(index, len(layers))
-        panels[0].plot(*zip(*history[f"{layer}/loss"], strict=True), color=color, label=layer.replace("_", " "))
+        marker = "o" if len(history[f"{layer}/loss"]) == 1 else None  # no line has one end
+        losses = zip(*history[f"{layer}/loss"], strict=True)
+        panels[0].plot(*losses, color=color, marker=marker, label=layer.replace("_", " "))
         for name, style in (("positive", "-"), ("negative", "--")):
-            panels[1].plot(*zip(*history[f"{layer}/goodness_{name}"], strict=True), color=color, linestyle=style)
+            values = zip(*history[f"{layer}/goodness_{name}"], strict=True)
+            panels[1].plot(*values, color=color, linestyle=style, marker=marker)
     for panel in panels:
         panel.xaxis.set_major_formatter(EngFormatter())
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
