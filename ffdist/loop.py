@@ -3,7 +3,6 @@
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train,
 from ffdist.prepare import Prepared
 from ffdist.start import Start, network_of
 from ffdist.tracking.averages import Averages
-from ffdist.tracking.model import log_model
 from ffdist.tracking.progress import Display
 from ffdist.tracking.timeline import Timeline
 from ffdist.tracking.tracker import Tracker
@@ -114,6 +112,7 @@ class Loop:
         self._mark("restored", self.step)
         blocks: list[Evaluated] = []
         since, before_s = time.perf_counter(), self._train_s
+        self._averages.begin()
         size = pipeline.blueprint.chunk_size
         for order, result in pipeline.run(self._orders(self._schedule(size), asked_to_stop), self._schedule(size)):
             if isinstance(order, Train) and isinstance(result, Trained):
@@ -157,8 +156,6 @@ class Loop:
         dataset, network = self._dataset, network_of(self._architecture, state)
         for picture in draw_pictures(folder, self._config, dataset, network, test, history, self._timeline.spans):
             self._tracker.log_artifact(picture)
-        image, register = dataset.images["test"][0], self._config.tracking.register
-        self._tracker.do(partial(log_model, network=network, names=dataset.names, image=image, register=register))
         if self._timeline.spans:
             self._tracker.log_artifact(self._timeline.write(folder))
         return {
@@ -259,9 +256,11 @@ class Loop:
     def _keep_picture(self, client: Any, run_id: str) -> None:
         from ffdist.pictures import log_goodness  # of matplotlib, beside the training
 
-        drawn, self._to_draw = self._to_draw, None
+        drawn = self._to_draw
         if drawn:  # of several that wait the newest, once
             log_goodness(client, run_id, self._architecture, *drawn)
+            if self._to_draw is drawn:
+                self._to_draw = None
 
     def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
         self._finish_commit(wait=True)

@@ -134,7 +134,8 @@ def fit_readout(run: str, *, runs: Path) -> float:
         f"nats); {summary['test_readout_error']:.2%} by the one trained beside them",
         soft_wrap=True,
     )
-    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], {"test/fitted_readout_error": wrong})
+    measured = {"test/fitted_readout_error": wrong}
+    log_to_run(summary["mlflow_tracking_uri"], summary["mlflow_run_id"], measured, beside="test/readout_error")
     Folder(str(finished.folder), ConfigError).put(  # now that the results table has it, too
         SUMMARY, json.dumps(summary | {"test_fitted_readout_error": wrong}, indent=2).encode()
     )

@@ -14,7 +14,8 @@ from ffdist.screen import Screen
 from ffdist.start import CONFIG, SUMMARY, commits_of
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
 from ffdist.tracking.results import MISSED, finished_runs, result_rows, results_table
-from ffdist.tracking.server import tracking_uri
+from ffdist.tracking.sending import send_leftovers
+from ffdist.tracking.server import a_client, tracking_uri
 from ffdist.trainer import train
 
 
@@ -70,6 +71,9 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **how: Any) -> Re
 
 def _table(made: dict[str, Config], runs: Path) -> Reproduced:
     stores = {(tracking_uri(config.tracking, runs), config.tracking.experiment) for config in made.values()}
+    for uri in {uri for uri, _ in stores}:
+        with a_client(uri) as client:
+            send_leftovers(client, uri, runs)
     tracked = [run for uri, experiment in sorted(stores) for run in finished_runs(uri, experiment, made)]
     if lost := made.keys() - {run.info.run_id for run in tracked}:
         raise RunFailed(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, get_args
@@ -26,11 +25,11 @@ from ffdist.prepare import prepare
 from ffdist.recovery import run_to_the_end
 from ffdist.start import CONFIG, SUMMARY, Start, commits_of, differences, made_with, resume, start_from
 from ffdist.tracking.progress import Display, closing_words, description
-from ffdist.tracking.server import DESCRIPTION, how_to_look, log_dataset, tracking_uri
+from ffdist.tracking.server import DESCRIPTION, how_to_look, tracking_uri
 from ffdist.tracking.tracker import Tracker
 
-PLACING_AGAIN_S = 60.0
-"""Longest that a run waits for places after a loss."""
+PLACING_AGAIN_S = 900.0
+"""Longest that a run waits for places after a loss; a cloud needs minutes to make another machine."""
 
 
 def train(
@@ -98,7 +97,7 @@ def train(
         made = made_with(config, prepared.architecture, placed.blueprint.device)
         _begin(tracker, display, config, folder, start, made, {"runner": runner}, Path(origin) if origin else None)
         if not start.manifest:
-            tracker.do(partial(log_dataset, **_described(config, prepared.dataset)))
+            tracker.log_dataset(_described(config, prepared.dataset))
         if runner == "ray":
             _ = tracker.run_id  # where the store refuses it, before any actor starts
         commits, limits = commits_of(config, folder), config.pipeline
@@ -120,6 +119,7 @@ def train(
                 tracker.log_tags({"decided": placed.in_words, "cluster": placed.cluster})
                 yield _started(attempt, placed, commits)
                 attempt = stack.enter_context(ExitStack())
+                display.doing("looking for places")
                 placed = _place_again(attempt, asked_to_stop, placed, runner, prepared, config, resources, costs)
                 failures.mark("placed", 0)
 
@@ -151,6 +151,7 @@ def train(
             tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
             tracker.note_end("FINISHED")
             Folder(str(folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
+            tracker.log_model(prepared.dataset.images["test"][0].tolist(), config.tracking.register)
         except (OSError, sqlite3.Error) as error:  # a disk is full or gone
             raise RunFailed(f"{error}; go on by --resume {folder}") from error
         except NegativesError as error:

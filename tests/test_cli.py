@@ -236,7 +236,12 @@ def test_a_readout_is_fitted_to_layers_as_they_are(unsupervised, ffdist_in):
     outputs = {ffdist_in(unsupervised, "readout", name) for name in (run.split()[1], facts["mlflow_run_id"])}
     assert len(outputs) == 1
     assert {path: path.read_bytes() for path in unsupervised.rglob("*.safetensors")} == before
-    fitted = MlflowClient(facts["mlflow_tracking_uri"]).get_run(facts["mlflow_run_id"]).data.metrics
+    client = MlflowClient(facts["mlflow_tracking_uri"])
+    fitted = client.get_run(facts["mlflow_run_id"]).data.metrics
+    histories = [
+        client.get_metric_history(facts["mlflow_run_id"], f"test/{kind}readout_error") for kind in ("", "fitted_")
+    ]
+    assert len({(point.step, point.timestamp) for points in histories for point in points}) == 1  # fitted twice
     assert f"test error {fitted['test/fitted_readout_error']:.2%}" in outputs.pop()
     assert fitted["test/fitted_readout_error"] < facts["test_readout_error"]
 

@@ -2,17 +2,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from mlflow import MlflowClient
 
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
+from ffdist.tracking import sending
 from ffdist.tracking import tracker as module
 from ffdist.tracking.outbox import OUTBOX, Outbox
-from ffdist.tracking.server import default_uri, tracking_uri
+from ffdist.tracking.server import check_server, default_uri, tracking_uri
 from ffdist.tracking.tracker import Tracker
 
 
@@ -79,7 +83,7 @@ def test_a_server_that_is_not_there_is_refused_at_once(tmp_path):
 
 
 def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(sending, "RETRY_EVERY_S", 0.01)
     with a_tracker(template) as tracker:
         tracker.begin(tmp_path, {})
         tracker.log_artifact(tmp_path / "missing.txt")
@@ -153,19 +157,59 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_from_the_next_r
             os.killpg(servers[0].pid, signal.SIGKILL)
             for step in range(1000):  # none of these waits for the server; pytest's own limit would tell
                 tracker.log_metrics({"loss": 1.0}, step)
+            (folder / "a picture.png").write_bytes(b"of something")
+            tracker.log_artifact(folder / "a picture.png")
+            tracker.log_tags({"kind": "test"})
         assert f"not everything was tracked at {uri}" in caplog.text
-        assert f"1000 points wait in {folder / OUTBOX}" in caplog.text
+        assert f"wait in {folder}" in caplog.text
         servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))
         wait_for(f"{uri}/health")
         with Tracker(uri, Tracking(), runs=template):
             pass
+        assert [file.path for file in MlflowClient(uri).list_artifacts(tracker.run_id)] == ["a picture.png"]
     finally:
         for server in servers:
             os.killpg(server.pid, signal.SIGKILL)
     client = MlflowClient(default_uri(template))
     history = client.get_metric_history(tracker.run_id, "loss")
     assert sorted(point.step for point in history) == list(range(1000))
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["kind"]) == ("FINISHED", "test")
+
+
+def test_a_run_whose_driver_was_killed_is_marked_by_the_next(template):
+    program = (
+        "from ffdist.sections import Tracking; from ffdist.tracking.server import default_uri\n"
+        "from ffdist.tracking.tracker import Tracker\n"
+        f"import os, pathlib, signal; runs = pathlib.Path({str(template)!r}); (runs / 'killed').mkdir()\n"
+        "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker:\n"
+        "    tracker.begin(runs / 'killed', {}); tracker.run_id; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False, timeout=100)
+    run_id, client = Outbox.fact_of(template / "killed" / OUTBOX, "run_id"), MlflowClient(default_uri(template))
+    assert client.get_run(run_id).info.status == "RUNNING"
+    (template / "next").mkdir()
+    with a_tracker(template) as tracker:
+        tracker.begin(template / "next", {})
+    assert client.get_run(run_id).info.status == "KILLED"
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("code", "is_there"), [(200, True), (401, True), (404, True), (503, False)])
+def test_a_server_is_there_unless_another_says_that_it_is_not(code, is_there, free_port):
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", free_port), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with nullcontext() if is_there else pytest.raises(ConfigError, match="503"):
+            check_server(f"http://127.0.0.1:{free_port}")
+        server.shutdown()
 
 
 def test_a_run_goes_on_with_what_the_server_has_even_without_its_outbox(template, tmp_path):

@@ -17,42 +17,49 @@ NEEDED = ("mlflow", "numpy", "safetensors", "torch")
 """What the model needs where it is served; the part of ffdist that predicts goes with it."""
 
 
-def log_model(
-    client: Any, run_id: str, network: Network, names: Sequence[str], image: Tensor, register: str | None
-) -> None:
-    """Logs a network as the model of a run, and registers it where there is a name for that.
+def create_model(client: Any, run_id: str) -> str:
+    """Makes a model of a run, by MLflow's client, that `log_model` fills, and returns its id."""
+    model_id: str = client.create_logged_model(client.get_run(run_id).info.experiment_id, NAME, run_id).model_id
+    return model_id
+
+
+def log_model(client: Any, run_id: str, model_id: str, network: Network, names: Sequence[str], image: Tensor) -> None:
+    """Logs a network as a model of a run; once more changes nothing.
 
     Args:
         client: MLflow's.
         run_id: The run's.
+        model_id: The model's.
         network: What to log.
         names: Of the classes, where they have some.
         image: An example, uint8 `[D]`.
-        register: Name of a registered model, which gets a new version.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-    from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, NAME, run_id)
+    where = client.get_logged_model(model_id).artifact_location
     with TemporaryDirectory() as folder:
         path = Path(folder) / NAME
-        facts = Model(
-            artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
-        )
+        facts = Model(artifact_path=where, model_uuid=model_id, run_id=run_id, model_id=model_id)
         save_model(network, names, image, path, mlflow_model=facts)
-        client.log_model_artifacts(model.model_id, str(path))
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    if register:
-        try:
-            client.create_registered_model(register)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # A database looks a model's own name up in the process's default store, which may be another.
-        source = f"models:/{model.model_id}" if client.tracking_uri.startswith("http") else model.artifact_location
-        client.create_model_version(register, source, run_id, model_id=model.model_id)
+        client.log_model_artifacts(model_id, str(path))
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+
+
+def register_model(client: Any, run_id: str, model_id: str, name: str) -> None:
+    """Makes a run's model a new version of the registered model of a name, which may be new."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # A database looks a model's own name up in the process's default store, which may be another.
+    where = client.get_logged_model(model_id).artifact_location
+    source = f"models:/{model_id}" if client.tracking_uri.startswith("http") else where
+    client.create_model_version(name, source, run_id, model_id=model_id)
 
 
 def save_model(network: Network, names: Sequence[str], image: Tensor, path: Path, **facts: Any) -> None:

@@ -1,5 +1,6 @@
 """The metrics of a run on its own disk: what the tracking server has, and what is still to be sent."""
 
+import json
 import sqlite3
 import threading
 import time
@@ -27,8 +28,18 @@ class Point(NamedTuple):
     """Samples seen."""
 
 
+class Call(NamedTuple):
+    """Something else that the server is to be told about the run."""
+
+    number: int
+    """In the order in which they came."""
+    what: str
+    content: Any
+    """As JSON holds it."""
+
+
 class Outbox:
-    """All points of a run, each once, with whether they are sent; and facts about the run.
+    """All points of a run, each once, with whether they are sent; what else is to be told; and facts about the run.
 
     A point that is there stays as it is: after a recovery the same ones come again.
 
@@ -39,6 +50,8 @@ class Outbox:
 
     def __init__(self, path: Path, limit_bytes: int) -> None:
         self._limit, self._lock, self.thinned = limit_bytes // POINT_BYTES, threading.Lock(), False
+        self.folder = path.parent
+        """The run's."""
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._database.executescript(
             """
@@ -48,6 +61,7 @@ class Outbox:
                 name text, step integer, value real, timestamp integer, sent integer, primary key (name, step)
             ) without rowid;
             create index if not exists waiting on points (sent, timestamp, step, name) where not sent;
+            create table if not exists calls (number integer primary key, what text, content text);
             create table if not exists facts (key text primary key, value text);
             """
         )
@@ -80,6 +94,27 @@ class Outbox:
         """Notes that the server has these."""
         change = "update points set sent = 1 where name = ? and step = ?"
         self._change(change, [(point.name, point.step) for point in points])
+
+    def add_call(self, what: str, content: Any) -> None:
+        """Keeps something else to be told."""
+        self._change("insert into calls (what, content) values (?, ?)", [(what, json.dumps(content))])
+
+    def next_call(self) -> Call | None:
+        """Returns the oldest of what else is still to be told."""
+        with self._lock:
+            row = self._database.execute("select number, what, content from calls order by number limit 1").fetchone()
+        return Call(row[0], row[1], json.loads(row[2])) if row else None
+
+    def drop(self, call: Call) -> None:
+        """Notes that the server was told, or refuses to be."""
+        self._change("delete from calls where number = ?", [(call.number,)])
+
+    @property
+    def num_calls(self) -> int:
+        """How much else is still to be told."""
+        with self._lock:
+            count: int = self._database.execute("select count(*) from calls").fetchone()[0]
+        return count
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all points by metric, as step and value, in order."""

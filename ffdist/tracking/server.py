@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sqlite3
+import ssl
 import urllib.error
 import urllib.request
 import zlib
@@ -67,15 +68,23 @@ def how_to_look(uri: str, experiment: str, runs: Path) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def log_to_run(uri: str, run_id: str, metrics: dict[str, float]) -> None:
+def log_to_run(uri: str, run_id: str, metrics: dict[str, float], *, beside: str) -> None:
     """Adds metrics to a run that has ended.
+
+    Args:
+        uri: Where it is tracked.
+        run_id: The run's.
+        metrics: By name.
+        beside: A metric with whose last point they stand; so the same once more makes no second point.
 
     Raises:
         ConfigError: It is not at `uri`, or cannot be reached there.
     """
     with a_client(uri) as client:
+        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, beside)]
+        step, timestamp = max(points, default=(None, None))
         for name, value in metrics.items():
-            client.log_metric(run_id, name, value)
+            client.log_metric(run_id, name, value, timestamp, step)
 
 
 def metric_histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -166,7 +175,7 @@ def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
         return client, client.create_experiment(experiment, artifacts, TRAINING_VIEW)
 
 
-def make_run(uri: str, client: Any, experiment_id: str, name: str, parameters: dict[str, Any]) -> str:
+def make_run(uri: str, client: Any, experiment_id: str, name: str) -> str:
     """Makes a run and returns its id.
 
     Args:
@@ -174,12 +183,10 @@ def make_run(uri: str, client: Any, experiment_id: str, name: str, parameters: d
         client: MLflow's.
         experiment_id: Of MLflow.
         name: The run's.
-        parameters: Logged once.
 
     Raises:
         ConfigError: The store refuses it.
     """
-    from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.context.registry import resolve_tags
     from mlflow.utils.git_utils import get_git_commit
@@ -189,7 +196,6 @@ def make_run(uri: str, client: Any, experiment_id: str, name: str, parameters: d
         tags[GIT_COMMIT] = commit
     try:
         run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
     except MlflowException as error:
         raise ConfigError(f"tracking at {uri} is not possible ({brief(error)}); {WAY_OUT}") from error
     return run_id
@@ -240,7 +246,9 @@ def check_server(uri: str) -> None:
                 database.execute("pragma schema_version")
         elif uri.startswith(("http://", "https://")):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, which is all that is asked here
     except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            return  # it answers, which is all that is asked here; 500 and more may be a proxy's word that it is away
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            return  # MLflow has variables of its own that say what to trust
         raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error

@@ -21,16 +21,13 @@ from filelock import FileLock, Timeout
 from ffdist.config import ConfigError
 from ffdist.sections import Tracking
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.sending import LOCK, send_leftovers, send_points
+from ffdist.tracking.sending import LOCK, RETRY_EVERY_S, attempt, send_calls, send_end, send_leftovers, send_points
 from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store
 from ffdist.tracking.system import System
 
 SEND_EVERY_S = 2.0
-RETRY_EVERY_S = 0.5
 OPEN_TIMEOUT_S = 60.0
 INTERRUPTED_FLUSH_S = 3.0
-TRIES = 3
-"""Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 LOCK_TIMEOUT_S = 5.0
 
 Call = Callable[[Any, str], Any]
@@ -42,7 +39,7 @@ class Tracker:
 
     The store opens, and gets the run, beside what follows. Leaving the block sends what is left and marks the run
     finished, failed, or, after an interrupt, killed. What cannot be sent stays in the run's folder, and the
-    next run there sends it.
+    next run beside it sends it, and marks this one killed if nobody could.
 
     Args:
         uri: As `tracking_uri` returns it.
@@ -55,7 +52,7 @@ class Tracker:
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
         self.uri, self._run_id = uri, ""
-        self._parameters, self._making = dict[str, Any](), threading.Lock()
+        self._making = threading.Lock()
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
@@ -79,7 +76,6 @@ class Tracker:
         self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if killed else self._config.flush_timeout_s)
         if self._outbox:
             self.note_end(status)
-            self.do(partial(self._end, status))
         self._closing.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
         if self._outbox:
@@ -99,8 +95,7 @@ class Tracker:
         Raises:
             ConfigError: Another process is training it.
         """
-        self._parameters = parameters
-        self._take(folder)
+        self._take(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
 
     @property
     def run_id(self) -> str:
@@ -113,8 +108,7 @@ class Tracker:
         assert self._outbox, "the run has begun"
         with self._making:
             if not self._run_id:
-                name, parameters = self._folder.name, self._parameters
-                self._run_id = make_run(self.uri, self._client, self._experiment_id, name, parameters)
+                self._run_id = make_run(self.uri, self._client, self._experiment_id, self._folder.name)
                 self._outbox.note(run_id=self._run_id)
         return self._run_id
 
@@ -178,10 +172,6 @@ class Tracker:
         """Notes how the run ended, so that a later run tells the server if this one cannot; empty once it is told."""
         self._note("left", status)
 
-    def _end(self, status: str, client: Any, run: str) -> None:
-        client.set_terminated(run, status)
-        self.note_end("")
-
     def _note(self, key: str, value: str) -> None:
         assert self._outbox, "the run has begun"
         with suppress(sqlite3.Error):  # on a full disk there is worse to tell
@@ -189,14 +179,33 @@ class Tracker:
 
     def log_tags(self, tags: dict[str, str]) -> None:
         """Has tags set; returns at once."""
-        self.do(lambda client, run: [client.set_tag(run, name, value) for name, value in tags.items()])
+        self._tell("tags", tags)
 
     def log_artifact(self, path: Path) -> None:
-        """Has a file kept with the run; returns at once, so the file must stay as it is."""
-        self.do(lambda client, run: client.log_artifact(run, str(path)))
+        """Has a file of the run's folder kept with the run; returns at once, so the file must stay as it is."""
+        self._tell("artifact", path.name)
+
+    def log_dataset(self, dataset: dict[str, Any]) -> None:
+        """Has it noted what the run is trained on, as `server.log_dataset` takes it; returns at once."""
+        self._tell("dataset", dataset)
+
+    def log_model(self, image: list[int], register: str | None) -> None:
+        """Has the network of the run, which is finished, kept as a model; returns at once.
+
+        Args:
+            image: An example, as the network takes it.
+            register: Name of a registered model, which gets a new version.
+        """
+        self._tell("model", image)
+        if register:
+            self._tell("register", register)
+
+    def _tell(self, what: str, content: Any) -> None:
+        assert self._outbox, "the run has begun"
+        self._outbox.add_call(what, content)
 
     def do(self, call: Call) -> None:
-        """Has MLflow's client told something about the run; returns at once."""
+        """Has MLflow's client told something that only this process can tell; returns at once."""
         self._calls.append(call)
 
     def _wait_until_open(self) -> None:
@@ -214,7 +223,7 @@ class Tracker:
             raise ConfigError(f"{folder} is being trained by another process; wait until it is done") from None
         try:
             outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
-            outbox.note(uri=self.uri, run_id=self._run_id, left="")
+            outbox.note(uri=self.uri, run_id=self._run_id, left="KILLED")  # if nothing else comes
         except sqlite3.DatabaseError as error:
             self._lock.release()
             raise ConfigError(
@@ -225,12 +234,12 @@ class Tracker:
         return outbox
 
     def _tell_what_is_left(self, outbox: Outbox) -> None:
-        log, waiting = logging.getLogger(__name__), outbox.num_waiting
-        if self._run_id and (waiting or outbox.fact("left")):
+        log, points, calls = logging.getLogger(__name__), outbox.num_waiting, outbox.num_calls
+        if self._run_id and (points or calls or outbox.fact("left")):
             log.warning(
-                "not everything was tracked at %s (%s): %d points wait in %s; the next run in %s, or `--resume`, sends "
-                "them",
-                *(self.uri, self._failure or "its time to flush is over", waiting, self._folder / OUTBOX, self._runs),
+                "not everything was tracked at %s (%s): %d points, and %d pictures and others, wait in %s; the next "
+                "run in %s sends them",
+                *(self.uri, self._failure or "its time to flush is over", points, calls, outbox.folder, self._runs),
             )
         elif self._refused:
             log.warning("not everything was tracked at %s: %s", self.uri, self._refused)
@@ -249,48 +258,44 @@ class Tracker:
         leftovers, system = True, System()
         while True:
             closing = self._closing.wait(SEND_EVERY_S)
-            try:
-                if self._outbox and not closing:
+            if self._outbox and not closing:
+                with suppress(Exception):  # of a processor's or a graphics card's counters, or of a full disk
                     self._outbox.add(system.metrics(), self._samples)
-                done = not self._outbox or (
-                    self._send_points(client, self._outbox, self.run_id) and self._send_calls(client)
-                )
+            try:
+                done = not self._outbox or self._send(client, self._outbox, self.run_id, ended=closing)
             except ConfigError as error:  # the store refuses the run, and whoever asks next is told
                 self._client, self._failure = None, brief(error.__cause__ or error)
                 return
             if done and leftovers and (self._outbox or closing):  # by now its own folder is locked, and passed over
                 leftovers = False
-                send_leftovers(client, self.uri, self._runs, self._config.outbox_bytes)
+                send_leftovers(client, self.uri, self._runs)
             if closing and (done or time.monotonic() > self._deadline):
                 return
             if not done:
                 time.sleep(RETRY_EVERY_S)
 
-    def _send_points(self, client: Any, outbox: Outbox, run_id: str) -> bool:
-        """Sends all that wait, in order; says whether it could."""
-        try:
-            send_points(client, outbox, run_id)
-        except Exception as error:  # whatever it is, the server may come back
-            self._failure = brief(error)
-            return False
-        return True
-
-    def _send_calls(self, client: Any) -> bool:
-        """Makes all calls that wait, in order; one that the server refuses must not hold up what follows."""
-        while self._calls:
-            for attempt in range(TRIES):
-                try:
-                    self._calls[0](client, self.run_id)
+    def _send(self, client: Any, outbox: Outbox, run_id: str, *, ended: bool) -> bool:
+        """Sends all that waits, or, at the end, as much of it as can be; says whether it was all."""
+        steps: list[Callable[[], None]] = [
+            lambda: send_points(client, outbox, run_id),
+            *[lambda: send_end(client, outbox, run_id)] * ended,
+            lambda: self._note_refusal(send_calls(client, outbox, run_id, self.uri)),
+            lambda: self._make_calls(client, run_id),
+        ]
+        self._failure = ""
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # whatever it is, the server may come back
+                self._failure = self._failure or brief(error)
+                if not ended:
                     break
-                except Exception as error:  # whatever it is, the server may come back
-                    self._failure = brief(error)
-                    time.sleep(RETRY_EVERY_S * (attempt + 1 < TRIES))
-            else:
-                with suppress(ConfigError):
-                    check_server(self.uri)
-                    self._refused = self._failure
-                    self._calls.popleft()  # it is there and refuses
-                    continue
-                return False
+        return not self._failure
+
+    def _make_calls(self, client: Any, run_id: str) -> None:
+        while self._calls:
+            self._note_refusal(attempt(partial(self._calls[0], client, run_id), self.uri))
             self._calls.popleft()
-        return True
+
+    def _note_refusal(self, reason: str) -> None:
+        self._refused = reason or self._refused
