@@ -130,8 +130,7 @@ class Fault:
     def server_refuses(self) -> None:
         """The tracking server killed, and started again."""
         self.at = time.time()
-        self.around.signal_server(signal.SIGKILL)
-        self.around.server.wait()
+        psutil.wait_procs(self.around.signal_server(signal.SIGKILL), timeout=10)  # each holds the port
         self.around.start_server()
         self.around.wait_for_server()
 

@@ -201,11 +201,13 @@ class Surroundings:
 
         wait_for("the tracking server", answers)
 
-    def signal_server(self, number: int) -> None:
-        """Sends a signal to all its processes."""
-        for process in [self.server, *self.server.children(recursive=True)]:
+    def signal_server(self, number: int) -> list[psutil.Process]:
+        """Sends a signal to all its processes, and returns them."""
+        processes = [self.server, *self.server.children(recursive=True)]
+        for process in processes:
             with suppress(psutil.Error):
                 process.send_signal(number)
+        return processes
 
 
 @contextmanager
