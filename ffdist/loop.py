@@ -156,6 +156,7 @@ class Loop:
         dataset, network = self._dataset, network_of(self._architecture, state)
         for picture in draw_pictures(folder, self._config, dataset, network, test, history, self._timeline.spans):
             self._tracker.log_artifact(picture)
+        self._tracker.log_model(network, dataset.names, dataset.images["test"][0], self._config.tracking.register)
         if self._timeline.spans:
             self._tracker.log_artifact(self._timeline.write(folder))
         return {

@@ -52,7 +52,7 @@ MOST = 10**9
 Count = Annotated[int, Number, Field(ge=1, le=MOST)]
 
 
-def _absolute(path: str) -> str:
+def _absolute(path: str) -> str:  # because what is written down is read from elsewhere
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111, the latter raises
 
 
@@ -62,7 +62,6 @@ Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
 Positive = Annotated[float, Number, Field(gt=0, le=MOST, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(_absolute(str(path))))]
-"""Absolute, because what is written down is read from elsewhere."""
 
 DATA_FOLDERS = ("parquet", "image_folder")
 MOST_CLASSES = 256
@@ -105,9 +104,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _path_where_needed(self) -> "Data":
         if (self.path is None) == (self.name in DATA_FOLDERS):
-            need = (
-                "needs data.path, a folder with train* and test* in it" if self.path is None else "takes no data.path"
-            )
+            need = "needs data.path, a folder with train* and test*" if self.path is None else "takes no data.path"
             raise ValueError(f"data.name={self.name} {need}")
         for key in ("image_column", "label_column", "image_size", "classes"):
             if getattr(self, key) is not None and self.path is None:

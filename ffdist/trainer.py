@@ -151,7 +151,6 @@ def train(
             tracker.log_metrics({"train_s": summary["train_s"]}, loop.samples)
             tracker.note_end("FINISHED")
             Folder(str(folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
-            tracker.log_model(prepared.dataset.images["test"][0].tolist(), config.tracking.register)
         except (OSError, sqlite3.Error) as error:  # a disk is full or gone
             raise RunFailed(f"{error}; go on by --resume {folder}") from error
         except NegativesError as error:

@@ -9,9 +9,11 @@ from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from ffdist.config import ConfigError
+from ffdist.ff.network import Architecture, Network
 from ffdist.sections import Tracking
 from ffdist.tracking import sending
 from ffdist.tracking import tracker as module
@@ -160,13 +162,20 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_from_the_next_r
             (folder / "a picture.png").write_bytes(b"of something")
             tracker.log_artifact(folder / "a picture.png")
             tracker.log_tags({"kind": "test"})
+            network = Network(Architecture((1, 2, 2), 3, (5, 4)))
+            tracker.log_model(network, (), torch.zeros(4, dtype=torch.uint8), "a name")
         assert f"not everything was tracked at {uri}" in caplog.text
         assert f"wait in {folder}" in caplog.text
         servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))
         wait_for(f"{uri}/health")
         with Tracker(uri, Tracking(), runs=template):
             pass
-        assert [file.path for file in MlflowClient(uri).list_artifacts(tracker.run_id)] == ["a picture.png"]
+        client = MlflowClient(uri)
+        assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["a picture.png"]
+        (version,) = client.search_model_versions("name = 'a name'")
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
+        assert (version.run_id, model.source_run_id, model.status) == (tracker.run_id, tracker.run_id, "READY")
+        assert not (folder / "network").exists()
     finally:
         for server in servers:
             os.killpg(server.pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """What goes from outboxes to the tracking server."""
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from ffdist.exported import read_network
 from ffdist.tracking.model import create_model, log_model, register_model
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.server import brief, check_server, log_dataset
@@ -20,8 +22,8 @@ TRIES, RETRY_EVERY_S = 3, 0.5
 """Of what is not a metric, such as an artifact: a store that refuses one must not hold up what follows."""
 LOCK = ".lock"
 """In the folder of a run, held by the process that trains it, or for a moment by one that sends what it left."""
-MODEL = "model"
-"""The fact that tells which of MLflow's models the run's network is."""
+MODEL, NETWORK = "model", "network"
+"""The fact that tells which of MLflow's models the run's network is, and the folder that holds it until it is one."""
 
 
 def send_points(client: Any, outbox: Outbox, run_id: str) -> None:
@@ -111,15 +113,14 @@ def _dataset(client: Any, run_id: str, outbox: Outbox, dataset: dict[str, Any]) 
     log_dataset(client, run_id, **dataset)
 
 
-def _model(client: Any, run_id: str, outbox: Outbox, image: list[int]) -> None:
-    from ffdist.finished import Run  # which reads outboxes itself
-
+def _model(client: Any, run_id: str, outbox: Outbox, facts: dict[str, Any]) -> None:
     model_id = outbox.fact(MODEL)
     if not model_id:  # of an earlier try
         model_id = create_model(client, run_id)
         outbox.note(**{MODEL: model_id})
-    run, example = Run.find(outbox.folder), torch.tensor(image, dtype=torch.uint8)
-    log_model(client, run_id, model_id, run.network, run.class_names, example)
+    network, image = read_network(outbox.folder / NETWORK), torch.tensor(facts["image"], dtype=torch.uint8)
+    log_model(client, run_id, model_id, network, facts["names"], image)
+    shutil.rmtree(outbox.folder / NETWORK)
 
 
 def _register(client: Any, run_id: str, outbox: Outbox, name: str) -> None:

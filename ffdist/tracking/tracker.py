@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,15 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from ffdist.config import ConfigError
+from ffdist.exported import save_network
+from ffdist.ff.network import Network
 from ffdist.sections import Tracking
+from ffdist.tracking import sending
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.sending import LOCK, RETRY_EVERY_S, attempt, send_calls, send_end, send_leftovers, send_points
+from ffdist.tracking.sending import LOCK, NETWORK, RETRY_EVERY_S
 from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store
 from ffdist.tracking.system import System
 
@@ -51,15 +55,14 @@ class Tracker:
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
-        self.uri, self._run_id = uri, ""
-        self._making = threading.Lock()
+        self.uri, self._run_id, self._making = uri, "", threading.Lock()
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
         self._folder, self._lock = Path(), FileLock("")
         self._outbox: Outbox | None = None
         self._calls: deque[Call] = deque()
-        self._opened, self._failure, self._refused = threading.Event(), "", ""
+        self._opened, self._failure, self._refused = threading.Event(), "", set[str]()
         self._closing, self._deadline = threading.Event(), float("inf")
         check_server(uri)
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -189,14 +192,11 @@ class Tracker:
         """Has it noted what the run is trained on, as `server.log_dataset` takes it; returns at once."""
         self._tell("dataset", dataset)
 
-    def log_model(self, image: list[int], register: str | None) -> None:
-        """Has the network of the run, which is finished, kept as a model; returns at once.
-
-        Args:
-            image: An example, as the network takes it.
-            register: Name of a registered model, which gets a new version.
-        """
-        self._tell("model", image)
+    def log_model(self, network: Network, names: Sequence[str], image: Tensor, register: str | None) -> None:
+        """Has a network kept with the run as a model, as `log_model` and `register_model` of model.py take it."""
+        (self._folder / NETWORK).mkdir(exist_ok=True)
+        save_network(network, self._folder / NETWORK, names)
+        self._tell("model", {"image": image.tolist(), "names": list(names)})
         if register:
             self._tell("register", register)
 
@@ -241,8 +241,8 @@ class Tracker:
                 "run in %s sends them",
                 *(self.uri, self._failure or "its time to flush is over", points, calls, outbox.folder, self._runs),
             )
-        elif self._refused:
-            log.warning("not everything was tracked at %s: %s", self.uri, self._refused)
+        elif refused := "; ".join(filter(None, self._refused)):
+            log.warning("not everything was tracked at %s: %s", self.uri, refused)
         if outbox.thinned:
             log.warning("the server was away for so long that only every few points of each metric were kept")
 
@@ -268,7 +268,7 @@ class Tracker:
                 return
             if done and leftovers and (self._outbox or closing):  # by now its own folder is locked, and passed over
                 leftovers = False
-                send_leftovers(client, self.uri, self._runs)
+                sending.send_leftovers(client, self.uri, self._runs)
             if closing and (done or time.monotonic() > self._deadline):
                 return
             if not done:
@@ -277,9 +277,9 @@ class Tracker:
     def _send(self, client: Any, outbox: Outbox, run_id: str, *, ended: bool) -> bool:
         """Sends all that waits, or, at the end, as much of it as can be; says whether it was all."""
         steps: list[Callable[[], None]] = [
-            lambda: send_points(client, outbox, run_id),
-            *[lambda: send_end(client, outbox, run_id)] * ended,
-            lambda: self._note_refusal(send_calls(client, outbox, run_id, self.uri)),
+            lambda: sending.send_points(client, outbox, run_id),
+            *[lambda: sending.send_end(client, outbox, run_id)] * ended,
+            lambda: self._refused.add(sending.send_calls(client, outbox, run_id, self.uri)),
             lambda: self._make_calls(client, run_id),
         ]
         self._failure = ""
@@ -294,8 +294,5 @@ class Tracker:
 
     def _make_calls(self, client: Any, run_id: str) -> None:
         while self._calls:
-            self._note_refusal(attempt(partial(self._calls[0], client, run_id), self.uri))
+            self._refused.add(sending.attempt(partial(self._calls[0], client, run_id), self.uri))
             self._calls.popleft()
-
-    def _note_refusal(self, reason: str) -> None:
-        self._refused = reason or self._refused
