@@ -195,6 +195,7 @@ def test_ray_up_and_submit(machines, ray_folder, tmp_path):
         "/4.0 CPU" not in ray("exec", str(file), f"ray status --address=127.0.0.1:{port}").stdout
     ):  # the head starts the worker
         assert time.monotonic() < deadline, "the worker does not come"
+        time.sleep(5)  # asking takes a processor as well
     short = ["training.epochs=2", "--runs", str(tmp_path / "runs"), "--summary", str(tmp_path / "far.json")]
     submitted = ray("submit", str(file), "ffdist/run.py", "--", "digits", *short)
     assert submitted.returncode == 0
