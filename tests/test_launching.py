@@ -136,11 +136,15 @@ def ray_folder():
 
 
 def end_processes_of(home: Path) -> None:
-    """Where `ray stop` would end all of this user's."""
+    """Where `ray stop` would end all of this user's; some of Ray's write their names over their environment."""
+    doomed = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get("HOME") == str(home):
-                process.kill()
+                doomed |= {process, *process.children(recursive=True)}
+    for process in doomed:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def test_ray_up_and_submit(machines, ray_folder, tmp_path):
