@@ -17,7 +17,7 @@ from ffdist.config_file import load_config
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.evaluation import Evaluation, evaluate
 from ffdist.ff.negatives import NegativesError
-from ffdist.ff.network import ROWS, Network, Prediction
+from ffdist.ff.network import Network, Prediction
 from ffdist.pipeline.runner import Evaluated
 from ffdist.prepare import build_architecture
 from ffdist.screen import track
@@ -110,10 +110,7 @@ class Run:
                 f"images must be uint8 of the shape [N, {str(list(own))[1:]}, one or more (given: {images.dtype}, "
                 f"{list(shape)})"
             )
-        parts = torch.split(images.flatten(1), max(1, ROWS // architecture.classes))
-        found = [self.network.predict(part) for part in track(parts, "predicting")]
-        probabilities, goodness, label = zip(*found, strict=True)
-        return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
+        return self.network.predict(images.flatten(1), lambda parts: track(parts, "predicting"))
 
     def plot(self, to: Path | str | None = None) -> list[Path]:
         """Draws the run anew and returns the pictures' paths.

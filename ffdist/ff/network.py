@@ -1,6 +1,7 @@
 """The whole network: what it is made of, and how it predicts, with torch alone."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -225,13 +226,15 @@ class Network(nn.Module):
         logits: Tensor = self.readout(self.read(self.architecture.neutral_rows(images)))
         return logits
 
-    def predict(self, images: Tensor) -> Prediction:
-        """Predicts what images show, uint8 `[B, D]`, in both ways, some at a time.
+    def predict(self, images: Tensor, watched: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Prediction:
+        """Predicts what images show, in both ways: one neutral pass for the readout, and one pass a label for goodness.
 
-        It takes one neutral pass for the readout, and one pass a label for goodness.
+        Args:
+            images: uint8 `[B, D]`; they are taken some at a time.
+            watched: Takes the parts and yields them, such as to show how far it is.
         """
         parts = torch.split(images, max(1, ROWS // self.architecture.classes))
-        probabilities, goodness, label = zip(*map(self._predict, parts), strict=True)
+        probabilities, goodness, label = zip(*map(self._predict, watched(parts)), strict=True)
         return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
 
     def _predict(self, images: Tensor) -> Prediction:
