@@ -6,6 +6,7 @@ run = train("digits", runner="serial")
 print(run.summary["test_goodness_error"], run.folder, run.network)
 """
 
+import time
 from importlib import import_module
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ffdist.finished import Run
     from ffdist.trainer import train
 
+IMPORTED_AT = time.monotonic()
+"""When this process began to use ffdist; benchmarks count from here."""
 __path__ = extend_path(__path__, __name__)  # a model of MLflow's brings a part of this package, and puts it first
 
 _HOMES = {

@@ -12,6 +12,7 @@ manifest into place when all that led to them was found good.
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
 
@@ -30,6 +31,8 @@ from ffdist.pipeline.stage import State
 MANIFEST = "manifest.json"
 SCHEMA = 2
 POSITION = "position"
+PARAMETERS = ("weight", "bias")
+"""What a network predicts with; the rest is for training."""
 WHOLE, BEGUN = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}$"), re.compile(r"(\d+)-(\d+)/")
 
 CommitName = Annotated[str, StringConstraints(pattern=r"^\d+-\d+$")]
@@ -75,10 +78,13 @@ class Manifest(_Strict):
     mlflow_run_id: str
     dataset_sha256: str
     """Of the training samples."""
+    test_dataset_sha256: str | None = None
+    """Of the test samples; checkpoints of earlier versions lack it."""
     config: dict[str, Any]
     """The resolved configuration."""
-    made_with: dict[str, str | int]
-    """What the last bits depend on beside it."""
+    made_with: dict[str, str | int | dict[str, str | int]]
+    """`algorithm`, and the hardware of each layer, the readout and each negative actor, on which the last bits depend;
+    earlier versions recorded that of the driver, as single values."""
     files: dict[FileName, FileFacts]
 
 
@@ -93,6 +99,8 @@ class Written(NamedTuple):
     files: dict[str, FileFacts]
     not_finite: str | None
     """A tensor that holds infinities or NaNs, if there is one."""
+    error: str = ""
+    """Why the files could not be written; empty if they were."""
 
 
 class CommitWriter:
@@ -108,12 +116,11 @@ class CommitWriter:
     def write(self, snapshot: Snapshot, *parts: State | Drawn) -> Written:
         """Writes all files of a commit but its position and manifest.
 
+        An error is part of the result: the driver decides whether the run goes on without this checkpoint.
+
         Args:
             snapshot: Where the states were taken.
             *parts: States of parts, and drawn labels that are still to be delivered.
-
-        Raises:
-            CommitError: Something cannot be written.
         """
         name, state = commit_name(snapshot.position), dict[str, dict[str, Tensor]]()
         for part in parts:
@@ -121,7 +128,11 @@ class CommitWriter:
                 state["negatives"] = part.added_to(state["negatives"])
             else:
                 state |= part
-        files = {f"{key}.safetensors": self.put(name, key, tensors) for key, tensors in state.items()}
+        files, failure = dict[str, FileFacts](), ""
+        try:
+            files = {f"{key}.safetensors": self.put(name, key, tensors) for key, tensors in state.items()}
+        except CommitError as error:
+            failure = str(error)
         not_finite = next(
             (
                 f"{key}/{tensor_name}"
@@ -131,7 +142,7 @@ class CommitWriter:
             ),
             None,
         )
-        return Written(files, not_finite)
+        return Written(files, not_finite, failure)
 
     def put(self, name: str, key: str, tensors: dict[str, Tensor]) -> FileFacts:
         """Writes one file of a commit, `KEY.safetensors`."""
@@ -186,14 +197,22 @@ class Commits:
         self.folder.put(f"{name}/{MANIFEST}", json.dumps(found | {"sha256": digest(found)}, indent=2).encode())
         return manifest
 
-    def read(self, name: str) -> tuple[Manifest, State]:
+    def read(self, name: str, only: Collection[str] | None = None) -> tuple[Manifest, State]:
         """Returns a commit, every file of it checked.
+
+        Args:
+            name: As `commit_name` returns it.
+            only: Names of the tensors to keep in memory, such as PARAMETERS; all by default.
 
         Raises:
             CommitError: It is damaged, or of another version.
         """
         manifest = self.read_manifest(name)
-        state = {file.removesuffix(".safetensors"): self._read(name, file, manifest) for file in manifest.files}
+        state = State()
+        for file in manifest.files:
+            tensors = self._read(name, file, manifest)
+            kept = {key: tensor for key, tensor in tensors.items() if only is None or key in only}
+            state[file.removesuffix(".safetensors")] = kept
         return manifest, state
 
     def read_manifest(self, name: str) -> Manifest:
@@ -215,7 +234,7 @@ class Commits:
             if written != digest(found) or name != commit_name(Position(manifest.epoch, manifest.minibatch)):
                 raise DamagedCommit(f"{path} is not what was written there (its SHA-256 differs)")
             return manifest
-        except (ValueError, AttributeError, ValidationError) as error:
+        except (ValueError, AttributeError, RecursionError, ValidationError) as error:
             raise DamagedCommit(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 
     def prune(self, newest: str, *, keep: int, spare: str | None) -> None:
@@ -223,14 +242,17 @@ class Commits:
 
         What lies beyond it stays: the run has not come there yet, or a damaged commit was passed over.
         """
-        found = self.folder.names()
+        folder = self.folder.without_retries()  # the next checkpoint prunes again
+        found = folder.names()
         whole, begun = _sorted(WHOLE, found), _sorted(BEGUN, found)
+        if newest not in whole:
+            raise CommitError(f"{self.path(newest)} is gone")
         kept = whole[: whole.index(newest) + 1][-keep:]
         for name in begun[: begun.index(newest)]:
             if name not in (*kept, spare):
                 if name in whole:
-                    self.folder.remove(f"{name}/{MANIFEST}")
-                self.folder.remove(name)
+                    folder.remove(f"{name}/{MANIFEST}")
+                folder.remove(name)
 
     def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
         try:
@@ -263,8 +285,8 @@ def weights_sha256(state: State) -> str:
     found = hashlib.sha256()
     parts = [name for name in state if name.startswith("layer_") or name == "readout"]
     for part in sorted(parts, key=lambda name: (name == "readout", len(name), name)):
-        for name in ("bias", "weight"):
+        for name in sorted(PARAMETERS):
             tensor = state[part][name].to("cpu", torch.float32).contiguous()
             found.update(f"{part}/{name} float32 {list(tensor.shape)}\n".encode())
-            found.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+            found.update(tensor.numpy().astype("<f4", copy=False).ravel().data)
     return found.hexdigest()

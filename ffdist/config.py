@@ -1,5 +1,6 @@
 """What a run is: typed sections, validated before anything starts."""
 
+import re
 from typing import Annotated, Any
 
 import yaml
@@ -12,6 +13,17 @@ DECIDES_NOTHING = (
     *("negatives.actors", "negatives.ahead", "negatives.store"),
 )
 """Settings, by the start of their name, in which runs of the same weights may differ."""
+
+
+FLOAT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")
+"""Floats such as 5e-1 and 1e5, which YAML 1.1 takes for strings."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that look like such a float."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
 class ConfigError(ValueError):
@@ -82,6 +94,10 @@ class Config(Section):
         )
         return self.model_copy(update={"training": training, "negatives": Negatives(kind="noise")})  # tried, never used
 
+    def with_precision(self, precision: str) -> "Config":
+        """Returns the same run in another precision."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"precision": precision})})
+
     @property
     def passes(self) -> int:
         """Passes over the training set in all."""
@@ -104,4 +120,4 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Returns the resolved configuration, defaults included, as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

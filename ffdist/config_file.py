@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ffdist.config import Config, ConfigError
+from ffdist.config import FLOAT, Config, ConfigError
 from ffdist.sections import LocalLayer
 
 
@@ -22,6 +22,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} comes twice", key.start_mark)
             seen.add((key.tag, key.value))
         return node
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
 def config_folder() -> Path:
@@ -62,16 +65,32 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: Says in one paragraph what is wrong and what would be right.
     """
-    path = find_config(name)
+    path, overrides = find_config(name), list(overrides)
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    origin = str(path)
+    if overrides and _is_valid(_read(path)):  # then they are what is wrong, if something is
+        origin = "overrides"  # not the text of them, which may hold a password
+    return parse_config(tree, origin)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as data: and model: (it holds: {tree!r})")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
+    return tree
+
+
+def _is_valid(tree: dict[str, Any]) -> bool:
+    try:
+        parse_config(tree, "")
+    except ConfigError:
+        return False
+    return True
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> Config:
@@ -113,7 +132,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif detail["type"] == "missing":
             yield f"{name} is missing; every run needs it"
         elif detail["type"] == "value_error":
-            yield detail["msg"].removeprefix("Value error, ")
+            rule = detail["msg"].removeprefix("Value error, ")
+            yield f"{name}: {rule}" if section else rule  # those of a whole section name their keys
         else:
             key = ".".join(name.split(".")[: 1 if name.startswith("seed") else 2])
             rule = detail["msg"][0].lower() + detail["msg"][1:]

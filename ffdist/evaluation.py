@@ -21,7 +21,7 @@ class Evaluation(NamedTuple):
     confusion: Tensor
     """Samples by true label (row) and label predicted by goodness, else by the readout (column) `[C, C]`."""
     goodness: Tensor
-    """Each layer's goodness for every label tried `[L, N, C]`; `[L, N, 0]` where none is."""
+    """Each layer's goodness for every label `[L, N, C]`, -inf for one that is not tried; `[L, N, 0]` where none is."""
 
     @property
     def chief_error(self) -> float:

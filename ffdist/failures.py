@@ -2,19 +2,38 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ffdist.config import RunFailed
 
 Recovery = dict[str, Any]
 """`lost`: what, and why; `at`: when that was noticed, in seconds since 1970; `step`: minibatches done by then;
-`from`: those of the commit that it went on from; and, in seconds since it was noticed, when the parts were `placed`,
-`started`, `restored`, and everything was `replayed`."""
+`from`: those of the commit that it went on from; `differences` of the hardware from before, if any; and, in seconds
+since it was noticed, when the parts were `placed`, `started`, `restored`, and everything was `replayed`."""
 
 
 class PartLost(RunFailed):
     """A part of the pipeline died or does nothing any more; the run can go on from its last commit."""
+
+
+@contextmanager
+def as_warning(warn: Callable[[str], None], what: str) -> Iterator[None]:
+    """Reports an exception in a `with` block as a warning, so that what follows is still done.
+
+    Args:
+        warn: Gets the text.
+        what: Start of the text: what failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        warn(f"{what} ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})")
+
+
+class ClusterStopped(RunFailed):
+    """The Ray cluster was stopped under the driver; the run is marked as killed, and nothing of the cluster answers."""
 
 
 class Failures:
@@ -73,6 +92,11 @@ class Failures:
         """
         self._recovering = True
         self.recoveries.append({"lost": lost, "at": at, "step": step})
+        self._note(self.recoveries)
+
+    def note_differences(self, differences: str) -> None:
+        """Notes in what the hardware of the newest recovery differs from before."""
+        self.recoveries[-1]["differences"] = differences
         self._note(self.recoveries)
 
     def mark(self, event: str, step: int) -> None:

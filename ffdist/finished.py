@@ -1,8 +1,9 @@
 """A finished run: its figures, its network and its pictures."""
 
-import json
+import logging
+import shlex
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,16 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffdist.checkpoint import PARAMETERS
 from ffdist.config import Config, ConfigError
-from ffdist.config_file import load_config
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.evaluation import Evaluation, evaluate
-from ffdist.ff.negatives import NegativesError
+from ffdist.ff import MOST_CLASSES
+from ffdist.ff.negatives import KINDS
 from ffdist.ff.network import Network, Prediction
+from ffdist.files import read_json
+from ffdist.paths import kind_of
 from ffdist.pipeline.runner import Evaluated
 from ffdist.prepare import build_architecture
 from ffdist.screen import track
-from ffdist.start import CONFIG, SUMMARY, commits_of, find_run, network_of, newest
+from ffdist.start import (
+    CONFIG,
+    SUMMARY,
+    Checkpoint,
+    check_data,
+    commits_of,
+    config_of,
+    find_checkpoint,
+    find_run,
+    network_of,
+    read_state,
+)
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.timeline import TIMELINE, read_timeline
 
@@ -37,55 +52,100 @@ class Run:
     """Holds `config.yaml`, `summary.json`, `metrics.db`, `commits/` and pictures."""
     summary: dict[str, Any]
     """The final figures, as `--summary` writes them; errors in [0, 1]."""
+    which: str | None = None
+    """The checkpoint to use, as `find` takes it."""
+    overrides: tuple[str, ...] = ()
+    """Where its data is now, as `find` takes it."""
 
     @classmethod
-    def find(cls, run: str | Path, runs: str | Path = "runs") -> "Run":
+    def find(
+        cls,
+        run: str | Path,
+        runs: str | Path = "runs",
+        *,
+        checkpoint: str | None = None,
+        overrides: Iterable[str] = (),
+    ) -> "Run":
         """Finds a run by its folder, or by its MLflow run id.
 
         Args:
             run: Either.
             runs: Runs folder, where an id is looked for.
+            checkpoint: `best`, `last` or the name of one; the best one if the run was validated, else the last.
+            overrides: `data.path=NEW` or `data.root=NEW` where its data was moved.
 
         Raises:
             ConfigError: There is none, or it is not finished.
         """
+        overrides = tuple(overrides)
+        if wrong := [each for each in overrides if not each.startswith(("data.path=", "data.root="))]:
+            raise ConfigError(
+                f"of a finished run only the place of its data can change, by data.path=NEW or data.root=NEW (given: "
+                f"{' '.join(wrong)})"
+            )
         folder = find_run(str(run), Path(runs))
-        if not (folder / SUMMARY).is_file():
-            raise ConfigError(f"{folder} is not finished; go on with it by `ffdist train CONFIG --resume {folder}`")
+        if kind_of(folder / SUMMARY) != "file":
+            raise ConfigError(
+                f"{folder} is not finished; go on with it by `ffdist train CONFIG --resume {shlex.quote(str(folder))}`"
+            )
         with _reading(folder / SUMMARY) as path:
-            return cls(folder, json.loads(path.read_text()))
+            return cls(folder, _checked(read_json(folder, path.name)), checkpoint, overrides)
 
     @cached_property
     def config(self) -> Config:
         """What was trained."""
-        return load_config(str(self.folder / CONFIG))
+        return config_of(self.folder, self.overrides)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that is used."""
+        return find_checkpoint(commits_of(self.config, self.folder), self.which)
+
+    @property
+    def uses_own_checkpoint(self) -> bool:
+        """Whether the checkpoint that is used is the one whose figures and plots the run has."""
+        own = self.summary.get("checkpoint")
+        return self.checkpoint.kind == "last" if own is None else self.checkpoint.name == own
 
     @cached_property
     def dataset(self) -> Dataset:
-        """What it was trained on, read anew."""
+        """What it was trained on, read again.
+
+        Raises:
+            ConfigError: It is missing, or other data is there now.
+        """
         config = self.config
-        return load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+        dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+        check_data(config, dataset, self.checkpoint.manifest, self.folder)
+        return dataset
 
     @cached_property
     def network(self) -> Network:
-        """The network as it was at the end, on this processor; using it takes torch alone."""
+        """The network of the checkpoint, on this processor; using it takes torch alone."""
         if not {"shape", "classes"} <= self.summary.keys():
             raise ConfigError(
                 f"{self.folder} is of an earlier version, which did not note its images' shape; train anew"
             )
         channels, height, width = self.summary["shape"]
-        architecture = build_architecture(self.config, (channels, height, width), self.summary["classes"])
+        classes, untrained = self.summary["classes"], self.summary.get("untrained_classes", ())
+        architecture = build_architecture(self.config, (channels, height, width), classes, untrained)
         architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
-        _, state = newest(commits_of(self.config, self.folder))
+        state = read_state(commits_of(self.config, self.folder), self.checkpoint, PARAMETERS)
         try:
             return network_of(architecture, state)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"{self.folder} holds the weights of other layers than its {CONFIG} has") from error
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in their order; none where they have none."""
         return list(self.summary.get("class_names", []))
+
+    @property
+    def label_column(self) -> str | None:
+        """Column of Parquet files in which training found the labels, where it read some."""
+        column: str | None = self.summary.get("data", {}).get("columns", {}).get("label", self.config.data.label_column)
+        return column
 
     @property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
@@ -113,29 +173,43 @@ class Run:
         return self.network.predict(images.flatten(1), lambda parts: track(parts, "predicting"))
 
     def plot(self, to: Path | str | None = None) -> list[Path]:
-        """Draws the run anew and returns the pictures' paths.
+        """Draws the run's plots again and returns their paths.
 
         Args:
             to: Folder to draw into; the run's own where there is none.
 
         Raises:
-            ConfigError: Its dataset or negatives of one's own are not at hand, or the folder cannot be written.
+            ConfigError: Its dataset is not available, the folder cannot be written, or a plot could not be drawn; the
+                others were drawn.
         """
         from ffdist.pictures import draw_pictures  # matplotlib takes a while
 
-        dataset, folder = self.dataset, Path(to or self.folder)
-        test = self.evaluate(dataset.images["test"], dataset.labels["test"])
+        if to is None and not self.uses_own_checkpoint:
+            raise ConfigError(
+                f"{self.folder} keeps the plots of its checkpoint {self.summary.get('checkpoint', 'last')}; give "
+                f"another folder for those of {self.checkpoint.name}, by --to"
+            )
+        folder, history = Path(to or self.folder), self.metrics
         with _reading(self.folder / TIMELINE):
             spans = read_timeline(self.folder)
+        dataset = self.dataset
+        test = self.evaluate(dataset.images["test"], dataset.labels["test"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return list(draw_pictures(folder, self.config, dataset, self.network, test, self.metrics, spans))
-        except NegativesError as error:
-            raise ConfigError(f"negatives.kind={self.config.negatives.kind}: {error}") from error
         except OSError as error:
-            raise ConfigError(
-                f"pictures cannot be drawn into {folder} ({error.strerror}); give another --to"
-            ) from error
+            raise ConfigError(f"the folder {folder} cannot be made ({error.strerror}); give another --to") from error
+        failed: list[str] = []
+        trusted = self.config.negatives.kind in KINDS
+        if not trusted:
+            logging.getLogger(__name__).warning(
+                "plots of negatives are left out: a run's folder must not have code imported (negatives.kind: %s)",
+                self.config.negatives.kind,
+            )
+        args = (folder, self.config, dataset, self.network, test, history, spans, failed.append)
+        paths = list(draw_pictures(*args, with_negatives=trusted))
+        if failed:
+            raise ConfigError("; ".join(failed))
+        return paths
 
     def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
         """Returns the errors on images as `predict` takes them, with their true labels `[N]`.
@@ -152,6 +226,34 @@ class Run:
             )
         block = Evaluated([found.goodness], found.probabilities.argmax(-1))
         return evaluate([block], labels.long(), classes=architecture.classes, predict_from=architecture.predict_from)
+
+
+def _checked(summary: Any) -> dict[str, Any]:
+    """Returns a summary if its figures are of the right types and sizes.
+
+    Raises:
+        ValueError: One of them is not; the text says which.
+    """
+    if not isinstance(summary, dict):
+        raise ValueError("it holds no figures")
+    shape, names = summary.get("shape", [1, 1, 1]), summary.get("class_names", [])
+    data = summary.get("data", {})
+    columns = data.get("columns", {}) if isinstance(data, dict) else None
+    classes, untrained = summary.get("classes", 1), summary.get("untrained_classes", [])
+    right = {
+        "runner": isinstance(summary.get("runner"), str),
+        "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
+        "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
+        "test_readout_error": isinstance(summary.get("test_readout_error"), float),
+        "shape": isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape),
+        "classes": isinstance(classes, int) and 1 <= classes <= MOST_CLASSES,
+        "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
+        "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "data": isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values()),
+    }
+    if wrong := [key for key, is_right in right.items() if not is_right]:
+        raise ValueError(f"{', '.join(wrong)} is missing, or of a wrong type or size")
+    return summary
 
 
 @contextmanager

@@ -1,25 +1,23 @@
 """Starting a pipeline: on which machine, with how many stages, on which runner."""
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
-
+from ffdist import host_memory
 from ffdist.checkpoint import CommitWriter
 from ffdist.config import Config, ConfigError
 from ffdist.data.folder import Folder
-from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.costs import Costs, measure_costs, predicted_samples_per_s, slowest_stage_s
+from ffdist.pipeline.costs import Costs, predicted_samples_per_s, slowest_stage_s
 from ffdist.pipeline.partition import given_partition, partition
-from ffdist.pipeline.runner import Runner, keep_memory, serial_runner, torch_threads
+from ffdist.pipeline.runner import Runner, serial_runner, torch_threads
+from ffdist.precision import Measured, make_blueprint, measurement
 from ffdist.prepare import Prepared
-from ffdist.runtime.cluster import Resources, check_object_store, connect, machine_resources
-from ffdist.runtime.placement import decide, describe, reserve
+from ffdist.runtime.cluster import AUTOSCALER, Resources, check_object_store, connect, machine_resources, num_nodes
+from ffdist.runtime.placement import Placement, decide, describe, reserve
 
 RunnerName = Literal["ray", "serial", "backpropagation"]
 Pipeline = Runner | Backpropagation
@@ -55,65 +53,93 @@ def machine(runner: RunnerName, address: str | None) -> Iterator[Callable[[], Re
         yield lambda: machine_resources
 
 
-def measure(runner: RunnerName, prepared: Prepared, config: Config) -> Costs | None:
-    """Measures the costs of a run's parts on this machine, where stages are balanced by them or its speed predicted.
+class Allocation(NamedTuple):
+    """Resources that a run has reserved on a machine or a cluster."""
 
-    Raises:
-        ConfigError: There are no negatives.
-    """
-    dataset, pipeline = prepared.dataset, config.pipeline
-    if pipeline.balance == "estimated" or config.training.schedule == "greedy" or runner == "backpropagation":
-        return None
-    device = "cuda" if pipeline.device != "cpu" and torch.cuda.is_available() else "cpu"
-    blueprint, threads = _blueprint(prepared, config, [], device), pipeline.threads_per_stage
-    busy = 1
-    if runner == "ray" and device == "cpu":
-        busy = max(1, min(len(os.sched_getaffinity(0)) // threads, len(config.model.layers)))
-    try:
-        labels = dataset.labels["train"]
-        return measure_costs(blueprint, dataset.images, labels, threads=threads, side_by_side=busy)
-    except NegativesError as error:
-        raise ConfigError(f"negatives.kind={config.negatives.kind}: {error}") from error
-
-
-def _blueprint(prepared: Prepared, config: Config, stage_layers: list[range], device: str) -> Blueprint:
-    return Blueprint(
-        prepared.architecture,
-        prepared.order,
-        negatives=prepared.negatives,
-        jitter=config.data.jitter,
-        stage_layers=stage_layers,
-        measure_every=config.tracking.every_minibatches,
-        device=device,
-    )
+    runner: RunnerName
+    resources: dict[str, float]
+    """Totals of the machine or the cluster."""
+    placement: Placement
+    group: Any
+    """Placement group; None without Ray."""
 
 
 @contextmanager
-def place(
-    runner: RunnerName, prepared: Prepared, config: Config, resources: Resources, costs: Costs | None
-) -> Iterator[Placed]:
-    """Decides on stages and holds what they need, for the length of a `with` block.
+def allocate(runner: RunnerName, prepared: Prepared, config: Config, resources: Resources) -> Iterator[Allocation]:
+    """Decides how many stages a run has and where, and reserves their resources for the length of a `with` block.
 
     Args:
-        runner: That is to run them.
-        prepared: What they are made of.
-        config: The whole run.
-        resources: Tells what there is.
-        costs: Of the layers; None where the number of their weights stands for it.
+        runner: Runner of the stages.
+        prepared: Of the run.
+        config: Of the run.
+        resources: Returns the totals of the machine or the cluster.
 
     Raises:
-        ConfigError: The cluster lacks it.
+        ConfigError: The cluster lacks the resources.
     """
-    dataset, _, architecture, plan = prepared
-    pipeline, there = config.pipeline, resources()
-    placement = decide(pipeline, layers=len(architecture.layers), negative_actors=plan.num_parts, resources=there)
-    if costs and costs.device != placement.device:
-        costs = None  # of other machines
+    negatives = prepared.negatives.num_parts
+    with ExitStack() as stack:
+        there, group = resources(config.pipeline.device), None
+        while True:
+            placement = decide(
+                config.pipeline, layers=len(config.model.layers), negative_actors=negatives, resources=there
+            )
+            if runner != "ray":
+                break
+            try:
+                group = stack.enter_context(reserve(placement.bundles(negatives)))
+                break
+            except ConfigError:
+                before, there = there, resources(config.pipeline.device)
+                if there == before:
+                    raise  # else a node was lost or added meanwhile
+        yield Allocation(runner, there, placement, group)
+
+
+def _check_host_memory(blueprint: Blueprint, stored: int | None) -> str:
+    """Checks that a run on this machine alone has the memory for its tensors, and returns how much that is."""
+    needed = host_memory.machine_bytes(blueprint, stored=stored)
+    host_memory.check(needed, "the weights, optimizer state, activations and data of all stages")
+    return f"; host memory: up to {needed / 1e9:,.2f} GB more"
+
+
+def measure(allocation: Allocation, prepared: Prepared, config: Config) -> list[Measured]:
+    """Measures the devices of a run.
+
+    Raises:
+        ConfigError: There are no negatives, or a layer cannot be trained there.
+    """
+    function = measurement(allocation.runner, prepared, config, allocation.placement.device)
+    if not allocation.group:
+        return [function()]
+    from ffdist.runtime.measurement import run_on_machines
+
+    found = run_on_machines(function, allocation.group, allocation.placement)
+    return [measured.on(machine) for machine, measured in found.items()]
+
+
+def assign_layers(
+    allocation: Allocation, prepared: Prepared, config: Config, costs: Costs | None, *, again: bool = False
+) -> Placed:
+    """Assigns layers to stages, and checks memory.
+
+    Args:
+        allocation: Resources of the run.
+        prepared: Of the run.
+        config: Of the run.
+        costs: Of the layers; None to balance by the number of their weights.
+        again: Whether the run recovers: host memory is not checked then, because part of it is the run's own.
+
+    Raises:
+        ConfigError: There is too little memory.
+    """
+    dataset, _, architecture, _ = prepared
+    pipeline, (runner, there, placement, group) = config.pipeline, allocation
     if isinstance(pipeline.balance, list):
         stage_layers = given_partition(pipeline.balance)
     else:
         stage_layers = partition(costs.layers if costs else architecture.weights, placement.stages)
-    blueprint = _blueprint(prepared, config, stage_layers, placement.device).paced(
+    blueprint = make_blueprint(prepared, config, stage_layers, placement.device).paced(
         pipeline.chunk_size,
         pipeline.max_in_flight,
         minibatch_s=slowest_stage_s(costs, stage_layers) if costs else None,
@@ -121,28 +147,30 @@ def place(
     )
     images, labels = dataset.images, dataset.labels["train"]
     in_words, predicted = describe(runner, placement, blueprint), None
-    nodes = max(1, sum(name.startswith("node:") and not name.endswith("_head__") for name in there))
-    cluster = f"nodes: {nodes}, CPUs: {there['CPU']:g}, GPUs: {there.get('GPU', 0):g}"
+    cluster = f"nodes: {num_nodes(there)}, CPUs: {there['CPU']:g}, GPUs: {there.get('GPU', 0):g}"
+    if AUTOSCALER in there and placement.device == "cpu" and pipeline.device == "auto":
+        in_words += "; no GPU is up, and with pipeline.device=cuda the autoscaler would add one"
     if costs:
         processors = int(there["CPU"]) // pipeline.threads_per_stage if placement.device == "cpu" else int(there["GPU"])
         predicted = predicted_samples_per_s(
             costs, blueprint, processors=max(1, processors) if runner == "ray" else None
         )
         in_words += f"; predicted: {predicted:,.0f} samples/s"
+    image_bytes = sum(split.nbytes for split in images.values())
     if runner == "ray":
-        check_object_store(images=sum(split.nbytes for split in images.values()), in_flight=blueprint.bytes_in_flight)
-        with reserve(placement.bundles(plan.num_parts)) as group:
-            from ffdist.runtime.runner import ray_runner
+        check_object_store(images=image_bytes, in_flight=blueprint.bytes_in_flight)
+    if placement.device == "cpu" and (runner == "serial" or (runner == "ray" and num_nodes(there) == 1)) and not again:
+        in_words += _check_host_memory(blueprint, image_bytes + blueprint.bytes_in_flight if runner == "ray" else None)
+    if runner == "ray":
+        from ffdist.runtime.runner import ray_runner
 
-            start = partial(ray_runner, blueprint, group, pipeline, images, labels)
-            yield Placed(blueprint, in_words, cluster, predicted, start)
-        return
+        start = partial(ray_runner, blueprint, group, pipeline, images, labels)
+        return Placed(blueprint, in_words, cluster, predicted, start)
 
     @contextmanager
     def here(commits: Folder) -> Iterator[Pipeline]:
-        keep_memory()
         make = serial_runner if runner == "serial" else Backpropagation
         with torch_threads(pipeline.threads_per_stage):
             yield make(blueprint, images, labels, CommitWriter(commits))
 
-    yield Placed(blueprint, in_words, cluster, predicted, here)
+    return Placed(blueprint, in_words, cluster, predicted, here)

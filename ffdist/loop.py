@@ -2,6 +2,7 @@
 
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ffdist.checkpoint import CommitError, Commits, Written, commit_name, weights_sha256
+from ffdist.checkpoint import PARAMETERS, CommitError, Commits, DamagedCommit, Written, commit_name, weights_sha256
 from ffdist.config import Config, RunFailed
 from ffdist.evaluation import Evaluation, evaluate
+from ffdist.failures import as_warning
 from ffdist.ff.layers import MEASURED, METRICS
 from ffdist.ff.negatives import NegativesError
+from ffdist.ff.network import Network
 from ffdist.launch import Pipeline
+from ffdist.pipeline.hardware import Hardware
 from ffdist.pipeline.runner import Evaluated, Trained
-from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, evaluation_block, schedule
+from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, evaluation, evaluation_block, schedule
 from ffdist.prepare import Prepared
 from ffdist.start import Start, network_of
 from ffdist.tracking.averages import Averages
@@ -24,6 +28,11 @@ from ffdist.tracking.progress import Display
 from ffdist.tracking.timeline import Timeline
 from ffdist.tracking.tracker import Tracker
 
+SLOWEST_WRITE = 5e6
+"""Bytes per second that the writer of checkpoints must reach before `pipeline.stall_timeout_s` begins to count."""
+POLL_S = 0.01
+MAX_SKIPPED = 3
+"""Checkpoints in a row that remote storage may fail to take before the run stops."""
 ALWAYS_MEASURED = [METRICS.index(name) for name in METRICS if name not in MEASURED]
 
 
@@ -34,6 +43,8 @@ class _Cut(NamedTuple):
     written: Callable[[bool], Written | None]
     position: dict[str, Tensor]
     facts: dict[str, Any]
+    best_before: tuple[float, str] | None
+    """Error and name of the best commit without this one."""
 
 
 class Loop:
@@ -46,7 +57,7 @@ class Loop:
         start: Where it starts.
         tracker: Gets every metric.
         display: Shows how far it is.
-        made_with: What the last bits depend on.
+        note_hardware: Gets the hardware of the parts when they have started; returns what checkpoints record of it.
         mark: Is told what was reached, and after how many minibatches.
     """
 
@@ -58,23 +69,27 @@ class Loop:
         start: Start,
         tracker: Tracker,
         display: Display,
-        made_with: dict[str, str | int],
+        note_hardware: Callable[[dict[str, Hardware]], dict[str, Any]],
         mark: Callable[[str, int], None],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
         self._commits, self._start, self._tracker, self._display = commits, start, tracker, display
         self._block, self._mark = evaluation_block(prepared.architecture), mark
-        self._same = {
+        self._note_hardware = note_hardware
+        self._same: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "dataset_sha256": prepared.dataset.sha256("train"),
-            "made_with": made_with,
+            "test_dataset_sha256": prepared.dataset.sha256("test"),
         }
         self._architecture, self._timeline = prepared.architecture, Timeline()
         self._averages = Averages(config.tracking.every_minibatches, self._order.batch_size)
         self._test: Evaluation | None = None
         self._validated: tuple[int, float] | None = None  # the last validation's step and error
-        self._to_draw: tuple[Evaluation, Tensor, str] | None = None  # the newest validation
+        self._to_draw: deque[tuple[Evaluation, Tensor, str]] = deque(maxlen=1)  # the newest validation
+        self._network: Network | None = None  # what the run came to
         self._cut: _Cut | None = None
+        self._skipped = 0  # checkpoints, since the newest one
+        self._unwritten = 0  # snapshots submitted and not yet written
         self._train_s = 0.0
         self.step = 0
         """Minibatches done."""
@@ -107,14 +122,41 @@ class Loop:
 
     def _run(self, pipeline: Pipeline, asked_to_stop: Callable[[], bool]) -> None:
         self._mark("started", self.step)
+        self._same["made_with"] = self._note_hardware(pipeline.hardware)
         if self._start.state:
             pipeline.restore(self._start.state)
+            self._release_state()
         self._mark("restored", self.step)
-        blocks: list[Evaluated] = []
-        since, before_s = time.perf_counter(), self._train_s
         self._averages.begin()
         size = pipeline.blueprint.chunk_size
-        for order, result in pipeline.run(self._orders(self._schedule(size), asked_to_stop), self._schedule(size)):
+        orders = self._count_snapshots(self._orders(self._schedule(size), asked_to_stop))
+        self._take(pipeline.run(orders, self._schedule(size)))
+        if len(self._dataset.labels["validation"]) and not self.stopped:
+            self._test_best(pipeline, asked_to_stop)
+
+    def _test_best(self, pipeline: Pipeline, asked_to_stop: Callable[[], bool]) -> None:
+        """Evaluates the best checkpoint on the test set."""
+        try:
+            if self.checkpoint != self.last:
+                pipeline.restore(self._commits.read(self.checkpoint)[1])
+        except DamagedCommit as error:
+            self._display.say(f"warning: {error}; the figures are those of the last checkpoint instead of the best")
+            self._best = None
+
+        def orders() -> Iterator[Order]:
+            for order in evaluation("test", len(self._dataset.labels["test"]), self._block):
+                self.stopped = self.stopped or asked_to_stop()
+                if self.stopped:
+                    return
+                yield order
+
+        self._take(pipeline.run(orders(), ()))
+
+    def _take(self, results: Iterator[tuple[Order, Any]]) -> None:
+        """Takes in results, in order."""
+        blocks: list[Evaluated] = []
+        since, before_s = time.perf_counter(), self._train_s
+        for order, result in results:
             if isinstance(order, Train) and isinstance(result, Trained):
                 self._check_finite(order, result)
                 self.step = order.step + order.num_minibatches
@@ -133,7 +175,7 @@ class Loop:
             elif isinstance(order, Snapshot) and callable(result):
                 self._begin_commit(order, result)
             self._finish_commit(wait=False)
-        self._finish_commit(wait=True)
+        self._finish_commit(wait=True, required=True)
 
     @property
     def samples(self) -> int:
@@ -141,47 +183,68 @@ class Loop:
         return self.step * self._order.batch_size
 
     @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint that the figures belong to: the best one if the run was validated, else the last."""
+        return self._best[1] if self._best else self.last
+
+    @property
     def kept(self) -> str:
         """Says what a run that has to stop can go on from."""
         return f"its last good commit is {self._commits.path(self.last)}" if self.last else "there is no commit yet"
 
-    def figures(self, folder: Path) -> dict[str, Any]:
-        """Returns the figures that the run ends with, and draws its pictures."""
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures that the run ends with."""
         for samples, metrics in self._averages.rest(self.step):
             self._log(metrics, samples)
-        from ffdist.pictures import draw_pictures  # matplotlib has had time until now
-
-        test, (_, state), history = self._test, self._commits.read(self.last), self._tracker.history()
-        assert test, "the schedule ends with it"
-        dataset, network = self._dataset, network_of(self._architecture, state)
-        for picture in draw_pictures(folder, self._config, dataset, network, test, history, self._timeline.spans):
-            self._tracker.log_artifact(picture)
-        self._tracker.log_model(network, dataset.names, dataset.images["test"][0], self._config.tracking.register)
-        if self._timeline.spans:
-            self._tracker.log_artifact(self._timeline.write(folder))
+        test, (_, state) = self._test, self._commits.read(self.checkpoint, PARAMETERS)
+        assert test, "the run ends with it"
+        self._network = network_of(self._architecture, state)
         return {
             "weights_sha256": weights_sha256(state),
             "shape": list(self._dataset.shape),
             "classes": self._dataset.classes,
             "class_names": list(self._dataset.names),
+            "untrained_classes": list(self._dataset.untrained),
+            "data": self._dataset.facts,
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
             "test_fitted_readout_error": None,
             "layer_errors": test.layer_errors,
             "samples_per_s": self.samples / self._train_s,
             "train_s": self._train_s,
+            "checkpoint": self.checkpoint,
             "best_commit": self._commits.path(self._best[1]) if self._best else None,
         }
 
+    def illustrate(self, folder: Path, warn: Callable[[str], None]) -> None:
+        """Draws the run's plots, and queues them and its network for upload, once `figures` has been called."""
+        test, network, dataset, tracker = self._test, self._network, self._dataset, self._tracker
+        assert test, "the run ends with it"
+        assert network, "figures come first"
+        artifacts = self._config.tracking.artifacts
+        if "model" in artifacts:
+            with as_warning(warn, "the model could not be kept"):
+                tracker.log_model(network, dataset.names, dataset.images["test"][0], self._config.tracking.register)
+        if self._timeline.spans:
+            with as_warning(warn, "the timeline could not be written"):
+                tracker.log_artifact(self._timeline.write(folder))
+        if "plots" not in artifacts:
+            return
+        from ffdist.pictures import draw_pictures  # matplotlib has had time until now
+
+        history, spans = tracker.history(), self._timeline.spans
+        for picture in draw_pictures(folder, self._config, dataset, network, test, history, spans, warn):
+            tracker.log_artifact(picture)
+
     def _schedule(self, chunk_size: int) -> Iterator[Order]:
-        config = self._config
+        config, validation_samples = self._config, len(self._dataset.labels["validation"])
         return schedule(
             epochs=config.training.epochs,
             minibatches=self._order.minibatches,
             chunk_size=chunk_size,
             greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
-            validation_samples=len(self._dataset.labels["validation"]),
-            test_samples=len(self._dataset.labels["test"]),
+            validation_samples=validation_samples,
+            test_samples=0 if validation_samples else len(self._dataset.labels["test"]),  # else of the best checkpoint
             evaluate_every=config.training.evaluate_every,
             evaluation_block=self._block,
             start=self._start.position,
@@ -207,6 +270,16 @@ class Loop:
             elif isinstance(order, Train):
                 at = Position(order.epoch, order.first + order.num_minibatches)
 
+    def _release_state(self) -> None:
+        """Frees the state that the run started from, once a commit is there to recover from."""
+        if self.last:
+            self._start.state.clear()
+
+    def _count_snapshots(self, orders: Iterator[Order]) -> Iterator[Order]:
+        for order in orders:
+            self._unwritten += isinstance(order, Snapshot)
+            yield order
+
     def _snapshot(self, at: Position) -> Snapshot:
         return Snapshot(at, at.epoch * self._order.minibatches + at.minibatch)
 
@@ -216,7 +289,7 @@ class Loop:
         every = checkpoint.every_minibatches
         by_steps = every is not None and step // every > self._cut_step // every
         by_time = checkpoint.every_s is not None and now - self._cut_at >= checkpoint.every_s
-        due = (by_steps or by_time) and not self._cut  # one at a time, or a slow disk would fill the memory
+        due = (by_steps or by_time) and not self._unwritten  # a slow disk would fill the memory
         if due:
             self._cut_step, self._cut_at = step, now
         return due
@@ -250,22 +323,21 @@ class Loop:
             return
         self._validated, epoch = (self.step, found.chief_error), self.step // self._order.minibatches
         self._display.say(f"epoch {epoch}: validation error {found.in_words()}")
-        if found.goodness_error is not None:
-            self._to_draw = found, labels, f"epoch_{epoch:04}"
-            self._tracker.do(self._keep_picture)
+        if found.goodness_error is not None and "plots" in self._config.tracking.artifacts:
+            self._to_draw.append((found, labels, f"epoch_{epoch:04}"))
+            self._tracker.draw(self._draw_validation)
 
-    def _keep_picture(self, client: Any, run_id: str) -> None:
-        from ffdist.pictures import log_goodness  # of matplotlib, beside the training
+    def _draw_validation(self, folder: Path) -> Path | None:
+        from ffdist.pictures import draw_goodness  # of matplotlib, beside the training
 
-        drawn = self._to_draw
-        if drawn:  # of several that wait the newest, once
-            log_goodness(client, run_id, self._architecture, *drawn)
-            if self._to_draw is drawn:
-                self._to_draw = None
+        try:
+            return draw_goodness(folder, self._architecture, *self._to_draw.pop())
+        except IndexError:  # drawn already
+            return None
 
     def _begin_commit(self, snapshot: Snapshot, written: Callable[[bool], Any]) -> None:
         self._finish_commit(wait=True)
-        name, error = commit_name(snapshot.position), None
+        name, error, best_before = commit_name(snapshot.position), None, self._best
         if self._validated and self._validated[0] == snapshot.step and snapshot.position.minibatch == 0:
             error = self._validated[1]
             if self._best is None or error < self._best[0]:
@@ -281,20 +353,45 @@ class Loop:
             "best_error": self._best[0] if self._best else None,
         }
         position = {key: torch.tensor(value) for key, value in snapshot.position._asdict().items()}
-        self._cut = _Cut(snapshot, written, position | self._averages.state(), facts)
+        self._cut = _Cut(snapshot, written, position | self._averages.state(), facts, best_before)
 
-    def _finish_commit(self, *, wait: bool) -> None:
-        """Makes a commit of what was cut, where all of it is written: by now all that led to it was found finite."""
-        overdue = time.monotonic() - self._cut_at > self._config.pipeline.stall_timeout_s
-        if self._cut is None or (written := self._cut.written(wait or overdue)) is None:
+    def _finish_commit(self, *, wait: bool, required: bool = False) -> None:
+        """Completes the pending checkpoint if its files are written: all updates before it were found finite.
+
+        Args:
+            wait: Whether to wait for the files.
+            required: Whether the run stops if it cannot be completed; else remote storage may fail a few times.
+        """
+        if self._cut is None:
             return
+        limit_s = sum(self._architecture.state_bytes) / SLOWEST_WRITE
+        limit_s += 0 if wait else self._config.pipeline.stall_timeout_s
+        while (written := self._cut.written(time.monotonic() - self._cut_at > limit_s)) is None:
+            if not wait:
+                return
+            time.sleep(POLL_S)
         cut, self._cut = self._cut, None
+        self._unwritten -= 1
         if written.not_finite:
             raise RunFailed(
                 f"{written.not_finite} is not finite after {cut.snapshot.step} minibatches; the run stopped, and "
                 f"{self.kept}; lower training.learning_rate in a new run"
             )
         name = commit_name(cut.snapshot.position)
-        self._commits.finish(name, written, cut.position, **cut.facts)
-        self.last = name
-        self._commits.prune(name, keep=self._config.checkpoint.keep, spare=self._best[1] if self._best else None)
+        try:
+            if written.error:
+                raise CommitError(written.error)
+            self._commits.finish(name, written, cut.position, **cut.facts)
+        except CommitError as error:
+            self._skipped += 1
+            if required or not self._commits.folder.is_remote or self._skipped > MAX_SKIPPED:
+                raise
+            self._best = cut.best_before
+            self._display.say(f"checkpoint {name} was skipped: {error}; the run continues, and {self.kept}")
+            return
+        self.last, self._skipped = name, 0
+        self._release_state()
+        try:
+            self._commits.prune(name, keep=self._config.checkpoint.keep, spare=self._best[1] if self._best else None)
+        except CommitError as error:  # the checkpoint itself is complete
+            self._display.say(f"old checkpoints were not removed: {error}")

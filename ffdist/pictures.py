@@ -1,9 +1,7 @@
 """The pictures of a run: made at its end, and again whenever they are asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +9,13 @@ from torch import Tensor
 from ffdist.config import Config
 from ffdist.data.datasets import Dataset
 from ffdist.evaluation import Evaluation
+from ffdist.failures import as_warning
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import one_hot
 from ffdist.ff.layers import counted_threshold
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
 from ffdist.ff.network import Architecture, Network
+from ffdist.files import path_in
 from ffdist.pipeline.stage import layer_name
 from ffdist.tracking import plots
 from ffdist.tracking.timeline import Span
@@ -32,8 +32,11 @@ def draw_pictures(
     test: Evaluation,
     history: plots.History,
     spans: Sequence[Span],
+    warn: Callable[[str], None],
+    *,
+    with_negatives: bool = True,
 ) -> Iterator[Path]:
-    """Draws a run.
+    """Draws the plots of a run, each by itself: one that fails is a warning, and the others are drawn.
 
     Args:
         folder: Where to draw.
@@ -43,61 +46,85 @@ def draw_pictures(
         test: Its evaluation on the test set.
         history: All of its metrics.
         spans: Who computed when; may be empty.
+        warn: Gets the file and the cause of each failure.
+        with_negatives: Whether plots that need negatives are drawn, which imports a function that the configuration
+            names.
 
     Yields:
-        The path of each picture.
+        The path of each plot.
     """
     by, thresholds = "readout" if test.goodness_error is None else "goodness", _thresholds(network.architecture)
+    draw: dict[str, Callable[[Path], Path]] = {}
     if f"{layer_name(0)}/loss" in history:  # backpropagation has no such thing
-        yield plots.plot_layers(history, thresholds, folder / "layers.png")
-        samples = torch.arange(min(SHOWN, len(dataset.labels["train"])))
-        images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
-        negatives = _some_negatives(config, dataset, network, samples)
-        yield plots.plot_negatives(images, labels, negatives, dataset.shape, dataset.names, folder / "negatives.png")
-        if network.architecture.labels_shown:
-            goodness = _by_label(test.goodness, dataset.labels["test"])
-        else:
-            samples = torch.arange(min(COUNTED, len(dataset.labels["train"])))
-            negatives = _some_negatives(config, dataset, network, samples)
-            shown = {"training data": dataset.images["train"][samples], "negatives": negatives}
-            rows = network.architecture.neutral_rows
-            goodness = {what: network.goodness(rows(images)) for what, images in shown.items()}
-        yield plots.plot_goodness(goodness, thresholds, folder / "goodness.png")
-    yield plots.plot_errors(test, folder / "errors.png")
-    yield plots.plot_fields(network, folder / "fields.png")
-    yield plots.plot_confusion(test.confusion, by, dataset.names, folder / "confusion.png")
+        draw["layers.png"] = lambda path: plots.plot_layers(history, thresholds, path)
+    if "layers.png" in draw and with_negatives:
+        draw["negatives.png"] = lambda path: _draw_negatives(config, dataset, network, path)
+    if "layers.png" in draw and (with_negatives or network.architecture.labels_shown):
+        draw["goodness.png"] = lambda path: plots.plot_goodness(
+            _by_label(test.goodness, dataset.labels["test"])
+            if network.architecture.labels_shown
+            else _of_training_data(config, dataset, network),
+            thresholds,
+            path,
+        )
+    draw["errors.png"] = lambda path: plots.plot_errors(test, path)
+    draw["fields.png"] = lambda path: plots.plot_fields(network, path)
+    draw["confusion.png"] = lambda path: plots.plot_confusion(test.confusion, by, dataset.names, path)
     if spans:
-        yield plots.plot_timeline(spans, folder / "timeline.png")
+        draw["timeline.png"] = lambda path: plots.plot_timeline(spans, path)
+    for name, plot in draw.items():
+        with as_warning(warn, f"{name} could not be drawn"):
+            yield plot(folder / name)
 
 
-def log_goodness(
-    client: Any,
-    run_id: str,
+def draw_goodness(
+    folder: Path,
     architecture: Architecture,
     found: Evaluation,
     labels: Tensor,
     name: str,
-) -> None:
-    """Keeps the picture of an evaluation's goodness with a run of MLflow, in the folder `goodness`.
+) -> Path:
+    """Draws the goodness of an evaluation and returns the path of the plot.
 
     Args:
-        client: MLflow's.
-        run_id: The run's.
+        folder: Of the run, which gets a folder `goodness`.
         architecture: Of what is trained.
         found: The evaluation, with labels tried.
         labels: The true ones `[N]`.
-        name: Of the picture.
+        name: Of the plot.
     """
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.png"
-        plots.plot_goodness(_by_label(found.goodness, labels), _thresholds(architecture), path)
-        client.log_artifact(run_id, str(path), "goodness")
+    path = path_in(folder, "goodness") / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    return plots.plot_goodness(_by_label(found.goodness, labels), _thresholds(architecture), path)
+
+
+def _draw_negatives(config: Config, dataset: Dataset, network: Network, path: Path) -> Path:
+    samples = _some_samples(config, dataset, SHOWN)
+    images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
+    negatives = _some_negatives(config, dataset, network, samples)
+    return plots.plot_negatives(images, labels, negatives, dataset.shape, dataset.names, path)
+
+
+def _of_training_data(config: Config, dataset: Dataset, network: Network) -> dict[str, Tensor]:
+    """Returns each layer's goodness for some training samples and for negatives `[L, N]`, where no label is shown."""
+    samples = _some_samples(config, dataset, COUNTED)
+    shown = {
+        "training data": dataset.images["train"][samples],
+        "negatives": _some_negatives(config, dataset, network, samples),
+    }
+    return {what: network.goodness(network.architecture.neutral_rows(images)) for what, images in shown.items()}
+
+
+def _some_samples(config: Config, dataset: Dataset, count: int) -> Tensor:
+    """Draws samples from the whole training set, which may be sorted by class."""
+    samples = len(dataset.labels["train"])
+    return torch.randperm(samples, generator=generator(config.seed, "plotted samples"))[:count]
 
 
 def _by_label(goodness: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Parts the goodness of every label tried `[L, N, C]` into that of the true labels `[N]` and of the others."""
-    is_true = one_hot(labels, goodness.shape[-1]).bool()
-    return {"true label": goodness[:, is_true], "wrong labels": goodness[:, ~is_true]}
+    """Parts the goodness of every label that was tried, of `[L, N, C]`, into that of the true labels and the others."""
+    is_true, tried = one_hot(labels, goodness.shape[-1]).bool(), goodness[0] != -torch.inf
+    return {"true label": goodness[:, is_true & tried], "wrong labels": goodness[:, ~is_true & tried]}
 
 
 def _thresholds(architecture: Architecture) -> list[float | None]:
@@ -113,7 +140,7 @@ def _some_negatives(config: Config, dataset: Dataset, network: Network, samples:
     negatives, images, labels = config.negatives, dataset.images["train"], dataset.labels["train"]
     draw = generator(config.seed, "picture")
     if negatives.kind == "hard_label":
-        return draw_wrong_labels(network(images[samples]), labels[samples], draw)
+        return draw_wrong_labels(network(images[samples]), labels[samples], draw, dataset.untrained)
     data = TrainingSet(images, labels, dataset.classes, dataset.shape, config.seed)
     kind = find_kind(negatives.kind, negatives.options)
     return make_checked(kind, data, samples, draw, labels_shown=config.data.label != "none")

@@ -1,10 +1,11 @@
 """From a configuration to what a run is made of, all of it checked before anything starts."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import psutil
 import torch
 
+from ffdist import host_memory
 from ffdist.config import Config, ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.order import SampleOrder
@@ -40,13 +41,23 @@ def prepare(config: Config) -> Prepared:
             f"training.batch_size must be at most the number of training samples "
             f"(batch_size: {order.batch_size}, training samples: {order.samples})"
         )
-    architecture = build_architecture(config, dataset.shape, dataset.classes)
-    _check_memory(architecture)
+    architecture = build_architecture(config, dataset.shape, dataset.classes, dataset.untrained)
+    host_memory.check(
+        host_memory.driver_bytes(architecture), "a network, as the driver holds it to resume a run and at its end,"
+    )
     return Prepared(dataset, order, architecture, plan_negatives(config, dataset, order))
 
 
-def build_architecture(config: Config, shape: tuple[int, int, int], classes: int) -> Architecture:
+def build_architecture(
+    config: Config, shape: tuple[int, int, int], classes: int, untrained: Sequence[int] = ()
+) -> Architecture:
     """Returns the network that a configuration describes, for images of a shape and a number of classes.
+
+    Args:
+        config: The configuration.
+        shape: Channels, height and width.
+        classes: Number of classes.
+        untrained: Those without training samples.
 
     Raises:
         ConfigError: The layers do not fit together, or the label cannot be shown to them.
@@ -77,20 +88,11 @@ def build_architecture(config: Config, shape: tuple[int, int, int], classes: int
             ),
             thresholds=config.thresholds,
             readout_update=Update(training.readout_learning_rate, training.readout_weight_decay, training.smoothing),
-            precision=training.precision,
+            precision="float32" if training.precision == "auto" else training.precision,  # until it is resolved
+            untrained=tuple(untrained),
         )
     except ValueError as error:
         raise ConfigError(f"model.layers and data.label must fit together: {error}") from error
-
-
-def _check_memory(architecture: Architecture) -> None:
-    needed, there = 2 * sum(architecture.weights) * torch.float32.itemsize, psutil.virtual_memory().total
-    if needed > there:
-        raise ConfigError(
-            f"all weights, each with its gradient's running mean, must fit into this machine's memory, through which "
-            f"every commit goes (they take: {needed / 1e9:,.1f} GB, memory: {there / 1e9:,.1f} GB); make model.layers "
-            f"smaller"
-        )
 
 
 def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> NegativePlan:
@@ -123,11 +125,13 @@ def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> Nega
             "options": {key: repr(value) for key, value in sorted(kind.keywords.items())},
             "seed": config.seed,
             "dataset_sha256": dataset.sha256("train"),
+            **({"untrained": list(dataset.untrained)} if dataset.untrained else {}),  # changes labels that are drawn
         }
         told = config.model_dump(mode="json", exclude={"tracking": True, "negatives": {"store"}})
         store = Store(negatives.store, facts, told)
         try:
-            store.check()
+            numbers = order.shards(0, order.minibatches)
+            store.check((epoch, number) for epoch in range(config.passes) for number in numbers)
         except NegativesError as error:
             raise ConfigError(str(error)) from error
     return NegativePlan(

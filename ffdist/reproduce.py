@@ -4,17 +4,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from ffdist.checkpoint import CommitError
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError, RunFailed
 from ffdist.config_file import find_config, load_config, shipped_configs
+from ffdist.files import file_in
 from ffdist.finished import Run
 from ffdist.offline import fit_readout
+from ffdist.paths import in_each_folder, kind_of
 from ffdist.prepare import prepare
 from ffdist.screen import Screen
-from ffdist.start import CONFIG, SUMMARY, commits_of
+from ffdist.start import CONFIG, SUMMARY, commits_of, config_of
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
-from ffdist.tracking.results import MISSED, finished_runs, result_rows, results_table
-from ffdist.tracking.sending import send_leftovers
+from ffdist.tracking.results import MISSED, Row, finished_runs, result_rows
+from ffdist.tracking.sending import LOCK, send_leftovers
 from ffdist.tracking.server import a_client, tracking_uri
 from ffdist.trainer import train
 
@@ -22,8 +26,8 @@ from ffdist.trainer import train
 class Reproduced(NamedTuple):
     """What came of it."""
 
-    table: str
-    """Paper, target and reached figures of each configuration side by side, in Markdown."""
+    rows: list[Row]
+    """Of the table of results: paper, target and reached figures of each configuration side by side."""
     missed: list[str]
     """Those that missed their target."""
 
@@ -65,7 +69,7 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **how: Any) -> Re
             run = train(config, name=find_config(name).stem, runs=runs, resumed=earlier, **how)
         made[run.summary["mlflow_run_id"]] = config
         if config.data.label == "none" and run.summary.get("test_fitted_readout_error") is None:
-            fit_readout(str(run.folder), runs=runs)
+            fit_readout(run, runs=runs, uri=tracking_uri(config.tracking, runs))
     return _table(made, runs)
 
 
@@ -73,7 +77,7 @@ def _table(made: dict[str, Config], runs: Path) -> Reproduced:
     stores = {(tracking_uri(config.tracking, runs), config.tracking.experiment) for config in made.values()}
     for uri in {uri for uri, _ in stores}:
         with a_client(uri) as client:
-            send_leftovers(client, uri, runs)
+            send_leftovers(client, uri, runs, lambda: False)
     tracked = [run for uri, experiment in sorted(stores) for run in finished_runs(uri, experiment, made)]
     if lost := made.keys() - {run.info.run_id for run in tracked}:
         raise RunFailed(
@@ -82,7 +86,7 @@ def _table(made: dict[str, Config], runs: Path) -> Reproduced:
     for run in tracked:  # paper and target are those of today
         run.data.params.update(_tracking(made.get(run.info.run_id)))
     rows = [row | {"rule": ""} for row in result_rows(tracked)]  # which the configuration's name stands for
-    return Reproduced(results_table(rows), [row["run"] for row in rows if row["target"].endswith(MISSED)])
+    return Reproduced(rows, [row["run"] for row in rows if row["target"].endswith(MISSED)])
 
 
 def _tracking(config: Config | None) -> dict[str, str]:
@@ -91,10 +95,10 @@ def _tracking(config: Config | None) -> dict[str, str]:
 
 def _past(runs: Path) -> Iterator[tuple[Config, Path]]:
     """Yields the runs that began anew in a runs folder, oldest first; none of another version or damaged."""
-    for path in sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(in_each_folder(runs, CONFIG), key=lambda path: path.stat().st_mtime):
         if not Outbox.fact_of(path.parent / OUTBOX, ORIGIN):
             try:
-                yield load_config(str(path)), path.parent
+                yield config_of(path.parent), path.parent
             except ConfigError:
                 continue
 
@@ -103,16 +107,27 @@ def _earlier(config: Config, past: list[tuple[Config, Path]], runs: Path) -> Run
     """Returns a finished run of a configuration, else the folder of one that can go on."""
     stopped = None
     for then, folder in past:
+        if config.training.precision == "auto":  # of which an earlier run recorded the resolved value
+            then = then.with_precision("auto")
         if _identity(then, runs) != _identity(config, runs):
             continue
         try:
-            if not (folder / SUMMARY).is_file():
-                stopped = folder if commits_of(config, folder).names() else stopped
+            if kind_of(folder / SUMMARY) != "file":
+                stopped = folder if commits_of(config, folder).names() and not _in_use(folder) else stopped
             elif (run := Run.find(folder)).summary["mlflow_tracking_uri"] == tracking_uri(config.tracking, runs):
                 return run
         except (ConfigError, CommitError):  # damaged
             continue
     return stopped
+
+
+def _in_use(folder: Path) -> bool:
+    """Returns whether another process trains the run now, or its lock must not be used."""
+    try:
+        with FileLock(file_in(folder, LOCK)).acquire(timeout=0):
+            return False
+    except (Timeout, OSError, ValueError):
+        return True
 
 
 def _identity(config: Config, runs: Path) -> dict[str, Any]:

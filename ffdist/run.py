@@ -4,6 +4,11 @@
 starts a local Ray where there is none.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the folder of this file, or the working directory: other files there are not for import
+
 from ffdist.cli.training import train
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What is printed on, and bars for what takes a while."""
+"""Output: a terminal gets tables and progress bars, a file or a pipe gets data."""
 
-from collections.abc import Iterable, Iterator
+import csv
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import progress
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 Item = TypeVar("Item")
 
@@ -19,8 +22,25 @@ class Screen(Console):
             super().on_broken_pipe()
 
 
-def track(items: Iterable[Item], what: str) -> Iterator[Item]:
+def track(items: Iterable[Item], what: str) -> Generator[Item, None, None]:
     """Yields items while a bar tells how far that is; only where somebody looks, and gone at the end."""
     screen = Screen()
-    unseen = not (screen.is_terminal or screen.is_jupyter)
-    yield from progress.track(items, what, console=screen, transient=True, disable=unseen)
+    yield from progress.track(items, what, console=screen, transient=True, disable=not is_interactive(screen))
+
+
+def is_interactive(screen: Console) -> bool:
+    """Says whether somebody looks at it: what is not a terminal or a notebook gets no progress bar."""
+    return screen.is_jupyter or screen.file.isatty()  # rich's is_terminal also follows FORCE_COLOR
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows with the same columns: a table on a terminal, tab-separated values with a header elsewhere."""
+    screen, columns = Screen(highlight=False), list(rows[0]) if rows else []
+    if not is_interactive(screen):
+        writer = csv.writer(screen.file, "excel-tab", lineterminator="\n")
+        writer.writerows([columns, *(row.values() for row in rows)])
+        return
+    table = Table(*map(escape, columns), box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(escape(f"{value:,}" if isinstance(value, int) else str(value)) for value in row.values()))
+    screen.print(table)

@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from ffdist.ff import MOST_CLASSES as MOST_CLASSES
+
 
 def _no_boolean(value: Any) -> Any:
     """Keeps YAML's yes and no from counting as 1 and 0."""
@@ -56,6 +58,15 @@ def _absolute(path: str) -> str:  # because what is written down is read from el
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111, the latter raises
 
 
+def absolute_store(uri: str) -> str:
+    """Returns a tracking URI with an absolute path, because it is written down and read in other working folders."""
+    if uri.startswith("sqlite:///"):
+        return "sqlite:///" + _absolute(uri.removeprefix("sqlite:///"))
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return Path(_absolute(uri.removeprefix("file:"))).as_uri()
+    return uri if ":" in uri or uri.startswith("databricks") else _absolute(uri)
+
+
 Uri = Annotated[str, AfterValidator(hold_no_secret)]
 Place = Annotated[Uri, AfterValidator(lambda uri: uri if "://" in uri else _absolute(uri))]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
@@ -64,7 +75,6 @@ NotNegative = Annotated[float, Number, Field(ge=0, le=MOST, allow_inf_nan=False)
 Folder = Annotated[Path, AfterValidator(lambda path: Path(_absolute(str(path))))]
 
 DATA_FOLDERS = ("parquet", "image_folder")
-MOST_CLASSES = 256
 
 
 class Section(BaseModel):
@@ -91,15 +101,17 @@ class Data(Section):
     """Whether every image's mean is taken off its pixels, as large as it would else drown what they show; `auto`: of
     images in colour, because the paper's recipes for grey ones do not."""
     jitter: Annotated[int, Number, Field(ge=0, le=MOST)] = 0
-    """Most pixels that each training image is shifted, down or up and right or left, afresh every epoch."""
+    """Most pixels that each training image is shifted, down or up and right or left, afresh every epoch; less than its
+    height and width."""
     image_column: str | None = None
     """Parquet's column of images; found where there is only one candidate."""
     label_column: str | None = None
-    """Parquet's column of labels; found where there is only one candidate."""
+    """Parquet's column of labels; without it the one named `label` or `labels`, else the only one of integers."""
     image_size: tuple[Count, Count] | None = None
     """Height and width that images of one's own are resized to; without it all must have the same."""
     classes: Annotated[int, Number, Field(ge=2, le=MOST_CLASSES)] | None = None
-    """Number of classes of one's own data; else as many as have names, or one more than the largest training label."""
+    """Number of classes of one's own data; else as many as have names, or one more than the largest training label.
+    Those without training samples are reported."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> "Data":
@@ -202,8 +214,9 @@ class Training(Section):
     """Passes over the training set; with `schedule=greedy` of each layer."""
     batch_size: Count = 100
     """Samples a minibatch, and an update."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the layers' matrix products; goodness, parameters and updates are float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the layers' matrix products; goodness, parameters and updates are float32. `auto`: bfloat16 if all
+    devices of the run multiply it faster than float32, measured once before the start; the run records the result."""
     validation_samples: Annotated[int, Number, Field(ge=0)] = 0
     """Samples held out of the training set by the seed; 0 evaluates nothing before the end."""
     evaluate_every: Count = 5
@@ -242,8 +255,8 @@ class Pipeline(Section):
     stages: Count | Literal["auto"] = "auto"
     """Number of stages; `auto`: one a layer, or one a GPU where there are fewer GPUs."""
     balance: Literal["measured", "estimated"] | list[Count] = "measured"
-    """How layers are cut into stages: for the fastest slowest stage by what each layer costs, measured on this machine
-    before the start, or estimated by its weights; or the number of layers of each stage."""
+    """How layers are cut into stages: for the fastest slowest stage by what each layer costs, measured before
+    the start, or estimated by its weights; or the number of layers of each stage."""
     chunk_size: Count | Literal["auto"] = "auto"
     """Minibatches that travel together; `auto`: what takes the slowest stage a third of a second, or 20 where nothing
     is measured, but no message of more than 32 MiB, no more than `checkpoint.every_minibatches`, and, with hard labels,
@@ -261,6 +274,9 @@ class Pipeline(Section):
     """Time after which a failure is forgotten."""
     stall_timeout_s: Positive = 300.0
     """Longest that an actor may do nothing before it counts as lost."""
+    stop_timeout_s: Positive = 20.0
+    """Time from a stop signal to the end of the process, as the platform grants it; the last checkpoint may take all of
+    it but 5 seconds."""
 
 
 class Checkpoint(Section):
@@ -282,12 +298,14 @@ warnings.filterwarnings("ignore", 'Field name "register" in "Tracking" shadows')
 class Tracking(Section):
     """MLflow."""
 
-    uri: Uri | None = None
+    uri: Annotated[Uri, AfterValidator(absolute_store)] | None = None
     """Tracking server or database; without it MLFLOW_TRACKING_URI, else a database in the runs folder."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "ffdist"
     """MLflow experiment that the run belongs to."""
     every_minibatches: Count = 100
     """Minibatches that a logged learning metric is averaged over."""
+    artifacts: list[Literal["plots", "model"]] = ["plots", "model"]
+    """What a run leaves beside its metrics and checkpoints: plots, and the network as a model of MLflow."""
     register: Annotated[str, Field(pattern=r"^[^/:.\s][^/:]*$")] | None = None
     """Name, without / and :, of a registered model of MLflow that gets the run's network as a new version."""
     outbox_bytes: Annotated[int, Number, Field(ge=1)] = 100_000_000
@@ -298,3 +316,12 @@ class Tracking(Section):
     """Test error that the paper gives for the experiment, in [0, 1); stands in the table of results."""
     target_error: Fraction | None = None
     """Test error to be reached by goodness, or, where no label is shown, by a fitted readout; stands there, too."""
+
+    @model_validator(mode="after")
+    def _model_to_register(self) -> "Tracking":
+        if self.register is not None and "model" not in self.artifacts:
+            raise ValueError(
+                f"tracking.register needs a model (tracking.artifacts: {self.artifacts}); add model to "
+                "tracking.artifacts, or leave register out"
+            )
+        return self

@@ -1,18 +1,21 @@
 """Where a run starts: anew, from the weights of another, or where it stopped."""
 
-import platform
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
-import torch
-
-from ffdist.checkpoint import CommitError, Commits, DamagedCommit, Manifest, commit_name
+from ffdist.checkpoint import CommitError, Commits, DamagedCommit, Manifest
 from ffdist.config import DECIDES_NOTHING, Config, ConfigError
 from ffdist.config_file import load_config, parse_config
+from ffdist.data.datasets import Dataset
 from ffdist.data.folder import Folder
 from ffdist.ff.network import Architecture, Network
+from ffdist.files import UnsafeFile, file_in
+from ffdist.paths import in_each_folder, kind_of
+from ffdist.pipeline.hardware import Hardware
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, layer_name, state_of
 from ffdist.prepare import Prepared
@@ -20,6 +23,7 @@ from ffdist.tracking.outbox import OUTBOX, Outbox
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 """Resolved configuration and final figures in the folder of a run."""
+MAX_CONFIG_BYTES = 2**20
 FORWARD_FORWARD, BACKPROPAGATION = "Forward-Forward", "backpropagation"
 LEARNED = ("weight", "bias", "mean_activity")
 """What one run takes over from another; what an optimizer keeps begins anew."""
@@ -40,6 +44,12 @@ class Start(NamedTuple):
         """Where in the schedule."""
         return Position(self.manifest.epoch, self.manifest.minibatch) if self.manifest else Position()
 
+    @property
+    def precision(self) -> str | None:
+        """The precision that the run resolved before; None if it is new."""
+        recorded = parse_config(self.manifest.config, "manifest").training.precision if self.manifest else "auto"
+        return None if recorded == "auto" else recorded
+
 
 def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
     """Returns the folder of a run, given by its folder or by its MLflow run id.
@@ -50,14 +60,26 @@ def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
         ConfigError: There is none.
     """
     if run:
-        if (Path(run) / CONFIG).is_file():
+        if os.path.isfile(os.path.join(run, CONFIG)):  # noqa: PTH113, PTH118, a run given may be too long for a path
             return Path(run)
-        for path in sorted(runs.glob(f"*/{OUTBOX}")):
+        for path in in_each_folder(runs, OUTBOX):
             if Outbox.fact_of(path, "run_id") == run:
                 return path.parent
         if config and config.checkpoint.uri and commits_of(config, Path(run)).names():
             return runs / Path(run).resolve().name
     raise ConfigError(f"a run is its folder, or the MLflow run id of one in {runs} (given: {run})")
+
+
+def config_of(folder: Path, overrides: Iterable[str] = ()) -> Config:
+    """Returns the configuration of a run, with what is set over it.
+
+    Raises:
+        ConfigError: It is missing or damaged.
+    """
+    try:
+        return load_config(str(file_in(folder, CONFIG, max_bytes=MAX_CONFIG_BYTES)), overrides)
+    except (OSError, UnsafeFile) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read ({error}); train the run again") from error
 
 
 def commits_of(config: Config, folder: Path) -> Commits:
@@ -66,11 +88,29 @@ def commits_of(config: Config, folder: Path) -> Commits:
     return Commits(Folder(config.checkpoint.uri or str(folder), CommitError, inner))
 
 
-def newest(commits: Commits) -> tuple[Manifest, State]:
-    """Returns the newest commit of a run.
+class Checkpoint(NamedTuple):
+    """A checkpoint of a run, chosen to be used."""
+
+    name: str
+    kind: str
+    """`best` on validation, `last`, or `` for another."""
+    path: str
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        """Names it for the user."""
+        return f"{self.kind}, {self.path}".removeprefix(", ")
+
+
+def find_checkpoint(commits: Commits, which: str | None = None) -> Checkpoint:
+    """Finds a checkpoint of a run.
+
+    Args:
+        commits: Of the run.
+        which: `best`, `last` or the checkpoint's name; None for the best one if the run was validated, else the last.
 
     Raises:
-        ConfigError: There is none, or it is damaged.
+        ConfigError: There is no such checkpoint, or it is damaged.
     """
     with _refusing():
         names = commits.names()
@@ -79,16 +119,52 @@ def newest(commits: Commits) -> tuple[Manifest, State]:
                 f"{commits.folder.path()} holds no whole commit; set checkpoint.uri in its "
                 f"configuration to where they are, or train it again"
             )
-        return commits.read(names[-1])
+        if which not in (None, "best", "last", *names):
+            raise ConfigError(
+                f"a checkpoint must be best, last or the name of one (given: {which}, {commits.folder.path()} has: "
+                f"{', '.join(names)})"
+            )
+        best = None if which == "last" else commits.read_manifest(names[-1]).best_commit
+        if which == "best" and best is None:
+            raise ConfigError(
+                f"{commits.folder.path()} has no best checkpoint, because the run was not validated; use last, or set "
+                f"training.validation_samples in a new run"
+            )
+        name = names[-1] if which == "last" else best or names[-1] if which in (None, "best") else str(which)
+        kind = "best" if name == best else "last" if name == names[-1] else ""
+        return Checkpoint(name, kind, commits.path(name), commits.read_manifest(name))
+
+
+def read_state(commits: Commits, checkpoint: Checkpoint, only: Collection[str] | None = None) -> State:
+    """Returns what a checkpoint holds; of each part only the tensors named, where some are.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    with _refusing():
+        return commits.read(checkpoint.name, only)[1]
+
+
+def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Path) -> None:
+    """Checks that a dataset is the one that a run was trained and tested on.
+
+    Raises:
+        ConfigError: It is another.
+    """
+    for split, digest in (("train", manifest.dataset_sha256), ("test", manifest.test_dataset_sha256)):
+        if digest and digest != dataset.sha256(split):
+            key = "data.path" if config.data.path else "data.root"
+            raise ConfigError(
+                f"{folder} was {split}ed on other samples than {config.data.path or config.data.name} holds now "
+                f"(the SHA-256 of the {split} samples differs); set {key} to where its own data is"
+            )
 
 
 def network_of(architecture: Architecture, state: State) -> Network:
-    """Returns the network of a state."""
-    network = Network(architecture)
-    for index, layer in enumerate(network.layers):
-        layer.load_state_dict(state[layer_name(index)])
-    network.readout.load_state_dict(state["readout"])
-    return network
+    """Returns a network that predicts with the weights of a state."""
+    modules = {"readout": "readout"} | {layer_name(i): f"layers.{i}" for i in range(len(architecture.layers))}
+    tensors = {f"{module}.{name}": tensor for part, module in modules.items() for name, tensor in state[part].items()}
+    return Network.for_inference(architecture, tensors)
 
 
 def resume(config: Config, prepared: Prepared, folder: Path, *, from_older: bool) -> Start:
@@ -103,8 +179,8 @@ def resume(config: Config, prepared: Prepared, folder: Path, *, from_older: bool
     Raises:
         ConfigError: The run is finished, has no commit or a damaged one, or was another run.
     """
-    if (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder} is finished; give it more training as a new run, by --from {folder}")
+    if kind_of(folder / SUMMARY) == "file":
+        raise ConfigError(f"{folder} is finished; give it more training as a new run, by --from {quote(str(folder))}")
     commits, passed_over = commits_of(config, folder), []
     with _refusing():
         names = commits.names()
@@ -117,8 +193,7 @@ def resume(config: Config, prepared: Prepared, folder: Path, *, from_older: bool
             passed_over.append(f"passed over: {error}")
             continue
         remarks = [*passed_over, f"going on from {commits.path(name)}, {manifest.step:,} minibatches into the run"]
-        if manifest.dataset_sha256 != prepared.dataset.sha256("train"):
-            raise ConfigError(f"{folder} was trained on other samples than {config.data.name} gives now; set data.root")
+        check_data(config, prepared.dataset, manifest, folder)
         now = _algorithm(prepared.architecture)
         if (then := manifest.made_with.get("algorithm", now)) != now:
             raise ConfigError(
@@ -144,37 +219,34 @@ def go_on(commits: Commits, start: Start, last: str) -> Start:
     Raises:
         CommitError: That commit is damaged.
     """
-    if not last or (start.manifest and commit_name(start.position) == last):
+    if not last:
         return start
     manifest, state = commits.read(last)
     return Start(state, manifest)
 
 
-def start_from(config: Config, architecture: Architecture, folder: Path) -> Start:
-    """Takes over what another run learned: its best commit where it was validated, else its newest.
+def start_from(config: Config, architecture: Architecture, folder: Path, which: str | None = None) -> Start:
+    """Takes over what another run learned.
 
     Args:
         config: Of the new run.
         architecture: Of the new run.
         folder: Of the other run.
+        which: Its checkpoint, as `find_checkpoint` takes it.
 
     Raises:
         ConfigError: It has no commit, or its layers do not fit.
     """
     with suppress(ConfigError):  # its commits lie where it said, not where the new run's will
-        config = load_config(str(folder / CONFIG))
+        config = config_of(folder)
     commits = commits_of(config, folder)
-    manifest, learned = newest(commits)
-    name = commit_name(Position(manifest.epoch, manifest.minibatch))
-    if manifest.best_commit not in (None, name):
-        name = str(manifest.best_commit)
-        with _refusing():
-            _, learned = commits.read(name)
-    network, state, remarks = Network(architecture), State(), [f"starting from {commits.path(name)}"]
+    checkpoint = find_checkpoint(commits, which)
+    learned = read_state(commits, checkpoint, LEARNED)
+    network, state, remarks = Network(architecture), State(), [f"starting from checkpoint: {checkpoint}"]
     parts = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
     for part, module in parts.items():
         state[part] = state_of(module)
-        taken = {key: tensor for key, tensor in learned.get(part, {}).items() if key in LEARNED}
+        taken = learned.get(part, {})
         shapes = [{key: list(found[key].shape) for key in taken if key in found} for found in (taken, state[part])]
         if taken and shapes[0] == shapes[1]:
             state[part] |= taken
@@ -188,25 +260,22 @@ def start_from(config: Config, architecture: Architecture, folder: Path) -> Star
     return Start(state, None, tuple(remarks))
 
 
-def made_with(config: Config, architecture: Architecture, device: str) -> dict[str, str | int]:
+def provenance(architecture: Architecture, hardware: dict[str, Hardware]) -> dict[str, str | Hardware]:
     """Returns what the weights of a run depend on beside its configuration, if only in their last bits."""
-    return {
-        "algorithm": _algorithm(architecture),
-        "processor": _processor(),
-        "torch": torch.__version__,
-        "threads_per_stage": config.pipeline.threads_per_stage,
-        "device": device,
-    }
+    return {"algorithm": _algorithm(architecture), **hardware}
 
 
-def differences(start: Start, made: dict[str, str | int]) -> list[str]:
-    """Says in what the last bits of a run that goes on may differ from before."""
-    then = start.manifest.made_with if start.manifest else made
-    return [
-        f"the last bits may differ: {key} was {then.get(key)}, and is {made[key]}"
-        for key in made
-        if then.get(key, made[key]) != made[key]
-    ]
+def differences(start: Start, hardware: dict[str, Hardware]) -> str:
+    """Returns a warning if a resumed run computes on other hardware than its checkpoint did, else an empty string."""
+    parts: dict[str, list[str]] = {}  # by what differs, so that a difference of all actors is named once
+    for part, now in hardware.items():
+        then = start.manifest.made_with.get(part) if start.manifest else None
+        if isinstance(then, dict):  # not of a checkpoint of an earlier version, nor of more negative actors
+            for name in now.keys() & then.keys():
+                if now[name] != then[name]:
+                    parts.setdefault(f"{name} was {then[name]} and is {now[name]}", []).append(part)
+    found = "; ".join(f"{', '.join(names)}: {difference}" for difference, names in sorted(parts.items()))
+    return found and f"warning: the last bits may differ from a run on the same hardware throughout ({found})"
 
 
 def _algorithm(architecture: Architecture) -> str:
@@ -229,19 +298,14 @@ def _refusal(error: CommitError, way_out: str) -> ConfigError:
 
 def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:
     then, now = parse_config(manifest.config, str(folder)).flat(), config.flat()
+    if config.training.precision == "auto":
+        now["training.precision"] = then["training.precision"]
     changed = [key for key in now if now[key] != then[key]]
-    wrong = [f"{key}: {then[key]} then, {now[key]} now" for key in changed if not key.startswith(DECIDES_NOTHING)]
+    free = (*DECIDES_NOTHING, "data.path")  # the samples were compared, wherever they are
+    wrong = [f"{key}: {then[key]} then, {now[key]} now" for key in changed if not key.startswith(free)]
     if wrong:
         raise ConfigError(
             f"{folder} can only go on as the run that it was ({'; '.join(wrong)}); leave that as it was, or make a new "
-            f"run of it by --from {folder}"
+            f"run of it by --from {quote(str(folder))}"
         )
     return [f"changed: {key} is now {now[key]}" for key in changed]
-
-
-def _processor() -> str:
-    """Names the kind of processor, whose instructions decide the order of sums."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"

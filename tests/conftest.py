@@ -1,20 +1,50 @@
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from contextlib import chdir
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from ffdist.cli import main
+from ffdist.runtime.access import local_ray
+from ffdist.tracking import server
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested here is decided alike on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
+RAY_FOLDER = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # no cluster of others is found there
+os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
 torch.set_num_threads(1)  # as a stage does; two that share a busy processor wait for each other over tiny tensors
+
+
+LONG = ("test_chaos", "test_launching", "test_transparency", "test_recovery", "test_bench")
+"""Files with tests of minutes: they come first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)  # stable, so that fixtures of modules stay together
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tracking_database_template(tmp_path_factory):
+    """MLflow's 68 migrations take seconds: they run once per session, and every further database is a copy."""
+    template, create = tmp_path_factory.mktemp("template") / "mlflow.db", server.make_database
+
+    def copy(path: Path) -> None:
+        if path.is_file() and path.stat().st_size:
+            return
+        create(template)  # does nothing once it is there
+        shutil.copy(template, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "make_database", copy)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +56,9 @@ def mnist_root() -> Path:
 
 
 @pytest.fixture(scope="module")
-def ray_start_4_cpus(tmp_path_factory):
-    import ray
-
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+def ray_start_4_cpus():
+    with local_ray(num_cpus=4):
+        yield
 
 
 @pytest.fixture(scope="session")

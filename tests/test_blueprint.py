@@ -29,7 +29,10 @@ def test_a_chunk_of_wide_layers_is_no_larger_than_a_message_may_be():
     wide = a_blueprint(width=100_000)
     size = wide.paced("auto", 1, minibatch_s=1e-9).chunk_size
     row_bytes = 100_000 * wide.architecture.compute_dtype.itemsize
-    assert size * 2 * 10 * row_bytes <= CHUNK_BYTES < (size + 1) * 2 * 10 * row_bytes
+    passed = 10 * 3 * row_bytes  # of a minibatch: positive and negative rows, and those that the readout reads
+    assert size * passed <= CHUNK_BYTES < (size + 1) * passed
+    alone = wide._replace(stage_layers=[range(3)]).paced("auto", 1, minibatch_s=1e-9)
+    assert alone.chunk_size == CHUNK_BYTES // (10 * 2 * row_bytes)  # two layers are read, and nothing goes on
     assert a_blueprint(width=10**9).paced("auto", 1).chunk_size == 1
 
 

@@ -107,6 +107,8 @@ def test_pruning_leaves_alone_what_lies_beyond_a_commit_just_made(commits):
     made = [commit(commits, at=Position(epoch)) for epoch in (1, 2, 3, 9)]
     commits.prune(made[2], keep=1, spare=made[0])
     assert commits.names() == [made[0], made[2], made[3]]
+    with pytest.raises(CommitError, match=f"{made[1]} is gone"):
+        commits.prune(made[1], keep=1, spare=None)
 
 
 class Code:

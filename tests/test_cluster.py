@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from ffdist.config import ConfigError
+from ffdist.runtime.access import local_ray
 from ffdist.runtime.cluster import check_object_store, cluster_resources, connect
+from ffdist.runtime.placement import reserve
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="torch could use what is here")
@@ -12,9 +14,13 @@ def test_gpus_that_torch_cannot_use_do_not_count(monkeypatch):
     import ray
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR"):
+    with local_ray(num_cpus=1, num_gpus=2):
         assert ray.cluster_resources()["GPU"] == 2
-        assert cluster_resources()["GPU"] == 0
+        with reserve([{"GPU": 0.9}] * 2):
+            assert cluster_resources()["GPU"] == 0
+        with reserve([{"GPU": 1}] * 2):
+            assert cluster_resources()["GPU"] == 0, "known from before"
+            assert cluster_resources("cpu")["GPU"] == 2, "not asked"
 
 
 def test_other_platforms_are_sent_to_the_serial_runner(monkeypatch):
@@ -29,6 +35,7 @@ def test_other_platforms_are_sent_to_the_serial_runner(monkeypatch):
         ("127.0.0.1:9", "no Ray cluster answers"),
         ("host:many", "no Ray cluster answers"),
         ("ray://a:1", "use `ray submit`"),
+        ("http://127.0.0.1:8265", "is the address of Ray's dashboard and jobs.*use `ray job submit"),
     ],
 )
 def test_an_address_that_cannot_work_is_refused_at_once(address, words):
@@ -48,3 +55,11 @@ def test_a_store_too_small_says_what_fills_it(ray_start_4_cpus):
     check_object_store(images=1_000, in_flight=1_000)
     with pytest.raises(ConfigError, match=r"images: 1,000 bytes, chunks in flight: 10,000,000,000,000.*chunk_size"):
         check_object_store(images=1_000, in_flight=10**13)
+
+
+def test_a_cluster_that_vanished_is_an_error_with_its_cause(monkeypatch):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": False, "Resources": {}}])
+    with pytest.raises(ConfigError, match="the Ray cluster was stopped"):
+        check_object_store(images=1, in_flight=1)
+    with pytest.raises(ConfigError, match="the Ray cluster was stopped"), reserve([{"CPU": 1}]):
+        pass

@@ -11,6 +11,8 @@ from PIL import Image
 
 from ffdist.config import ConfigError
 from ffdist.data.datasets import Dataset, load_dataset
+from ffdist.data.inputs import read_inputs
+from ffdist.data.order import split as hold_out
 from ffdist.sections import Data
 
 
@@ -67,11 +69,15 @@ def test_names_that_hugging_face_gives_classes_are_theirs(tmp_path):
     assert (load(tmp_path).classes, load(tmp_path).names) == (3, ("ant", "bee", "cat"))
     assert load(tmp_path).labels["test"].tolist() == [2, 0]
     name("test", ["cat", "owl"])
-    with pytest.raises(ConfigError, match=r"row 1: a label must be an integer .* \(label: 'owl'\)"):
+    with pytest.raises(ConfigError, match=r"row 1: a label must be one of the classes .* \(label: 'owl'"):
         load(tmp_path)
     table = name("test", ["ant", "bee", "cat"])
     assert load(tmp_path, classes=4).names == ("ant", "bee", "cat", "3")
     assert load(tmp_path, classes=2).names == ("ant", "bee")
+    for names, classes in ((["ant", "bee", "ant"], None), (["ant", "2"], 3)):
+        name("train", names)
+        with pytest.raises(ConfigError, match=r"classes must have different names \(equal: (ant|2)\)"):
+            load(tmp_path, classes=classes)
     for odd in (b"{}", b'{"info": {"features": []}}', b"["):
         pq.write_table(table.replace_schema_metadata({"huggingface": odd}), tmp_path / "train.parquet")
         assert (load(tmp_path).classes, load(tmp_path).names) == (2, ())
@@ -93,11 +99,15 @@ def test_images_are_resized_where_that_was_asked_for(colours):
 @pytest.mark.parametrize(
     ("images", "labels", "words"),
     [
-        ([b"no image"], [0], r"train-9\.parquet, row 0: the image cannot be decoded"),
+        ([b"no image"], [0], r"train-9\.parquet, row 0: the image cannot be decoded .* begin with b'no image'"),
         ([png(0)[:40]], [0], r"train-9\.parquet, row 0: the image cannot be decoded"),
         ([None], [0], r"row 0: an image is its encoded bytes, and here are none"),
-        ([png((1, 1, 1)), png((1, 1, 1), size=(9, 9))], [0, 1], r"row 1: every image .*9 x 9.*data\.image_size"),
-        ([png((1, 1, 1))], [-1], r"row 0: a label must be an integer from 0 .*label: -1"),
+        (
+            [png((1, 1, 1)), png((1, 1, 1), size=(9, 9))],
+            [0, 1],
+            r"row 1: all images must .*9 x 9.*data\.image_size",
+        ),
+        ([png((1, 1, 1))], [-1], r"row 0: a label must be an integer from 0 .*label: -1.* -1 stands for no label"),
         ([png((1, 1, 1)), png((1, 1, 1))], [0, None], r"row 1: a label must be .*label: None"),
         ([png((1, 1, 1))], [300], "below 256.*label: 300"),
     ],
@@ -161,14 +171,135 @@ def test_missing_and_empty_splits_are_named(colours, tmp_path_factory):
         load(colours)
 
 
-def test_columns_are_chosen_when_there_are_several(tmp_path):
+def write_table(folder, pandas_index=None, **columns) -> None:
+    """The same columns for both splits, beside images."""
+    table = pa.table({"img": [png(shade, mode="L") for shade in range(len(next(iter(columns.values()))))], **columns})
+    if pandas_index:
+        table = table.replace_schema_metadata({"pandas": json.dumps({"index_columns": [pandas_index]})})
     for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}.parquet", [png(1, mode="L")] * 2, [0, 1], fine=[3, 4])
-    with pytest.raises(ConfigError, match=r"data\.label_column must name it \(candidates: \['label', 'fine'\]"):
+        pq.write_table(table, folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "labels"),
+    [
+        ({"label": [0, 1], "fine": [3, 4]}, {}, [0, 1]),
+        ({"label": [0, 1], "fine": [3, 4]}, {"label_column": "fine"}, [3, 4]),
+        ({"Labels": [1, 0], "width": [3, 4]}, {}, [1, 0]),
+        ({"kind": [1, 0], "__index_level_0__": [5, 6]}, {}, [1, 0]),
+        ({"kind": [1, 0], "number": [5, 6], "pandas_index": "number"}, {}, [1, 0]),
+        ({"kind": [1, 0], "number": [5, 6], "pandas_index": "number"}, {"label_column": "number"}, [5, 6]),
+    ],
+)
+def test_the_column_of_labels_is_the_one_of_that_name_and_never_pandas_index(tmp_path, columns, settings, labels):
+    write_table(tmp_path, **columns)
+    assert load(tmp_path, **settings).labels["train"].tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "words"),
+    [
+        ({"label": [0.0, 1.0], "patient": [3, 4]}, {}, "the column label is of type double"),
+        ({"label": [[0], [1]], "patient": [3, 4]}, {}, "the column label is of type list"),
+        ({"one": [0, 1], "two": [3, 4]}, {}, r"data\.label_column must name .*candidates: \['one', 'two'\]"),
+        ({"__index_level_0__": [3, 4]}, {}, r"candidates: \[\]"),
+        ({"label": [0, 1], "labels": [0, 1]}, {}, r"candidates: \['label', 'labels'\]"),
+        ({"label": [0, 1]}, {"label_column": "coarse"}, r"must be one of the columns \(given: coarse"),
+        ({"label": [0, 1]}, {"image_column": "label"}, "label is of type int64"),
+    ],
+)
+def test_a_column_that_cannot_be_meant_is_refused_with_its_type(tmp_path, columns, settings, words):
+    write_table(tmp_path, **columns)
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path, **settings)
+
+
+def test_words_that_are_no_text_and_columns_of_one_name_are_refused(tmp_path):
+    offsets = pa.py_buffer(b"".join(end.to_bytes(4, "little") for end in range(3)))
+    write_table(tmp_path, label=pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"\xf6\xe4")]))
+    with pytest.raises(ConfigError, match=r"train\.parquet cannot be read as Parquet: .*decode.*; write it again"):
         load(tmp_path)
-    assert load(tmp_path, label_column="fine").labels["train"].tolist() == [3, 4]
-    with pytest.raises(ConfigError, match=r"data\.label_column=coarse is none"):
-        load(tmp_path, label_column="coarse")
+    with pytest.raises(ConfigError, match=r"test\.parquet cannot be read as Parquet: .*decode"):
+        read_inputs([tmp_path / "test.parquet"], Data(name="digits"), (1, 3, 4), 2)
+    for names, twice in ((["img", "label", "label"], "label"), (["img", "label", "img"], "img")):
+        last = pa.array([0, 1]) if twice == "label" else pa.array([png(1)] * 2)
+        table = pa.table([pa.array([png(1)] * 2), pa.array([0, 1]), last], names=names)
+        pq.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(ConfigError, match=rf"train\.parquet: a column .* only one of its name \({twice}: 2 col"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("write", [pa.array, lambda words: pa.array(words).dictionary_encode()])
+def test_words_are_classes_in_alphabetical_order(tmp_path, write):
+    write_table(tmp_path, label=write(["se", "ne", "se"]), width=[1, 2, 3])
+    dataset = load(tmp_path)
+    assert (dataset.names, dataset.labels["train"].tolist()) == (("ne", "se"), [1, 0, 1])
+    write_parquet(tmp_path / "test.parquet", [png(1, mode="L")], [0])
+    with pytest.raises(ConfigError, match="must have the same columns of images and labels"):
+        load(tmp_path)
+
+
+def test_booleans_are_two_classes(tmp_path):
+    write_table(tmp_path, label=[True, False])
+    assert (load(tmp_path).names, load(tmp_path).labels["train"].tolist()) == (("False", "True"), [1, 0])
+
+
+def test_a_word_that_training_lacks_is_no_class(tmp_path):
+    write_table(tmp_path, label=["ne", "se"])
+    pq.write_table(pa.table({"img": [png(1, mode="L")], "label": ["owl"]}), tmp_path / "test.parquet")
+    with pytest.raises(ConfigError, match=r"row 0: a label must be one of the classes .*label: 'owl', classes: ne, se"):
+        load(tmp_path)
+    write_table(tmp_path, label=["ne", "se", None])
+    with pytest.raises(ConfigError, match=r"train\.parquet, row 2: a label must be one of the classes .*label: None"):
+        load(tmp_path)
+
+
+def test_files_of_a_split_must_have_the_same_columns(colours):
+    write_parquet(colours / "train-2.parquet", [png((7, 8, 9))], [1], width=[3])
+    with pytest.raises(ConfigError, match=r"must have the same columns \(only in one: \['width'\]"):
+        load(colours)
+
+
+def test_files_of_a_split_all_name_their_classes_or_none_does(colours):
+    table = pq.read_table(colours / "train-1.parquet")
+    features = {"info": {"features": {"label": {"names": ["a", "b", "c"]}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), colours / "train-1.parquet")
+    with pytest.raises(ConfigError, match=r"both name the classes or neither \(only .*train-1\.parquet does"):
+        load(colours)
+
+
+def test_whether_a_dataset_is_in_colour_does_not_depend_on_the_order_of_its_images(tmp_path):
+    images = [png(9, mode="L"), png((1, 2, 3))]
+    found = []
+    for order in ([0, 1], [1, 0]):
+        for split in ("train", "test"):
+            write_parquet(tmp_path / f"{split}.parquet", [images[index] for index in order], order)
+        dataset = load(tmp_path)
+        assert (dataset.shape, "1 of 2 train images are grey" in dataset.in_words()) == ((3, 3, 4), True)
+        found.append(dataset.images["train"][order])
+    assert torch.equal(*found)
+    write_parquet(tmp_path / "train.parquet", images[:1] * 2, [0, 1])
+    with pytest.raises(ConfigError, match=r"test\.parquet, row 0: the training images are grey, and this"):
+        load(tmp_path)
+    grey = io.BytesIO()
+    Image.new("L", (4, 3), 9).convert("P").save(grey, "GIF")
+    write_parquet(tmp_path / "test.parquet", [grey.getvalue(), png((9, 9, 9))], [0, 1])  # as evaluation takes them
+    assert load(tmp_path).images["test"].tolist() == [[9] * 12] * 2
+
+
+def test_an_exact_name_is_the_split_and_what_is_left_is_told(tmp_path):
+    for name in ("train", "train_old", "test"):
+        write_parquet(tmp_path / f"{name}.parquet", [png(1, mode="L"), png(2, mode="L")], [0, 1])
+    dataset = load(tmp_path)
+    assert len(dataset.labels["train"]) == 2
+    assert "skipped: 1 entries of no split (train_old.parquet: 1)" in dataset.in_words()
+    (tmp_path / "train.parquet").rename(tmp_path / "train_new.parquet")
+    with pytest.raises(ConfigError, match=r"must say which of train_new\.parquet, train_old\.parquet is the"):
+        load(tmp_path)
+    (tmp_path / "train_new.parquet").rename(tmp_path / "Train.parquet")
+    (tmp_path / "train_old.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"must hold train\*\.parquet .*it holds: Train\.parquet, test\.parquet"):
+        load(tmp_path)
 
 
 @pytest.fixture
@@ -187,11 +318,92 @@ def test_image_folders_number_their_classes_by_name(folders):
     assert dataset.images["test"].view(2, 3, 12)[1, :, 0].tolist() == [1, 0, 0]
 
 
-def test_image_folders_must_agree_on_their_classes(folders):
-    (folders / "test" / "dog" / "a.png").rename(folders / "a.png")
-    (folders / "test" / "dog").rename(folders / "test" / "emu")
-    (folders / "a.png").rename(folders / "test" / "emu" / "a.png")
-    with pytest.raises(ConfigError, match=r"same class folders \(only in one: \['dog', 'emu'\]\)"):
+def test_a_test_set_may_lack_a_class_and_have_no_other(folders):
+    (folders / "train_masks" / "cat").mkdir(parents=True)
+    (folders / "test" / "dog" / "a.png").unlink()
+    assert "classes without test samples: 1 of 2 (dog)" in load(folders, name="image_folder").in_words()
+    (folders / "test" / "dog").rmdir()
+    dataset = load(folders, name="image_folder")
+    assert (dataset.names, len(dataset.labels["test"])) == (("cat", "dog"), 1)
+    assert "entries of no split (train_masks: 1)" in dataset.in_words()
+    (folders / "test" / "emu").mkdir()
+    with pytest.raises(ConfigError, match=r"every class of the test set must have a folder .*\(without one: emu\)"):
+        load(folders, name="image_folder")
+
+
+def test_files_of_another_format_are_counted_and_may_not_be_the_most(folders):
+    for name in ("b.HEIC", "no-extension", "._a.png", ".DS_Store"):
+        (folders / "train" / "cat" / name).write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"cat: at least half .*images: 1, 2 files of another format \(\.heic: 1, no"):
+        load(folders, name="image_folder")
+    (folders / "train" / "cat" / "no-extension").unlink()
+    told = load(folders, name="image_folder").in_words()
+    assert "skipped: 2 hidden or system entries (.DS_Store: 1, ._*: 1), 1 files of another format (.heic: 1)" in told
+
+
+def test_names_that_cameras_write_are_no_system_files(folders):
+    """In Adobe RGB; what Spark writes is still none of the user's."""
+    (folders / "train" / "cat" / "a.png").rename(folders / "train" / "cat" / "_DSC0001.PNG")
+    for split in ("train", "test"):
+        (folders / split / "cat" / "_a.png").mkdir()
+        (folders / split / "cat" / "_SUCCESS").touch()
+    dataset = load(folders, name="image_folder")
+    assert dataset.labels["train"].tolist() == [0, 1]
+    assert "skipped: 4 hidden or system entries (_SUCCESS: 2, _a.png: 2)" in dataset.in_words()
+    for name in ("cat", "dog"):
+        (folders / "test" / name / "a.png").rename(folders / "test" / name / ".a.png")
+    with pytest.raises(ConfigError, match=r"the test split is empty; .* skipped: .*\.a\.png: 2"):
+        load(folders, name="image_folder")
+
+
+def test_a_link_to_a_folder_above_brings_no_images_of_other_classes(folders):
+    """Also where the class is a link to a folder elsewhere."""
+    (folders / "train" / "cat").rename(folders / "kept")
+    (folders / "train" / "cat").symlink_to("../kept")
+    for name, target in (("up", folders / "train"), ("root", folders)):
+        (folders / "kept" / name).symlink_to(target)
+    assert load(folders, name="image_folder").labels["train"].tolist() == [0, 1]
+
+
+def test_a_class_that_is_a_broken_link_is_an_error(folders):
+    (folders / "train" / "emu").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"train/emu may be .* must not be a broken link \(it leads to nowhere\)"):
+        load(folders, name="image_folder")
+
+
+def test_class_names_that_differ_in_bytes_alone_are_different(folders):
+    for split in ("train", "test"):
+        for old, new in (("cat", b"m\xf6we"), ("dog", b"m\xfcwe")):
+            (folders / split / old).rename(folders / split / os.fsdecode(new))
+    dataset = load(folders, name="image_folder")
+    assert dataset.names == (r"m\xf6we", r"m\xfcwe")
+    found = read_inputs([folders / "test"], Data(name="digits"), dataset.shape, 2, dataset.names)
+    assert found.labels.tolist() == [0, 1]
+    (folders / "train" / r"m\xf6we").mkdir()
+    with pytest.raises(ConfigError, match=r"classes must have different names \(equal: m\\xf6we\)"):
+        load(folders, name="image_folder")
+
+
+def test_too_many_class_folders_are_told_before_an_image_is_read(folders):
+    for number in range(300):
+        (folders / "train" / f"{number}").mkdir()
+    (folders / "train" / "cat" / "a.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"at most 256 classes \(found: 302\)"):
+        load(folders, name="image_folder")
+
+
+def test_a_class_without_training_samples_is_told(folders):
+    (folders / "train" / "emu").mkdir()
+    (folders / "test" / "emu").mkdir()
+    (folders / "test" / "emu" / "a.png").write_bytes(png((1, 0, 0)))
+    dataset = load(folders, name="image_folder")
+    assert dataset.untrained == (2,)
+    assert "classes without training samples: 1 of 3 (emu)" in dataset.in_words()
+    assert "test samples of classes without training samples, which count as wrong: 1" in dataset.in_words()
+    (folders / "train" / "dog" / "a.png").unlink()
+    (folders / "train" / "dog" / ".a.png").touch()
+    told = r"at least two classes .*with training samples: 1\); skipped: 1 hidden or system entries \(\.a\.png: 1\)"
+    with pytest.raises(ConfigError, match=told):
         load(folders, name="image_folder")
 
 
@@ -231,6 +443,48 @@ def test_missing_dataset_says_both_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(ConfigError, match=r"could not be downloaded.*set data\.root or FFDIST_DATA.*network"):
         load_dataset(Data(name="mnist", root=tmp_path), seed=0, validation_samples=0)
+
+
+def test_without_a_home_folder_the_ways_out_are_told(monkeypatch):
+    monkeypatch.delenv("FFDIST_DATA", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: (_ for _ in ()).throw(KeyError(number)))
+    with pytest.raises(ConfigError, match=r"the home folder is unknown .*set HOME, data\.root or FFDIST_DATA"):
+        load_dataset(Data(name="mnist"), seed=0, validation_samples=0)
+
+
+def test_images_are_not_shifted_out_of_sight():
+    with pytest.raises(ConfigError, match=r"data\.jitter must be smaller than the images \(jitter: 8, images: 8 x 8"):
+        load_dataset(Data(name="digits", jitter=8), seed=0, validation_samples=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not measure peaks")
+def test_a_dataset_is_in_memory_once(tmp_path):
+    """Measured: there were four copies while images were stacked, split and digested."""
+    size, count = (500, 400), 150
+    for split, number in (("train", count), ("test", 2)):
+        write_parquet(
+            tmp_path / f"{split}.parquet", [png((n, 2, 3), size) for n in range(number)], [0, 1] * (number // 2)
+        )
+
+    def peak() -> int:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+
+    load(tmp_path, validation_samples=10).sha256("train")  # imports take memory, too
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is used now
+    before = peak()
+    dataset = load(tmp_path, validation_samples=10)
+    dataset.sha256("train")
+    assert peak() - before < 1.5 * 3 * size[0] * size[1] * count
+
+
+def test_the_rest_of_a_training_set_is_what_was_not_held_out():
+    whole, parted = (load_dataset(Data(name="digits"), seed=3, validation_samples=held) for held in (0, 700))
+    rest, held_out = hold_out(3, 1437, 700)
+    for name, rows in (("train", rest), ("validation", held_out)):
+        assert torch.equal(parted.images[name], whole.images["train"][rows])
+        assert torch.equal(parted.labels[name], whole.labels["train"][rows])
 
 
 def test_mnist_is_found_in_torchvisions_layout(mnist_root):

@@ -1,5 +1,8 @@
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,18 @@ def test_files_come_back_are_named_and_go(folder):
     assert (folder.get("a/b.bin"), folder.names()) == (b"two", ["a/b.bin", "c.bin"])
     folder.remove("a")
     folder.remove("c.bin")
+    assert folder.names() == []
+
+
+def test_a_folder_is_listed_while_another_process_removes_from_it(folder, tmp_path):
+    names = [f"{number}/a" for number in range(300)]
+    for name in names:
+        folder.put(name, b"")
+    with ThreadPoolExecutor(1) as other:
+        removing = other.submit(lambda: [shutil.rmtree(tmp_path / "kept" / Path(name).parent) for name in names])
+        while not removing.done():
+            assert set(folder.names()) <= set(names)
+    removing.result()
     assert folder.names() == []
 
 

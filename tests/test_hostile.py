@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
@@ -13,10 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from mlflow import MlflowClient
 from PIL import Image
 
+from ffdist import Run, read_network
 from ffdist.checkpoint import digest
 from ffdist.cli import main
+from ffdist.exported import save_network
+from ffdist.tracking.server import default_uri
 
 SHORT = ["training.epochs=1", "model.layers=[20,10]"]
 STORE = ["data.label=none", "negatives.kind=hybrid", "negatives.store=store"]
@@ -134,7 +140,24 @@ BIRDS = ["data.label=append", "model.layers=[5,5]", "training.batch_size=5"]
 PARQUET = [["train", "digits", "data.name=parquet", "data.path=birds", *BIRDS, *SERIAL]]
 FOLDERS = [["train", "digits", "data.name=image_folder", "data.path=folders", *BIRDS, *SERIAL]]
 
+LONG = "x" * 300
+ELSEWHERE = [
+    ["predict", "finished", "--input", LONG],
+    ["evaluate", "finished", "--data", LONG],
+    *(
+        [*words, "--runs", LONG]
+        for words in (["evaluate", "zz"], ["results"], ["sync"], ["ui"], ["reproduce", "digits"])
+    ),
+    ["train", "digits", "data.name=image_folder", f"data.path={LONG}", *SERIAL],
+]
+
 CASES = {
+    "a path that is too long": (nothing, ELSEWHERE, "cannot be read .File name too long.; give another path"),
+    "run: figures under a name that is too long": (
+        lambda: [Path("finished/summary.json").unlink(), Path("finished/summary.json").symlink_to(LONG)],
+        READOUT[1:2],
+        "summary.json cannot be read .File name too long",
+    ),
     "config: empty": (config(""), TRAIN, "must hold sections"),
     "config: a list": (config("- 1"), TRAIN, "must hold sections"),
     "config: no YAML": (config("a: [1"), TRAIN, "cannot be read as YAML"),
@@ -198,6 +221,11 @@ CASES = {
         "test.parquet.*row 0",
     ),
     "images: no image": (write("folders/train/class_0/0.png", "no image"), FOLDERS, "0.png"),
+    "images: a link to a name that is too long": (
+        lambda: Path("folders/train/class_0/a.png").symlink_to(LONG),
+        FOLDERS,
+        "a.png cannot be read .File name too long",
+    ),
     "images: a cut one": (cut("folders/train/class_1/*.png"), FOLDERS, "class_1"),
     "images: an unknown class": (
         lambda: Path("folders/test/class_1").rename("folders/test/class_7"),
@@ -215,7 +243,9 @@ def tree() -> dict[str, str]:
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path().rglob("*"))
-        if path.is_file() and path.name not in (".lock", "metrics.db-wal", "metrics.db-shm", *TRACKING)
+        if os.path.isfile(path)  # noqa: PTH113, of a link it may be too long
+        and path.stat().st_size < 2**30
+        and path.name not in (".lock", "metrics.db-wal", "metrics.db-shm", *TRACKING)
     }
 
 
@@ -238,5 +268,202 @@ def test_what_is_broken_is_told_and_nothing_is_written_over(place, damage, comma
     assert not Path("code-ran").exists()
 
 
+def link(target: str):
+    return lambda path: path.symlink_to(target)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**41)
+
+
+ENTRIES = {
+    "a link to a file elsewhere": link("../" * 40 + "etc/hostname"),
+    "an absolute link": link("/etc/hostname"),
+    "a link to a device": link("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "2 TB": sparse,
+    "nothing at all": Path.touch,
+}
+"""What may stand in the place of a file."""
+EVALUATE, PLOT = READOUT[1], READOUT[3]
+READ = {
+    "finished/config.yaml": EVALUATE,
+    "finished/summary.json": EVALUATE,
+    "finished/timeline.json": PLOT,
+    "finished/metrics.db": PLOT,
+    "finished/commits/*/manifest.json": EVALUATE,
+    "finished/commits/*/layer_1.safetensors": EVALUATE,
+    "finished/commits": EVALUATE,
+    "stopped/metrics.db": RESUME[0],
+    "stopped/.lock": RESUME[0],
+    "stopped/commits/*/position.safetensors": RESUME[0],
+    "store/manifest.json": SHOW[0],
+    "store/epoch_0000/shard_000000.json": SHOW[0],
+    "store/epoch_0000/shard_000000.arrow": SHOW[0],
+    "network/network.json": None,
+    "network/network.safetensors": None,
+}
+HARMLESS = {  # read as what it is, or made anew
+    ("stopped/.lock", "2 TB"),
+    ("stopped/.lock", "nothing at all"),
+    ("stopped/metrics.db", "nothing at all"),
+}
+
+
+def export() -> None:
+    Path("network").mkdir(exist_ok=True)
+    save_network(Run.find("finished").network, Path("network"))  # the files that `read_network` reads
+
+
+def refuse(command: list[str] | None, about: str) -> None:
+    """Has a command, or where there is none `read_network`, refuse its input in one paragraph and change nothing."""
+    before = tree()
+    if command is None:
+        with pytest.raises((ValueError, OSError)):
+            read_network("network")
+        return
+    result = ffdist(*command)
+    assert result.exit_code == 2, (about, result.output, result.exception)
+    error = result.output[result.output.index("Error: ") :]
+    assert len(error.strip().splitlines()) == 1, (about, error)
+    assert tree() == before, about
+
+
+@pytest.mark.parametrize("pattern", READ)
+def test_no_entry_of_a_folder_leads_out_of_it_or_blocks(place, pattern):
+    export()
+    (path, *_) = sorted(Path().glob(pattern))
+    path.rename("kept")
+    for name, make in ENTRIES.items():
+        if (pattern, name) in HARMLESS:
+            continue
+        make(path)
+        refuse(READ[pattern], name)
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+NESTED = "[" * 100_000
+FIGURES = ["runner", "mlflow_run_id", "mlflow_tracking_uri", "test_readout_error", "shape", "classes", "class_names"]
+EVENT = {"ph": "X", "tid": 1, "cat": "compute", "ts": 1, "dur": 1, "args": {"chunk": 1}}
+EVENTS = [{"ph": "M", "tid": 1, "args": {"name": "stage 1"}}, EVENT]
+CONTENT = ["[]", "{}", "null", '"text"', "3", "{", NESTED, "\x00", '{"a": ' * 9000]
+JSON = {
+    "finished/summary.json": (
+        EVALUATE,
+        CONTENT,
+        [{name: {}} for name in FIGURES]
+        + [{"shape": [10**9] * 3}, {"classes": 0}, {"classes": 10**11}, {"classes": -(10**11)}]
+        + [{"untrained_classes": value} for value in (7, None, [[1]], [10**11], list(range(10)))]
+        + [{"data": 3}, {"data": {"columns": {"label": 3}}}],
+    ),
+    "finished/timeline.json": (
+        PLOT,
+        CONTENT,
+        [{"traceEvents": 3}, {"traceEvents": [3]}, {"traceEvents": EVENTS[1:]}]
+        + [{"traceEvents": [EVENTS[0], EVENT | {key: value}]} for key in ("ts", "dur") for value in ("a", [], 1e400)],
+    ),
+    "network/network.json": (
+        None,
+        CONTENT,
+        [{"layers": value} for value in (3, [[]], ["a"], [10**9, 10**9], [{"grid": 3}], [])]
+        + [{key: value} for key in ("shape", "classes", "rule", "thresholds") for value in (None, "a", [[]])]
+        + [{key: value} for key in ("label_scale", "center", "seed", "precision", "untrained") for value in (None, "a")]
+        + [{"classes": value} for value in (0, 10**11, -(10**11))]
+        + [{"untrained": value} for value in ([[1]], [10**11], list(range(10)))]
+        + [{"layers": [{"grid": 10**11, "stride": 1, "field": 10**11, "units": 1}]}],
+    ),
+    "finished/commits/*/manifest.json": (EVALUATE, CONTENT, [{"files": 3}, {"epoch": "a"}]),
+    "store/epoch_0000/shard_000000.json": (SHOW[0], CONTENT, [{"epoch": "a"}, {"num_bytes": -1}, {"num_bytes": 2**60}]),
+    "store/manifest.json": (SHOW[0], CONTENT, [{"facts": []}, {"config": []}, {"config": {"data": []}}]),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json_of_another_type_is_refused(place, name):
+    export()
+    command, whole, changes = JSON[name]
+    path = next(Path().glob(name))
+    good = json.loads(path.read_text())
+    for text in [*whole, *(json.dumps(good | change) for change in changes)]:
+        path.write_text(text)
+        refuse(command, text[:80])
+
+
+FORGED = {
+    "a metric that is a text": ("update points set value = 'a'", PLOT),
+    "a step that is a text": ("update points set step = 'a' || step", PLOT),
+    "no points": ("drop table points", PLOT),
+    "other points": ("drop table points; create table points (a)", PLOT),
+    "a view of points": ("drop table points; create view points as select 1 as name", RESUME[0]),
+    "losses that are no list": ("insert or replace into facts values ('recoveries', '{}')", RESUME[0]),
+    "losses that are no JSON": ("insert or replace into facts values ('recoveries', '[')", RESUME[0]),
+}
+
+
+@pytest.mark.parametrize(("statement", "command"), FORGED.values(), ids=FORGED)
+def test_a_forged_database_is_refused(place, statement, command):
+    with closing(sqlite3.connect("finished/metrics.db" if command is PLOT else "stopped/metrics.db")) as database:
+        database.executescript(statement)
+    refuse(command, statement)
+
+
+STOLEN = ["/etc/hostname", "../secret", "x/../../secret", "link", "pipe", "commits", "", ".", "\0", "a" * 300, "none"]
+CALLS = [
+    *(("artifact", json.dumps(name)) for name in STOLEN),
+    *(("artifact", text) for text in ("3", "[]", "{", NESTED, "null")),
+    *(("model", text) for text in ("3", "{}", '{"image": [1], "names": []}', '{"image": "a", "names": 3}')),
+    *(("register", '"name"'), ("tags", "[]"), ("parameters", "3"), ("dataset", '{"a": 1}'), ("eval", '"code"')),
+]
+
+
+def test_no_upload_leaves_the_folder_of_a_run(place):
+    """Whoever puts a run into the runs folder must not have the next command upload another file of the user."""
+    Path("secret").write_text("secret")
+    run = Path(shutil.copytree("finished", "runs/evil"))
+    (run / "link").symlink_to("../../secret")
+    os.mkfifo(run / "pipe")
+    Path("network").mkdir()
+    (run / "network").symlink_to("../../network")
+    with closing(sqlite3.connect(run / "metrics.db")) as database, database:
+        database.executemany("insert into calls (what, content) values (?, ?)", CALLS)
+        (run_id,) = database.execute("select value from facts where key = 'run_id'").fetchone()
+    uri = default_uri(Path("runs"))
+    before = [file.path for file in MlflowClient(uri).list_artifacts(run_id)]
+    result = ffdist("sync", "runs/evil")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.output.count("rejected: ") == len(CALLS)
+    assert [file.path for file in MlflowClient(uri).list_artifacts(run_id)] == before
+    assert Path("secret").read_text() == "secret"
+
+
+def test_a_run_that_names_code_or_a_server_gets_neither_run_nor_asked(place):
+    Path("evil.py").write_text("import pathlib; pathlib.Path('code-ran').touch()")
+    path = Path("finished/config.yaml")
+    path.write_text(re.sub(r"kind: [a-z_]+", "kind: evil:function", path.read_text()))
+    before = Path("finished/negatives.png").stat().st_mtime_ns
+    for command in (EVALUATE, PLOT):
+        result = ffdist(*command)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+    assert not Path("code-ran").exists()
+    assert Path("finished/negatives.png").stat().st_mtime_ns == before
+    summary = json.loads(Path("finished/summary.json").read_text())
+    for uri in ("http://127.0.0.1:9", "sqlite:////tmp/other.db"):
+        Path("finished/summary.json").write_text(
+            json.dumps(summary | {"mlflow_tracking_uri": uri, "mlflow_run_id": "a"})
+        )
+        refuse(READOUT[0], uri)
+
+
+def test_plots_are_not_drawn_through_a_link(place):
+    Path("finished/errors.png").unlink()
+    Path("finished/errors.png").symlink_to("../secret")
+    assert ffdist(*PLOT).exit_code == 2
+    assert not Path("secret").exists()
+
+
 def test_there_are_many_of_them():
-    assert len(CASES) >= 30
+    forged = sum(len(whole) + len(changes) for _, whole, changes in JSON.values()) + len(FORGED) + len(CALLS)
+    assert len(CASES) + len(READ) * len(ENTRIES) - len(HARMLESS) + forged >= 250

@@ -87,9 +87,10 @@ def test_columns_of_parquet_are_found_among_others(tmp_path):
     pq.write_table(table, tmp_path / "named.parquet")
     assert read_inputs([tmp_path / "named.parquet"], DATA, GREY, 2, ["ant", "cat"]).labels.tolist() == [1, 0]
     own = Data(name="parquet", path=tmp_path, label_column="fine")
-    for left in (["image"], ["image", "id"], ["image", "id", "label"]):
+    for left, labels in ((["image"], None), (["image", "id"], None), (["image", "id", "label"], [0, 1])):
         pq.write_table(table.select(left), tmp_path / "left.parquet")
-        assert read_inputs([tmp_path / "left.parquet"], own, GREY, 2).labels is None
+        found = read_inputs([tmp_path / "left.parquet"], own, GREY, 2).labels
+        assert (None if found is None else found.tolist()) == labels
 
 
 def test_names_of_any_bytes_can_be_printed(tmp_path):
@@ -102,7 +103,7 @@ def test_names_of_any_bytes_can_be_printed(tmp_path):
 def test_no_other_program_is_run_over_an_image(tmp_path):
     """As Ghostscript would be, where Pillow finds it."""
     (tmp_path / "one.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n")
-    with pytest.raises(ConfigError, match="cannot identify"):
+    with pytest.raises(ConfigError, match="unknown format; its bytes begin with b'%!PS"):
         read_inputs([tmp_path / "one.png"], DATA, GREY, 3)
     (tmp_path / "one.png").rename(tmp_path / "one.eps")
     with pytest.raises(ConfigError, match="there must be an image"):
@@ -171,3 +172,25 @@ def test_whatever_a_format_raises_is_told(name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match="the image cannot be decoded"):
         read_inputs([tmp_path / name], DATA, GREY, 3)
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        an_image().save(tmp_path / name / "x.png")
+        (tmp_path / name / "up").symlink_to(tmp_path)
+    (tmp_path / "ant" / "other").symlink_to(tmp_path / "bee")
+    found = read_inputs([tmp_path], DATA, GREY, 2, ["ant", "bee"])
+    assert [place.removeprefix(str(tmp_path)) for place in found.places] == ["/ant/x.png", "/bee/x.png"]
+    assert found.labels.tolist() == [0, 1]
+    assert len(read_inputs([tmp_path / "ant" / "up"], DATA, GREY, 2).images) == 2  # which is asked for
+
+
+def test_words_are_labels_where_the_classes_have_their_names(tmp_path):
+    encoded = io.BytesIO()
+    an_image().save(encoded, "png")
+    table = pa.table({"image": [encoded.getvalue()] * 2, "label": ["cat", "ant"], "width": [6, 6]})
+    pq.write_table(table, tmp_path / "words.parquet")
+    assert read_inputs([tmp_path / "words.parquet"], DATA, GREY, 2, ["ant", "cat"]).labels.tolist() == [1, 0]
+    unknown = read_inputs([tmp_path / "words.parquet"], DATA, GREY, 2, ["ant", "bee"])
+    assert (unknown.labels, unknown.unlabelled) == (None, f"{tmp_path / 'words.parquet'}, row 0 has 'cat'")

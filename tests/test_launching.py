@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -61,7 +62,8 @@ def test_cluster_files_are_those_of_rays_launcher(path):
 
 
 def test_the_job_of_kuberay_has_its_published_fields():
-    job = yaml.safe_load((ROOT / "cluster" / "kuberay.yaml").read_text())
+    text = (ROOT / "cluster" / "kuberay.yaml").read_text()
+    job = yaml.safe_load(text)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     parts = {
@@ -80,7 +82,15 @@ def test_the_job_of_kuberay_has_its_published_fields():
         for container in group["template"]["spec"]["containers"]
     ]
     assert all(set(container) - {"env", "envFrom"} == {"name", "image", "resources"} for container in containers)
+    for source in containers[0]["envFrom"]:
+        assert f"kubectl create secret generic {source['secretRef']['name']} " in text, "the head never starts without"
     yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["MLFLOW_TRACKING_URI"]
+
+
+def test_all_machines_get_the_same_torch():
+    pins = {path.name: re.findall(r" torch==\S+", path.read_text()) for path in (ROOT / "cluster").glob("*.yaml")}
+    assert len({*map(tuple, pins.values())}) == 1, pins
+    assert all(pins.values())
 
 
 @pytest.fixture
@@ -147,6 +157,7 @@ def end_processes_of(home: Path) -> None:
             process.kill()
 
 
+@pytest.mark.slow
 def test_ray_up_and_submit(machines, ray_folder, tmp_path):
     """Ends in a run on both machines with the digest of a local one; one that fails and Ctrl-C have their exit code.
 
@@ -234,6 +245,7 @@ def test_ray_up_and_submit(machines, ray_folder, tmp_path):
     assert "training.epochs" in failed.stdout + failed.stderr
 
 
+@pytest.mark.slow
 def test_a_job_over_two_nodes(ray_folder, tmp_path):
     """Nodes by `ray start`, a run by `ray job submit`: stages on both nodes, and the digest of one process."""
     ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]

@@ -178,3 +178,26 @@ def test_loaded_weights_are_used_in_products():
     assert torch.equal(
         fresh(some_rows(dtype=torch.bfloat16)).goodness, trained(some_rows(dtype=torch.bfloat16)).goodness
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_changed_from_outside_count_at_once(dtype):
+    """In bfloat16, and on a GPU, products use a copy of the weights."""
+    changed, fresh, rows = a_layer(dtype), a_layer(dtype), some_rows(dtype=dtype)
+    for layer in (changed, fresh):
+        layer.train_minibatch(rows, batch=B)
+        with torch.no_grad():
+            layer.weight.mul_(3)
+    fresh.refresh()
+    assert torch.equal(changed(rows).goodness, fresh(rows).goodness)
+    with torch.inference_mode():
+        assert torch.equal(a_layer(dtype)(rows).goodness, a_layer(dtype)(rows).goodness)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_makes_no_needless_copies(dtype, monkeypatch):
+    layer, rows = a_layer(dtype), some_rows(dtype=dtype)
+    monkeypatch.setattr(Dense, "refresh", lambda self: pytest.fail("the update keeps the copy up to date"))
+    for _ in range(3):
+        layer.train_minibatch(rows, batch=B)
+    layer(rows)

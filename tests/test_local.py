@@ -103,3 +103,12 @@ def test_the_papers_layers_have_the_papers_sizes():
     cifar = Fields(32, 1, 11, 3)
     assert (cifar.starts(32)[0], cifar.starts(32)[-1]) == (-5, 26)
     assert cifar.above().values == 3072
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; set CUDA_VISIBLE_DEVICES=0")
+@pytest.mark.parametrize("name", ["the paper's first layer", "on a local layer"])
+def test_a_layer_that_moves_trains_where_it_is(name):
+    below, fields, shared = CASES[name]
+    layer = Local(below, fields, shared=shared, generator=generator(0, "layer")).to("cuda")
+    passed, _ = layer.train_minibatch(torch.rand(3 * B, below.values + shared, device="cuda"), batch=B)
+    assert passed.activity.isfinite().all()

@@ -1,5 +1,7 @@
 """When a run has to stop, it says why and where, and what was committed stays as good as it was."""
 
+import copy
+import functools
 import threading
 import time
 from pathlib import Path
@@ -7,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import ffdist.trainer
 from ffdist import load_config, train
 from ffdist.config import RunFailed
+from ffdist.pipeline.runner import Runner
 from ffdist.start import commits_of
 
-SHORT = ["model.layers=[40,30]", "training.epochs=40", "checkpoint.every_minibatches=5", "checkpoint.keep=100"]
+SHORT = [
+    *("model.layers=[40,30]", "training.epochs=40", "checkpoint.every_minibatches=5", "checkpoint.keep=100"),
+    "tracking.artifacts=[]",
+]
 
 
 def folder_of(runs: Path) -> Path:
@@ -40,8 +47,8 @@ def test_a_folder_of_commits_that_goes_away_stops_a_run_in_order(tmp_path):
     config = load_config("digits", SHORT)
 
     def take_away() -> None:
-        while not (found := [path.parents[1] for path in tmp_path.glob("*/commits/*/manifest.json")]):
-            time.sleep(0.005)
+        while len(found := [path.parents[1] for path in tmp_path.glob("*/commits/*/manifest.json")]) < 2:
+            time.sleep(0.005)  # the second may still be in progress, so the first is complete
         found[0].rename(tmp_path / "taken")
         found[0].write_text("")
 
@@ -86,3 +93,76 @@ def test_negatives_that_fail_later_stop_a_run_in_order(tmp_path):
     changes = ["data.label=none", f"negatives.kind={__name__}:wearing_out", "pipeline.balance=estimated"]
     with pytest.raises(RunFailed, match=r"StopIteration.*the run stopped, and its last good commit is"):
         train(load_config("digits", [*SHORT, *changes]), runner="serial", runs=tmp_path)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_at_most_two_snapshots_are_unwritten(scheduled, tmp_path, monkeypatch):
+    """Each is a whole state in the object store; every one in the window was admitted while none was being written."""
+    states = {"unwritten": 0, "most": 0}
+
+    def call(part, method, *args, returns=1):
+        if method != "write":
+            return getattr(part, method)(*args)
+        states["unwritten"] += 1
+        states["most"] = max(states["most"], states["unwritten"])
+        return functools.partial(part.write, *copy.deepcopy(args))
+
+    def collect(returned, wait=True, upstream=()):
+        if not callable(returned[0]):
+            return returned
+        if wait:
+            states["unwritten"] -= 1
+        return [write() for write in returned] if wait else None
+
+    def slow_writer(blueprint, *data):
+        parts = blueprint.assemble(lambda part, *args: part(*args), *data)
+        return Runner(blueprint._replace(max_in_flight=7), parts, call=call, collect=collect)
+
+    monkeypatch.setattr("ffdist.launch.serial_runner", slow_writer)
+    changes = ["training.epochs=6", "training.batch_size=400", "pipeline.chunk_size=1", "checkpoint.keep=100"]
+    changes.append("checkpoint.every_minibatches=" + ("null" if scheduled else "1"))
+    changes += ["training.validation_samples=50", "training.evaluate_every=1"] if scheduled else []
+    run = train(load_config("digits", ["model.layers=[8,7]", *changes]), runner="serial", runs=tmp_path)
+    assert states["most"] <= 2
+    assert not scheduled or len(list(run.folder.glob("commits/*/manifest.json"))) == 6
+
+
+def test_a_checkpoint_may_take_as_long_as_its_size_needs(tmp_path, monkeypatch):
+    """Its writer counts as stuck after `pipeline.stall_timeout_s` beyond that."""
+    waits = []
+
+    def call(part, method, *args, returns=1):
+        written = getattr(part, method)(*args)
+        return functools.partial(tuple, [time.monotonic() + 0.3, written]) if method == "write" else written
+
+    def collect(returned, wait=True, upstream=()):
+        if not callable(returned[0]):
+            return returned
+        waits.append(wait)
+        ready_at, written = returned[0]()
+        return [written] if time.monotonic() > ready_at else None
+
+    def slow_writer(blueprint, *data):
+        return Runner(blueprint, blueprint.assemble(lambda part, *args: part(*args), *data), call=call, collect=collect)
+
+    monkeypatch.setattr("ffdist.launch.serial_runner", slow_writer)
+    monkeypatch.setattr("ffdist.loop.SLOWEST_WRITE", 1)
+    changes = ["training.epochs=2", "checkpoint.every_minibatches=5", "pipeline.stall_timeout_s=0.1"]
+    changes.append("tracking.artifacts=[]")
+    run = train(load_config("digits", ["model.layers=[8,7]", *changes]), runner="serial", runs=tmp_path)
+    assert run.checkpoint.name == "0002-000000"
+    assert True not in waits
+
+
+def test_the_state_that_a_run_resumed_from_is_freed(tmp_path, monkeypatch):
+    config = load_config("digits", ["model.layers=[9,8]", "training.epochs=1", "tracking.artifacts=[]"])
+    first = train(config, runner="serial", runs=tmp_path)
+    (first.folder / "summary.json").unlink()
+    starts, resume = [], ffdist.trainer.resume
+    monkeypatch.setattr(
+        "ffdist.trainer.resume", lambda *args, **more: starts.append(resume(*args, **more)) or starts[0]
+    )
+    again = train(config, runner="serial", runs=tmp_path, resumed=first.folder)
+    assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
+    assert starts[0].manifest
+    assert starts[0].state == {}

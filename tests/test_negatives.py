@@ -1,4 +1,5 @@
 import hashlib
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def test_wrong_labels_are_drawn_afresh_and_repeatably():
 def test_fixed_labels_belong_to_the_sample_whatever_is_asked_with_it():
     some = EVERY.flip(0)[5:500]
     assert torch.equal(fixed(a_set(), some, a_draw(1)), fixed(a_set(), EVERY, a_draw(2))[some])
+
+
+@pytest.mark.parametrize("kind", [wrong_label, fixed, all_wrong])
+def test_classes_without_samples_are_no_wrong_labels(kind):
+    """A label that no sample has is told from the others by itself, and a layer need not look at the image."""
+    few, many = kind(a_set(), EVERY, a_draw()), kind(a_set(10 * LABELS, classes=100), EVERY, a_draw())
+    assert torch.equal(10 * few, many)
 
 
 def test_two_classes_have_one_wrong_label():
@@ -137,6 +145,11 @@ def test_hard_labels_follow_the_prediction_with_the_true_class_removed():
     expected = torch.tensor([1.0, 3.0, -torch.inf, 2.0]).double().softmax(0)
     assert shares[2] == 0
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
+
+
+def test_hard_labels_are_never_classes_without_samples():
+    drawn = draw_wrong_labels(torch.zeros(2000, 5), torch.full((2000,), 2), a_draw(), [0, 4])
+    assert drawn.unique().tolist() == [1, 3]
 
 
 def test_permuted_images_keep_what_each_pixel_shows_and_nothing_else():
@@ -246,6 +259,23 @@ def test_noise_does_not_depend_on_torchs_threads():
     torch.set_num_threads(before)
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
+
+
+def test_files_in_the_working_directory_replace_no_installed_module(tmp_path, monkeypatch):
+    (tmp_path / "sched.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "in_this_folder.py").write_text("import sched\ndef kind(data, samples, draw): return data.labels\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "sched", raising=False)
+    before = list(sys.path)
+    assert find_kind("in_this_folder:kind", {}).func.__name__ == "kind"
+    assert sys.path == before
+
+
+def test_normal_noise_is_like_the_whole_training_set_which_may_be_sorted():
+    images = torch.arange(0, 240, 0.008).to(torch.uint8).unsqueeze(1).expand(-1, 16).contiguous()
+    data = TrainingSet(images, torch.zeros(N).long(), 2, (1, 4, 4), 0)
+    made = noise(data, torch.arange(2000), a_draw(), distribution="normal").double()
+    assert made.mean().item() == pytest.approx(images.double().mean().item(), abs=4)
 
 
 def test_a_changed_function_of_ones_own_is_another_kind():

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ffdist.ff.classify import confusion_matrix, error
+from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
+from ffdist.ff.update import Update
 
 
 def a_network(**changes) -> Network:
@@ -132,3 +134,33 @@ def test_a_network_works_where_its_images_are():
     prediction = a_network(label="append").to("meta").predict(some_images().to("meta"))
     assert {part.device.type for part in prediction} == {"meta"}
     assert prediction.label.shape == (6,)
+
+
+def test_a_network_without_layers_is_refused():
+    with pytest.raises(ValueError, match=r"layers must name at least one layer \(layers: \(\)\)"):
+        Architecture((1, 4, 5), 4, ())
+
+
+def test_a_network_for_inference_predicts_the_same_and_holds_weights_alone():
+    for layers, label in (((30, 25, 15), "append"), ((Fields(2, 2, 3, 4), Fields(2, 1, 1, 33), 6), "everywhere")):
+        whole, images = a_network(layers=layers, label=label, precision="bfloat16"), some_images()
+        tensors = whole.state_dict()
+        light = Network.for_inference(whole.architecture, tensors)
+        for one, other in zip(light.predict(images), whole.predict(images), strict=True):
+            assert torch.equal(one, other)
+        assert all(name.endswith((".weight", ".bias")) for name in light.state_dict())
+        assert light.readout.weight.data_ptr() == tensors["readout.weight"].data_ptr()
+        assert not any(tensor.is_meta for tensor in (*light.buffers(), *light.parameters()))
+    with pytest.raises(KeyError, match=r"readout\.bias"):
+        Network.for_inference(whole.architecture, {key: tensors[key] for key in tensors if key != "readout.bias"})
+
+
+@pytest.mark.parametrize("optimizer", ["release", "adamw"])
+@pytest.mark.parametrize("layers", [(30, 20), (Fields(3, 2, 4, 5), Fields(2, 1, 2, 40), 10)])
+def test_sizes_are_those_of_the_tensors(layers, optimizer):
+    label = "append" if isinstance(layers[0], int) else "everywhere"
+    rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
+    network = Network(Architecture((1, 8, 8), 3, layers, label=label, precision="bfloat16", rule=rule))
+    sizes = [sum(tensor.nbytes for tensor in part.state_dict().values()) for part in (*network.layers, network.readout)]
+    assert list(network.architecture.state_bytes) == sizes
+    assert list(network.architecture.copy_bytes) == [layer._compute_weight.nbytes for layer in network.layers]

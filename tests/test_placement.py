@@ -1,8 +1,12 @@
+import math
 import time
 
 import pytest
 
 from ffdist.config import ConfigError
+from ffdist.config_file import load_config
+from ffdist.launch import allocate
+from ffdist.prepare import prepare
 from ffdist.runtime.placement import READOUT_GPUS, decide, reserve
 from ffdist.sections import Pipeline
 
@@ -35,8 +39,21 @@ def test_stages_share_gpus_evenly_and_leave_room_for_the_readout(stages, gpus, s
 
 def test_few_processors_are_shared_like_gpus():
     placement = decided(resources={"CPU": 2})
-    assert placement.stage_cpus == placement.other_cpus == 1 / 3
+    assert placement.stage_cpus == placement.other_cpus == 0.3333
     assert decided(resources={"CPU": 64}, threads_per_stage=8).stage_cpus == 8
+
+
+@pytest.mark.parametrize(("layers", "cpus"), [(10, 2), (4, 2), (15, 8), (28, 2)])
+def test_shares_fit_however_ray_rounds_them(layers, cpus):
+    placement = decided(layers=layers, resources={"CPU": cpus, "GPU": 1}, device="cpu")
+    per_cpu = math.ceil((layers + 2) / cpus)
+    assert round(placement.stage_cpus, 4) == placement.stage_cpus
+    assert 1 - per_cpu / 10_000 < per_cpu * placement.stage_cpus <= 1
+    share = decided(layers=layers, resources={"CPU": cpus, "GPU": 1}).stage_gpus
+    assert round(share, 4) == share
+    several = decided(layers=layers, stages=layers, resources={"CPU": cpus, "GPU": 1}).stage_gpus
+    assert round(several, 4) == several
+    assert layers * several + READOUT_GPUS <= 1
 
 
 def test_processors_are_used_where_that_was_asked_for():
@@ -46,6 +63,13 @@ def test_processors_are_used_where_that_was_asked_for():
 def test_gpus_asked_for_and_not_there():
     with pytest.raises(ConfigError, match=r"pipeline\.device=cuda needs at least one GPU \(the cluster has 8 CPUs"):
         decided(device="cuda")
+
+
+def test_gpus_that_an_autoscaler_is_to_add():
+    placement = decided(device="cuda", stages=2, resources={"CPU": 4, "autoscaler": 1})
+    assert (placement.device, placement.stages, placement.stage_gpus) == ("cuda", 2, 0.9)
+    with pytest.raises(ConfigError, match=r"no GPU\); set pipeline\.stages to the number of GPUs that the autoscaler"):
+        decided(device="cuda", resources={"CPU": 4, "autoscaler": 1})
 
 
 def test_bundles_are_in_the_order_in_which_actors_are_made():
@@ -84,3 +108,12 @@ def test_a_cluster_in_use_says_what_is_free(ray_start_4_cpus, monkeypatch):
             pass
     with reserve([{"CPU": 2}]):  # both are given back
         pass
+
+
+def test_a_cluster_that_changes_meanwhile_is_looked_at_again(ray_start_4_cpus, monkeypatch):
+    """A node that was just lost still counts for a while."""
+    monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
+    wait_until_free(4)
+    config, seen = load_config("digits", ["training.precision=float32"]), [{"CPU": 64.0}, {"CPU": 4.0}]
+    with allocate("ray", prepare(config), config, lambda device: seen.pop(0)) as place:
+        assert (place.placement.stage_cpus, place.resources, seen) == (0.5, {"CPU": 4.0}, [])

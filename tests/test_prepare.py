@@ -26,7 +26,7 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
             ["negatives.kind=hard_label", "negatives.prediction_delay=20", "pipeline.chunk_size=28"],
             "chunk_size: 28, negatives.prediction_delay: 20",
         ),
-        (["model.layers=[10000000,10000000]"], r"they take: 800,\d{3}\.\d GB, memory: \d"),
+        (["model.layers=[10000000,10000000]"], r"needed: 2,400,\d{3}\.\d GB, available: \d"),
         (["training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
     ],
 )

@@ -31,7 +31,7 @@ USING = [line for line in COMMANDS if line.split()[1] in ("evaluate", "predict",
 SERVING = [line for line in COMMANDS if line.startswith("mlflow")]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
 REPRODUCING = [line for line in COMMANDS if line.startswith("ffdist reproduce")]
-CHAOS = ["ffdist chaos digits --faults 50 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
+CHAOS = ["ffdist chaos digits --faults 60 --seed 0", "ffdist chaos --simulated 2000 --seed 0"]
 BENCH = [line for line in COMMANDS if line.startswith("ffdist bench")]
 CLUSTER = [line for line in COMMANDS if line.startswith("ray ")]
 
@@ -53,7 +53,7 @@ def test_training_commands(line, tmp_path, request, a_database, monkeypatch, ffd
     monkeypatch.setenv("MLFLOW_TRACKING_URI", a_database)
     if "mnist" in line:
         request.getfixturevalue("mnist_root")
-    short = ["training.epochs=1", "model.layers=[40,30,20]", "--summary", "figures.json"]
+    short = ["training.epochs=1", "model.layers=[40,30,20]", "tracking.artifacts=[]", "--summary", "figures.json"]
     if line.startswith("ffdist train") and "pipeline" not in line:  # which has a test of its own with Ray
         short += ["--runner", "serial"]
     program, *words = shlex.split(line)
@@ -66,6 +66,7 @@ def test_training_commands(line, tmp_path, request, a_database, monkeypatch, ffd
     assert 0 < json.loads((tmp_path / "figures.json").read_text())["test_readout_error"] < 1
 
 
+@pytest.mark.slow  # the install line of the README runs the command itself
 def test_the_first_command_reaches_its_figure(tmp_path):
     """`ffdist train digits` as it stands: at most 3 % test error by either way."""
     assert README.count("pip install . && ffdist train digits\n") == 1
@@ -86,13 +87,13 @@ def test_commands_around_a_run_in_their_order(tmp_path, ffdist):
         run_folder = next(tmp_path.glob("runs/digits-*"), Path())
         short = ["training.epochs=1", "model.layers=[40,30,20]"] if "digits" in line else []
         said = ffdist(*shlex.split(line.replace("RUN", str(run_folder)))[1:], *short)
-    assert said.count("| digits |") == 1
+    assert said.count("\ndigits\t") == 1
 
 
 @pytest.mark.parametrize("line", REPRODUCING)
 def test_commands_that_reproduce(line, ffdist):
     said = ffdist(*shlex.split(line)[1:], "--runner", "serial")
-    assert "| xor | 8 | none | noise | 20 | 0.00%, reached |  | 0.00%; 0.00% fitted |" in said
+    assert "\nxor\t8\tnone\tnoise\t\t20\t\t0.00%, reached\t\t0.00%; 0.00% fitted\t" in said
 
 
 def test_commands_that_use_a_run(tmp_path, ffdist):
@@ -124,6 +125,7 @@ def test_python_examples(tmp_path, monkeypatch):
 
 def test_a_stopped_run_goes_on_and_another_starts_from_it(tmp_path, ffdist):
     short = ["--runner", "serial", "training.epochs=60", "model.layers=[40,30,20]", "checkpoint.every_minibatches=50"]
+    short += ["tracking.artifacts=[]"]
     process = subprocess.Popen([*arguments("ffdist train digits"), *short], cwd=tmp_path)
     while not (found := list(tmp_path.glob("runs/digits-*/commits/*/manifest.json"))):
         assert process.poll() is None
@@ -142,6 +144,7 @@ def test_simulated_chaos(ffdist):
     ffdist(*shlex.split(CHAOS[1])[1:], "--simulated", "20")
 
 
+@pytest.mark.slow  # test_access has one, too
 def test_a_kind_of_ones_own_beside_the_user(tmp_path):
     """The README's own example, imported by actors as well."""
     (example,) = re.findall(r"```python\n(# mirrors.py.*?)```", README, re.S)
@@ -203,9 +206,11 @@ def test_no_command_is_left_untried():
     assert len(TRAINING) >= 4
 
 
-def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(ray_start_4_cpus, tmp_path):
+def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(tmp_path, request):
     import ray
 
+    ray.init("local", num_cpus=4, include_dashboard=False)  # a plain one, at the machine's address in its network
+    request.addfinalizer(ray.shutdown)
     shutil.copy(ROOT / "ffdist" / "run.py", tmp_path)
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "run.py", "training.epochs=1", "digits", "model.layers=[20,20,20]"]

@@ -1,20 +1,23 @@
 """Configurations run one after the other: what is there counts, what was stopped goes on, a missed target is told."""
 
+import os
+import shlex
 import subprocess
 import sys
 import time
 
 import pytest
+from filelock import FileLock
 from mlflow import MlflowClient
 
-from ffdist.reproduce import _past
+from ffdist.reproduce import _earlier, _past
 
 SMALL = """
 data: {name: digits, label: LABEL}
 model: {layers: [60, 50]}
 negatives: {kind: KIND}
 training: {epochs: EPOCHS}
-tracking: {paper_error: 0.012, target_error: TARGET}
+tracking: {paper_error: 0.012, target_error: TARGET, artifacts: []}
 """
 
 
@@ -24,13 +27,11 @@ def write(folder, name, *, label="append", kind="wrong_label", epochs=12, target
 
 
 def table_of(said):
-    head, _, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")
-    )
+    head, *rows = (line.split("\t") for line in said.splitlines() if "\t" in line)
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path, ffdist):
+def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path, ffdist, monkeypatch):
     reproduce = ("reproduce", "--runner", "serial", "labelled.yaml")
     write(tmp_path, "labelled")
     write(tmp_path, "unlabelled", label="none", kind="hybrid")
@@ -45,6 +46,12 @@ def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path, 
     assert table_of(said) == rows
     assert said.count("finished: runs/") == 2
     assert sorted(tmp_path.glob("runs/*/")) == made
+    assert said.endswith(ffdist("results"))
+    with monkeypatch.context() as patch:
+        patch.setattr("ffdist.tracking.results.is_interactive", lambda screen: True)
+        table = ffdist("results")
+        assert table.startswith("| run | ")
+        assert ffdist(*reproduce, "unlabelled.yaml").endswith(table)
     write(tmp_path, "labelled", target=0.0001)  # the run is judged by what is asked for today
     said = ffdist(*reproduce, "labelled.yaml", "--seeds", "2", code=1)
     assert said.count("finished: runs/") == 1
@@ -66,22 +73,35 @@ def test_what_starts_from_other_weights_reproduces_nothing(tmp_path, ffdist):
     ffdist(*train, "--from", str(first))
     assert [folder for _, folder in _past(tmp_path / "runs")] == [first]
     assert len(list(tmp_path.glob("runs/labelled-*"))) == 2
-    assert ffdist("results").count("| labelled |") == 2
+    assert ffdist("results").count("\nlabelled\t") == 2
 
 
 def test_what_was_stopped_goes_on(tmp_path, ffdist):
     write(tmp_path, "long", epochs=60)
-    words = ["train", "long.yaml", "--runner", "serial", "checkpoint.every_minibatches=10"]
-    process = subprocess.Popen([sys.executable, "-m", "ffdist.cli", *words], cwd=tmp_path)
-    while not list(tmp_path.glob("runs/long-*/commits/*/manifest.json")):
+    runs, how = tmp_path / "my runs", ("--runner", "serial", "--runs", "my runs")
+    command = [sys.executable, "-m", "ffdist.cli", "train", "long.yaml", *how, "checkpoint.every_minibatches=10"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(runs.glob("long-*/commits/*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(120) == 130
-    said = ffdist("reproduce", "long.yaml", "--runner", "serial")
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    config, folder = next(_past(runs))
+    assert shlex.split(told)[-2:] == ["--resume", f"my runs/{folder.name}"]  # as a shell takes it
+    with FileLock(folder / ".lock"):  # as another command that resumes it
+        assert _earlier(config, [(config, folder)], runs) is None
+    (tmp_path / "kept").write_text("of the user")
+    for make in (lambda path: path.symlink_to(tmp_path / "kept"), os.mkfifo):  # whoever wrote the folder chose it
+        (folder / ".lock").unlink(missing_ok=True)
+        make(folder / ".lock")
+        assert _earlier(config, [(config, folder)], runs) is None
+        assert (tmp_path / "kept").read_text() == "of the user"
+    (folder / ".lock").unlink()
+    said = ffdist("reproduce", "long.yaml", *how)
     assert "going on from" in said
     assert [row["epochs"] for row in table_of(said)] == ["60"]
-    assert len(list(tmp_path.glob("runs/long-*"))) == 1
+    assert len(list(runs.glob("long-*"))) == 1
 
 
 @pytest.mark.parametrize(

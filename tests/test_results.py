@@ -82,6 +82,14 @@ def test_without_labels_there_is_a_fitted_readout_and_no_goodness():
     assert (row["network"], row["seconds"]) == ("4x4x128-500", "")
 
 
+def test_precisions_are_rows_of_their_own_and_told():
+    rows = cells(
+        a_run("a-20261122-101010", 0, 0.1, 0.2, training__precision="bfloat16"),
+        a_run("a-20261122-101011", 0, 0.1, 0.2, training__precision="float32"),
+    )
+    assert sorted(row["precision"] for row in rows) == ["bfloat16", "float32"]
+
+
 def test_rules_that_are_not_the_release_s_are_told():
     rows = cells(
         a_run("a-20261122-101010", 0, 0.1, 0.2),
@@ -108,3 +116,25 @@ def test_backpropagation_alone_has_a_row_of_its_own():
     (row,) = cells(a_run("ff-20261122-101010", 0, None, 0.01, runner="backpropagation", negatives__kind="noise"))
     assert (row["run"], row["backprop"], row["seconds"]) == ("ff", "1.00%", "60")
     assert (row["negatives"], row["by goodness"], row["by readout"]) == ("", "", "")
+
+
+def test_a_reference_is_of_the_same_task():
+    fine, coarse = ({"data__label_column": column} for column in ("fine", "coarse"))
+    rows = cells(
+        a_run("fine-20261122-101010", 0, 0.3, 0.3, **fine),
+        a_run("coarse-20261122-101011", 0, 0.2, 0.2, data__label="none", **coarse),
+        a_run("fine-20261122-101012", 0, None, 0.66, runner="backpropagation", **fine),
+    )
+    assert {row["run"]: row["backprop"] for row in rows} == {"fine": "66.00%", "coarse": ""}
+
+
+def test_references_that_differ_stand_side_by_side():
+    rates = [{"training__readout_learning_rate": rate} for rate in ("0.1", "0.01")]
+    (row,) = cells(
+        a_run("ff-20261122-101010", 0, 0.3, 0.3),
+        *(
+            a_run("ff-20261122-101012", 0, None, float(*rate.values()), runner="backpropagation", **rate)
+            for rate in rates
+        ),
+    )
+    assert row["backprop"] == "10.00% (readout_learning_rate 0.1); 1.00% (readout_learning_rate 0.01)"

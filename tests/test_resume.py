@@ -1,6 +1,7 @@
 """What was committed is never lost, what was not is done again, and the end is bitwise as if nothing had happened."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,21 +11,26 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
-from ffdist import Config, ConfigError, load_config, train
+from ffdist import Config, ConfigError, Run, load_config, train
 from ffdist.start import commits_of
 from ffdist.tracking.server import default_uri
 
 SHORT = [
     *("training.epochs=12", "training.validation_samples=200", "training.evaluate_every=2", "model.layers=[60,50,40]"),
     *("checkpoint.every_minibatches=5", "checkpoint.keep=3", "tracking.every_minibatches=10", "pipeline.chunk_size=7"),
+    "tracking.artifacts=[]",
 ]
 HARD = ["negatives.kind=hard_label", "negatives.prediction_delay=30"]
 CASES = {
     "wrong_label": [],
     "hard_label": HARD,
     "hybrid": ["data.label=none", "negatives.kind=hybrid", "data.jitter=1"],
-    "greedy": ["training.schedule=greedy", "training.epochs=5", "training.optimizer=adam", "training.repeats=2"],
+    "greedy": [
+        *("training.schedule=greedy", "training.epochs=5", "training.optimizer=adam", "training.repeats=2"),
+        "training.precision=bfloat16",
+    ],
 }
 
 
@@ -37,19 +43,23 @@ def a_config(*changes: str) -> Config:
     return load_config("digits", [*SHORT, *changes])
 
 
-def stopped(config: Config, runs: Path, stop=signal.SIGINT, **how) -> Path:
+def three_commits(names: list[str]) -> bool:
+    return len(names) > 2
+
+
+def stopped(config: Config, runs: Path, stop=signal.SIGINT, when=three_commits, **how) -> Path:
     """Trains until there are commits, then asks this very process to stop, as Ctrl-C or a cluster does."""
-    before = set(runs.glob("*-*"))
+    before = set(runs.glob("*-*/"))
 
     def ask() -> None:
-        while not any(len(commits_of(config, folder).names()) > 2 for folder in set(runs.glob("*-*")) - before):
+        while not any(when(commits_of(config, folder).names()) for folder in set(runs.glob("*-*/")) - before):
             time.sleep(0.005)
         os.kill(os.getpid(), stop)
 
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(KeyboardInterrupt, match="stopped in order; go on by --resume"):
         train(config, runs=runs, runner="serial", **how)
-    (folder,) = set(runs.glob("*-*")) - before
+    (folder,) = set(runs.glob("*-*/")) - before
     return folder
 
 
@@ -76,12 +86,16 @@ def assert_same_run(run, truth, runs: Path) -> None:
         assert len({step for step, _ in points}) == len(points), f"{name} has doubled points"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(case, runs):
+@pytest.mark.parametrize(
+    ("case", "number"),
+    list(zip(CASES, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP), strict=True)),
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(case, number, runs):
     config = a_config(*CASES[case])
     truth = train(config, runs=runs, runner="serial")
-    folder = stopped(config, runs, signal.SIGTERM)
-    elsewhere = a_config(*CASES[case], "pipeline.stages=2", "pipeline.chunk_size=11")
+    folder = stopped(config, runs, number)
+    now = ["pipeline.stages=2", "pipeline.chunk_size=11", "training.precision=auto"]
+    elsewhere = a_config(*CASES[case], *now)
     run = train(elsewhere, runs=runs, runner="serial", resumed=folder)
     assert run.folder == folder
     assert_same_run(run, truth, runs)
@@ -94,9 +108,25 @@ def test_a_run_goes_on_over_ray(runs, ray_start_4_cpus, capsys):
     assert capsys.readouterr().out.count("s with start and evaluation since it was resumed") == 1
 
 
+def test_resuming_with_other_instructions_is_one_warning(runs):
+    folder = stopped(a_config(), runs)
+    command = [sys.executable, "-m", "ffdist.cli", "train", "digits", *SHORT, "--runner", "serial"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    resumed = subprocess.run(
+        [*command, "--resume", str(folder), "--runs", str(runs)], env=environment, text=True, capture_output=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("warning: ") == 1
+    assert re.search(
+        r"warning: the last bits may differ .*\(layer 1, layer 2, layer 3, readout, negative actor 1: CPU was .* "
+        r"and is .*DEFAULT; .*: environment was none and is ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE\)",
+        resumed.stdout,
+    )
+
+
 def test_a_killed_driver_loses_nothing(runs):
     truth = train(a_config(*HARD), runs=runs, runner="serial")
-    before = set(runs.glob("*-*"))
+    before = set(runs.glob("*-*/"))
     command = [sys.executable, "-m", "ffdist.cli", "train", "digits", *SHORT, *HARD, "--runner", "serial"]
     process = subprocess.Popen([*command, "--runs", str(runs)])
     while not (
@@ -161,3 +191,38 @@ def test_commits_elsewhere_outlive_the_runs_folder(runs, tmp_path):
     truth = train(config, runs=runs, runner="serial")
     assert str(tmp_path) in truth.summary["best_commit"]
     assert not (truth.folder / "commits").exists()
+
+
+def test_a_run_goes_on_with_data_that_moved_but_not_with_other_data(runs, tmp_path):
+    for split, count in (("train", 40), ("test", 4)):
+        for shade in range(4):
+            (tmp_path / "data" / split / f"class_{shade}").mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("L", (4, 4), 60 * shade + number)
+                image.save(tmp_path / "data" / split / f"class_{shade}" / f"{number}.png")
+
+    def config_at(place: str) -> Config:
+        own = ["data.name=image_folder", f"data.path={tmp_path / place}", "training.batch_size=4"]
+        return a_config(*own, "training.validation_samples=0", "training.epochs=40", "model.layers=[9]")
+
+    folder = stopped(config_at("data"), runs)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    image = tmp_path / "moved" / "test" / "class_0" / "0.png"
+    kept = image.read_bytes()
+    Image.new("L", (4, 4), 99).save(image)
+    with pytest.raises(ConfigError, match=r"was tested on other samples.*set data\.path to where its own data is"):
+        train(config_at("moved"), runs=runs, runner="serial", resumed=folder)
+    image.write_bytes(kept)
+    run = train(config_at("moved"), runs=runs, runner="serial", resumed=folder)
+    assert 0 <= Run.find(folder).dataset.labels["test"].max() < 4  # found at its new place without being told again
+    assert run.folder == folder
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_ends_with_its_last(runs, capsys):
+    config = a_config("training.learning_rate=0", "training.evaluate_every=1", "training.epochs=30")
+    folder = stopped(config, runs, when=lambda names: max(names, default="") > "0002")
+    file = folder / "commits" / "0001-000000" / "layer_1.safetensors"  # the best, as the layers do not learn
+    file.write_bytes(file.read_bytes()[:-1])
+    run = train(config, runs=runs, runner="serial", resumed=folder)
+    assert "the figures are those of the last checkpoint instead of the best" in capsys.readouterr().out
+    assert (run.summary["checkpoint"], run.summary["best_commit"]) == ("0030-000000", None)

@@ -85,7 +85,7 @@ def points_sent_again(monkeypatch):
         points = list(points)
         for point in points:
             self._database.execute("delete from points where name = ? and step = ?", (point.name, point.step))
-        add(self, [point._replace(timestamp=point.timestamp + id(point)) for point in points], sent=sent)
+        return add(self, [point._replace(timestamp=point.timestamp + id(point)) for point in points], sent=sent)
 
     monkeypatch.setattr(Outbox, "_add", broken)
 

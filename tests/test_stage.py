@@ -1,6 +1,7 @@
 import copy
 import gc
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -98,7 +99,7 @@ def read_out(device: str) -> list[torch.Tensor]:
 def test_steps_between_copies_are_those_one_by_one(label, layers):
     """On a processor, where streams are none and copies wait; graphs need a GPU."""
     overlapped = a_stage(label, layers, "cpu")
-    overlapped._take_steps = Overlapped(overlapped._step, "cpu", made_there=0 in layers)
+    overlapped._take_steps = Overlapped("cpu", made_there=0 in layers)
     pairs = zip(trained(a_stage(label, layers, "cpu"), label), trained(overlapped, label), strict=True)
     assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
 
@@ -122,7 +123,7 @@ def test_graphs_change_no_bit(label, layers, monkeypatch):
         return trained(a_stage(label, layers, device), label) if layers else read_out(device)
 
     graphs = made("cuda")
-    monkeypatch.setattr(Graphs, "__call__", lambda self, parts, way: self._step(parts, way))
+    monkeypatch.setattr(Graphs, "__call__", lambda self, step, parts, way: step(parts, way))
     for captured, direct, processor in zip(graphs, made("cuda"), made("cpu"), strict=True):
         assert torch.equal(captured.nan_to_num(), direct.nan_to_num())
         torch.testing.assert_close(captured, processor, rtol=0.05, atol=0.05, equal_nan=True)
@@ -130,13 +131,15 @@ def test_graphs_change_no_bit(label, layers, monkeypatch):
 
 @needs_gpu
 def test_graphs_that_are_garbage_spoil_no_capture():
-    """Stages and their graphs refer to each other, so a run before leaves some; freeing one ended a capture."""
+    """A user's own objects may refer to graphs and to each other; freeing such a graph ended a capture."""
     thresholds = gc.get_threshold()
     gc.set_threshold(10**9)
-    trained(a_stage("overwrite", range(2), "cuda"), "overwrite")
+    garbage = a_stage("overwrite", range(2), "cuda")
+    trained(garbage, "overwrite")
+    garbage.itself = garbage
+    del garbage
     stage = a_stage("overwrite", range(2), "cuda")
-    steps = stage._take_steps._steps
-    step, captures = steps._step, []
+    step, captures = stage._step, []
 
     def amid_garbage(parts, way):
         if torch.cuda.is_current_stream_capturing():
@@ -144,7 +147,7 @@ def test_graphs_that_are_garbage_spoil_no_capture():
             captures.append([[] for _ in range(1000)])
         return step(parts, way)
 
-    steps._step = amid_garbage
+    stage._step = amid_garbage
     try:
         trained(stage, "overwrite")
     finally:
@@ -160,4 +163,24 @@ def test_the_bytes_in_flight_bound_what_a_snapshot_takes(optimizer):
     blueprint = Blueprint(architecture, order, plan, 0, [range(2)], 1, "cpu").paced(1, 1)
     snapshot = Stage(architecture, range(2), order, 1, "cpu").state()
     size = sum(tensor.nbytes for tensors in snapshot.values() for tensor in tensors.values())
-    assert size <= blueprint.bytes_in_flight <= 1.5 * size
+    assert blueprint.state_bytes == size + sum(tensor.nbytes for tensor in architecture.readout().state_dict().values())
+    assert 2 * blueprint.state_bytes <= blueprint.bytes_in_flight <= 2.5 * blueprint.state_bytes
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_stages_are_freed_at_once(overlapped, monkeypatch):
+    """They held themselves: a GPU's memory waited for the garbage collector, and a second run found none."""
+    if overlapped:
+        monkeypatch.setattr("ffdist.pipeline.stage.taking", lambda _, **made: Overlapped("cpu", made_there=True))
+    stage = a_stage("overwrite", range(2), "cpu")
+    trained(stage, "overwrite")
+    readout = ReadoutStage(
+        Architecture((1, 4, 5), 3, (9, 8)), torch.arange(40) % 3, SampleOrder(0, 40, 5), False, "cpu"
+    )
+    kept = [weakref.ref(stage), weakref.ref(readout), weakref.ref(next(iter(stage._layers.values())))]
+    gc.disable()
+    try:
+        del stage, readout
+        assert [reference() for reference in kept] == [None] * 3
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -154,3 +155,12 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path):
         Store(str(tmp_path / "file" / "store"), FACTS).check()
     with pytest.raises(NegativesError, match="cannot be opened"):
         Store("nonsense://bucket", FACTS).check()
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(store, tmp_path):
+    stale, fresh = (tmp_path / f"store/epoch_0003/shard_000002.arrow.{name}.part" for name in ("0123abcd", "4567abcd"))
+    for path in (stale, fresh):
+        path.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    store.check()
+    assert (stale.exists(), fresh.exists()) == (False, True)

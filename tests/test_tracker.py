@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from ffdist.config import ConfigError
 from ffdist.ff.network import Architecture, Network
 from ffdist.sections import Tracking
-from ffdist.tracking import sending
 from ffdist.tracking import tracker as module
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.server import check_server, default_uri, tracking_uri
@@ -84,8 +83,7 @@ def test_a_server_that_is_not_there_is_refused_at_once(tmp_path):
         a_tracker(tmp_path, "http://127.0.0.1:9")
 
 
-def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sending, "RETRY_EVERY_S", 0.01)
+def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, caplog):
     with a_tracker(template) as tracker:
         tracker.begin(tmp_path, {})
         tracker.log_artifact(tmp_path / "missing.txt")
@@ -95,23 +93,15 @@ def test_what_the_store_refuses_holds_nothing_up(template, tmp_path, monkeypatch
     assert "missing.txt" in caplog.text
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_deleted_experiment_is_told(training, tmp_path):
-    """To who asks for the run, and to a training that went on beside the opening, at its next metrics."""
-    with a_tracker(tmp_path) as tracker:
+def test_a_deleted_experiment_is_told_and_nothing_is_written(template, tmp_path):
+    client, settings = MlflowClient(default_uri(template)), Tracking(experiment="deleted")
+    client.delete_experiment(client.create_experiment(settings.experiment))
+    with (
+        Tracker(default_uri(template), settings, runs=template) as tracker,
+        pytest.raises(ConfigError, match=r"not possible.*active"),
+    ):
         tracker.begin(tmp_path, {})
-    client = MlflowClient(default_uri(tmp_path))
-    client.delete_experiment(client.get_experiment_by_name("ffdist").experiment_id)
-
-    def go_on(tracker):
-        for step in range(10_000):
-            tracker.log_metrics({"loss": 0.5}, step)
-            time.sleep(0.01)
-
-    with a_tracker(tmp_path) as tracker:
-        tracker.begin(tmp_path, {})
-        with pytest.raises(ConfigError, match=r"not possible.*active"):
-            go_on(tracker) if training else tracker.run_id
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_path):
@@ -142,18 +132,21 @@ def test_a_run_that_is_refused_before_it_begins_leaves_no_trace(template):
     assert len(MlflowClient(default_uri(template)).search_runs(["1"])) == before
 
 
-def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_from_the_next_run(
-    template, free_port, monkeypatch, caplog
+def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_when_it_is_back(
+    template, free_port, monkeypatch, caplog, ffdist_in, tmp_path
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    uri, folder = f"http://127.0.0.1:{free_port}", template / "a run"
+    uri, folder, store = f"http://127.0.0.1:{free_port}", template / "a run", tmp_path / "store"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     folder.mkdir()
     options = ["--backend-store-uri", default_uri(template), "--port", str(free_port), "--workers", "1"]
+    options += ["--artifacts-destination", str(store)]
     command = [sys.executable, "-m", "mlflow", "server", *options]
     servers = [subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)]
     try:
         wait_for(f"{uri}/health")
-        with Tracker(uri, Tracking(flush_timeout_s=2.0), runs=template) as tracker:
+        settings = Tracking(flush_timeout_s=2.0, experiment="by the server")  # whose artifacts the server keeps
+        with Tracker(uri, settings, runs=template) as tracker:
             tracker.begin(folder, {})
             assert tracker.run_id
             os.killpg(servers[0].pid, signal.SIGKILL)
@@ -168,8 +161,12 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_from_the_next_r
         assert f"wait in {folder}" in caplog.text
         servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))
         wait_for(f"{uri}/health")
-        with Tracker(uri, Tracking(), runs=template):
-            pass
+        store.write_text("a disk that is not mounted")
+        told = ffdist_in(template, "sync", "--runs", template, code=1)
+        assert f"{folder}: 0 points and 3 other uploads wait" in told
+        assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
+        store.unlink()
+        assert f"{folder}: everything is uploaded" in ffdist_in(template, "sync", "--runs", template)
         client = MlflowClient(uri)
         assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["a picture.png"]
         (version,) = client.search_model_versions("name = 'a name'")

@@ -1,9 +1,11 @@
 """What leaves a run, used as people would."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from onnxruntime import InferenceSession
 from PIL import Image
 
 from ffdist import load_config, read_network, train
+from ffdist.cli import main
 from ffdist.exported import save_network
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
@@ -44,7 +47,7 @@ def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
     save_network(network, tmp_path)
     weights = tmp_path / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no network that can be read"):
+    with pytest.raises(ValueError, match="is too small for its architecture"):
         read_network(tmp_path)
 
 
@@ -71,7 +74,7 @@ def test_fields_in_bfloat16_are_exported(tmp_path):
     )
     words = [f"model.layers=[{layers}]", "data.label=everywhere", "training.precision=bfloat16", "training.epochs=1"]
     run = train(load_config("digits", words), runner="serial", runs=tmp_path / "runs")
-    assert len(list(export_network(run, tmp_path / "out"))) == 6
+    assert len(export_network(run, tmp_path / "out")) == 6
     images, network = run.dataset.images["test"], run.network
     program = torch.export.load(tmp_path / "out" / "readout.pt2").module()
     assert torch.equal(program(images), network(images))
@@ -81,20 +84,37 @@ def test_fields_in_bfloat16_are_exported(tmp_path):
 
 def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
     images, labels = run.dataset.images["test"][:20], run.dataset.labels["test"][:20]
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
     for number, image in enumerate(images):
-        Image.fromarray(image.view(8, 8).numpy()).save(tmp_path / f"{number:02}.png")
+        Image.fromarray(image.view(8, 8).numpy()).save(folder / f"{number:02}.png")
     said = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
     found = pq.read_table(tmp_path / "found.parquet").to_pydict()
     assert found["label"] == run.predict(images).label.tolist()
     assert sum(one == other for one, other in zip(found["label"], labels.tolist(), strict=True)) >= 16
     assert [len(row) for row in found["probability"] + found["goodness"]] == [10] * 40
     assert found["goodness"][0].index(max(found["goodness"][0])) == found["label"][0]
-    assert "07.png" in said
+    header, *rows = [line.split("\t") for line in said.splitlines() if "\t" in line]
+    assert header == ["input", "label", "probability", "goodness"]
+    assert [row[0] for row in rows] == found["input"]  # whole, however long
+    assert [int(row[1]) for row in rows] == found["label"]
+    assert float(rows[7][2]) == found["probability"][7][found["label"][7]]
+    assert float(rows[7][3]) == found["goodness"][7][found["label"][7]]
     again = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
-    assert again == said  # what the first has left there holds no images
+    skipped = "skipped: 1 files of another format (.parquet: 1)\n"  # what the first has left there holds no images
+    assert again.replace(skipped, "") == said != again
 
 
-def test_classes_go_by_their_names(tmp_path, ffdist):
+def test_predictions_need_no_output(run, tmp_path, monkeypatch):
+    """As after `>&-`; they may be kept in a file."""
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    monkeypatch.setattr("sys.stdout", None)
+    words = ["predict", run.folder, "--input", tmp_path / "x.png", "--to", tmp_path / "found.parquet"]
+    main([str(word) for word in words], standalone_mode=False)
+    assert pq.read_table(tmp_path / "found.parquet").num_rows == 1
+
+
+def test_classes_go_by_their_names(tmp_path, ffdist, monkeypatch):
     """Whatever they are; and the chosen label is listed, however improbable the readout takes it to be."""
     for split in ("train", "test"):
         for shade, name in ((40, "ant"), (120, "$x^$"), (160, "cat"), (200, "[dog]")):
@@ -111,11 +131,18 @@ def test_classes_go_by_their_names(tmp_path, ffdist):
     ffdist("train", "digits", *options, "model.layers=[20,10]", "--runner", "serial", "--runs", tmp_path / "runs")
     (folder,) = (tmp_path / "runs").glob("digits-*")
     said = ffdist("predict", folder, "--input", tmp_path / "pets" / "test", "--to", tmp_path / "found.parquet")
-    rows = [line.split(maxsplit=2) for line in said.splitlines() if ".png" in line]
+    header, *rows = [line.split("\t") for line in said.splitlines() if "\t" in line]
+    assert header[:3] == ["input", "name", "label"]
     assert said.count("photo[3].png") == 4
     assert "$x^$/photo[3].png" in said
-    assert pq.read_table(tmp_path / "found.parquet")["name"].to_pylist() == [name for _, name, _ in rows]
-    assert all(f"{name}: " in told for _, name, told in rows)
+    found = pq.read_table(tmp_path / "found.parquet")
+    assert found.column_names[:3] == header[:3]
+    assert found["name"].to_pylist() == [row[1] for row in rows]
+    monkeypatch.setattr("ffdist.using.is_interactive", lambda screen: True)
+    monkeypatch.setattr("ffdist.screen.is_interactive", lambda screen: True)
+    shown = ffdist("predict", folder, "--input", tmp_path / "pets" / "test")
+    shown = [line.split(maxsplit=2) for line in shown.splitlines() if ".png" in line]
+    assert all(f"{name}: " in told for _, name, told in shown)
     assert "of 20 samples" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test")
     ffdist("export", folder, "--to", tmp_path / "out")
     images = [[[[shade] * 6] * 6] for shade in range(40, 240, 40)]
@@ -143,8 +170,10 @@ def test_who_has_loaded_a_model_still_has_all_of_ffdist(run, tmp_path, ffdist):
 
 
 def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
-    told = f"test error {run.summary['test_goodness_error']:.2%} by goodness"
-    assert ffdist("evaluate", run.folder).startswith(told)  # bars leave nothing where nobody looks
+    told = f"\ntest error {run.summary['test_goodness_error']:.2%} by goodness"
+    said = ffdist("evaluate", run.folder)
+    assert said.startswith(f"checkpoint: last, {run.folder}/commits/0012-000000{told}")
+    assert len(said.splitlines()) == 2  # no progress bar where nobody looks
     images, labels = run.dataset.images["test"], run.dataset.labels["test"]
     for label in range(10):
         (tmp_path / str(label)).mkdir()
@@ -174,22 +203,110 @@ def test_the_registered_model_is_served(run, tmp_path, free_port):
         cwd=tmp_path,  # where there is no ffdist but the model's
         stderr=(tmp_path / "log").open("w"),
     )
-    body = json.dumps({"inputs": image.view(1, 1, 8, 8).tolist()}).encode()
+    good = image.view(1, 1, 8, 8).tolist()
+    body = json.dumps({"inputs": good}).encode()
+
+    def refusal(inputs: list) -> str:
+        ask = urllib.request.Request(url, json.dumps({"inputs": inputs}).encode(), {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(ask, timeout=20)
+        assert refused.value.code == 400
+        return json.load(refused.value)["message"]
+
+    url = f"http://127.0.0.1:{free_port}/invocations"
     try:
         deadline = time.monotonic() + 120
         while True:
             try:
-                ask = urllib.request.Request(
-                    f"http://127.0.0.1:{free_port}/invocations", body, {"Content-Type": "application/json"}
-                )
+                ask = urllib.request.Request(url, body, {"Content-Type": "application/json"})
                 answer = json.load(urllib.request.urlopen(ask, timeout=10))["predictions"]
                 break
             except OSError:
                 assert server.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline, "no answer"
                 time.sleep(1)
+        whole = "pixels must be whole numbers from 0 to 255"
+        for pixel, told in ((0.5, "given: 0.5"), (26.7, "given: 26.7"), (350, "given: 350"), (-73, "given: -73")):
+            assert refusal([[[[pixel, *good[0][0][0][1:]], *good[0][0][1:]]]]) == f"{whole} ({told})"
+        assert refusal([[[[float(x > 99) for x in row] for row in good[0][0]]]]) == f"{whole}, not 0.0 to 1.0"
+        assert refusal([[[[float("nan")] * 8] * 8]]).startswith(whole)
+        assert refusal(good[0]).startswith("images must have the shape [N, 1, 8, 8] (given: [1, 8, 8])")
     finally:
         server.terminate()
         server.wait(120)
     assert answer["label"] == [label] == [run.dataset.labels["test"][0].item()]
     assert len(answer["probability"][0]) == len(answer["goodness"][0]) == 10
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, ffdist, monkeypatch):
+    def broken(*arguments, **more):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("torch.onnx.export", broken)
+    (tmp_path / "empty").mkdir()
+    for folder in ("new", "empty"):
+        with pytest.raises(RuntimeError, match="no such operator"):
+            export_network(run, tmp_path / folder)
+    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_output_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch, capfd):
+    (tmp_path / "input").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "input" / "black.png")
+    export = ["export", run.folder, "--to", tmp_path / "out"]
+    for command in (["evaluate", run.folder], ["predict", run.folder, "--input", tmp_path / "input"], export):
+        with open("/dev/full", "w") as full:  # noqa: PTH123
+            monkeypatch.setattr(sys, "stdout", full)
+            with pytest.raises(SystemExit) as end:
+                main([str(word) for word in command])
+            monkeypatch.undo()
+        assert end.value.code == 1
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[-1 if command is export else 1 :] == [  # torch warns when it exports
+            "Error: the output cannot be written (No space left on device); nothing else failed"
+        ]
+    assert (tmp_path / "out" / "model").is_dir()  # the export itself is whole
+
+
+def test_names_go_through_a_pipe_of_any_encoding(run, tmp_path):
+    (tmp_path / "M\u00f6we").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "M\u00f6we" / "black.png")
+    command = [sys.executable, "-m", "ffdist.cli", "predict", str(run.folder), "--input", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, timeout=200, check=True, env=environment)
+    header, row = done.stdout.decode("ascii").splitlines()
+    assert header.split("\t")[0] == "input"
+    assert row.split("\t")[0] == f"{tmp_path}/M?we/black.png"
+    assert b"Traceback" not in done.stderr
+
+
+def image_folder(path: Path) -> None:
+    for split in ("train", "test"):
+        for shade in range(4):
+            (path / split / f"class_{shade}").mkdir(parents=True)
+            for number in range(12):
+                image = Image.new("L", (4, 4), 60 * shade + number)
+                image.save(path / split / f"class_{shade}" / f"{number}.png")
+
+
+def test_a_run_is_used_with_its_own_data_wherever_that_is(tmp_path, ffdist):
+    image_folder(tmp_path / "data")
+    words = ["data.name=image_folder", "data.path=data", "training.batch_size=8", "training.epochs=1"]
+    words.append("tracking.artifacts=[]")
+    ffdist("train", "digits", *words, "model.layers=[8]", "--runner", "serial")
+    (folder,) = (tmp_path / "runs").glob("digits-*")
+    error = ffdist("evaluate", folder).splitlines()[-1]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
+        ffdist(*command, folder, code=2)
+        said = ffdist(*command, folder, "data.path=moved")
+        assert command != ["evaluate"] or error in said
+    assert error in ffdist("evaluate", folder, "--data", "moved/test")
+    assert "only the place of its data can change" in ffdist("evaluate", folder, "data.label=append", code=2)
+    for split in ("test", "train"):
+        Image.new("L", (4, 4), 99).save(tmp_path / "moved" / split / "class_0" / "0.png")
+        for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
+            said = ffdist(*command, folder, "data.path=moved", code=2)
+            assert f"was {split}ed on other samples than {tmp_path}/moved holds now" in said
+    assert "of 48 samples" in ffdist("evaluate", folder, "--data", "moved/test")

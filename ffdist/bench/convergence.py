@@ -1,4 +1,4 @@
-"""Time to a test error, everything included: from the start of this process to the last evaluation."""
+"""Time to a test error, everything included: from the import of ffdist to the last evaluation."""
 
 from pathlib import Path
 

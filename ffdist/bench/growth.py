@@ -5,7 +5,8 @@ from statistics import median
 
 from ffdist.bench.pipeline import actors_memory, started
 from ffdist.config import Config
-from ffdist.launch import machine, measure
+from ffdist.launch import allocate, machine, measure
+from ffdist.precision import resolve, with_precision
 from ffdist.prepare import prepare
 
 SIZES = ((2, 2), (4, 2), (8, 2), (16, 2), (4, 1), (4, 4))
@@ -27,15 +28,21 @@ def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[
         takes than in the one before, for each weight more: alike in all where time grows with the work alone.
     """
     rates: dict[str, list[float]] = {name: [] for name in configs}
-    weights, memory = dict[str, int](), dict[str, float]()
+    weights, memory, precisions = dict[str, int](), dict[str, float](), dict[str, str]()
     with machine("ray", "local") as joined:
         resources = joined()
         for number in range(1, ROUNDS + 1):
             for name, config in configs.items():
                 say(f"{name.replace('_', ' ')}, round {number} of {ROUNDS}")
                 prepared = prepare(config)
+                with allocate("ray", prepared, config, resources) as place:
+                    setting = precisions.get(name, config.training.precision)  # the same in all rounds
+                    config, prepared = with_precision(config, prepared, setting)
+                    precision, costs = resolve(setting, measure(place, prepared, config))
+                precisions[name] = precision.value
+                config, prepared = with_precision(config, prepared, precision.value)
                 weights[name] = sum(prepared.architecture.weights)
-                with started(config, prepared, resources, measure("ray", prepared, config)) as (trainer, _):
+                with started(config, prepared, resources, costs) as (trainer, _):
                     rates[name].append(trainer.train(seconds).samples_per_s)
                     memory[name] = sum(unique for kind, unique, _ in actors_memory() if kind == "stage")
     found, smaller = dict[str, float](), dict[object, str]()  # by stages, the configuration before

@@ -13,10 +13,11 @@ from ffdist.bench.stretch import Stretch, Trainer, copies
 from ffdist.checkpoint import CommitError
 from ffdist.config import Config
 from ffdist.data.folder import Folder
-from ffdist.launch import Placed, machine, measure, place
+from ffdist.launch import Placed, allocate, assign_layers, machine, measure
 from ffdist.pipeline.costs import Costs
 from ffdist.pipeline.runner import Runner
 from ffdist.pipeline.schedule import Evaluate, evaluation, evaluation_block
+from ffdist.precision import resolve, with_precision
 from ffdist.prepare import Prepared, prepare
 from ffdist.runtime.cluster import Resources
 
@@ -37,10 +38,14 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
         stages have `stages_N/` before their names.
     """
     found, prepared, layers = dict[str, float](), prepare(config), len(config.model.layers)
-    costs = measure("ray", prepared, config)
     with ExitStack() as stack:
         say("starting Ray")
-        resources = stack.enter_context(machine("ray", "local"))()
+        joined = stack.enter_context(machine("ray", "local"))
+        resources = joined()
+        with allocate("ray", prepared, config, resources) as place:
+            precision, costs = resolve(config.training.precision, measure(place, prepared, config))
+        say(precision.reason or f"precision: {precision.value}")
+        config, prepared = with_precision(config, prepared, precision.value)
         with started(config, prepared, resources, costs) as (trainer, placed):
             trainer.train(0.0)
             found["start_s"] = trainer.start_s
@@ -72,9 +77,9 @@ def started(
 ) -> Iterator[tuple[Trainer, Placed]]:
     """Starts a pipeline whose commits are thrown away, for the length of a `with` block."""
     with (
-        place("ray", prepared, config, resources, costs) as placed,
+        allocate("ray", prepared, config, resources) as place,
         TemporaryDirectory() as commits,
-        placed.start(Folder(commits, CommitError)) as pipeline,
+        (placed := assign_layers(place, prepared, config, costs)).start(Folder(commits, CommitError)) as pipeline,
     ):
         assert isinstance(pipeline, Runner)
         yield Trainer(pipeline), placed

@@ -1,18 +1,14 @@
 """What the benchmarks found, as a table that reads well in a terminal and in Markdown."""
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 
 def print_figures(found: dict[str, float]) -> None:
     """Prints figures by name; a name with a `/` is a column of its own, under what stands before it."""
     columns = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
-    table = Table("", *(column or "own" for column in columns), box=box.MARKDOWN)
+    lines = [["", *(column or "own" for column in columns)], ["---"] * (len(columns) + 1)]
     for figure in dict.fromkeys(name.rpartition("/")[2] for name in found):
         cells = [found.get(f"{column}/{figure}" if column else figure) for column in columns]
-        table.add_row(figure, *("" if value is None else _in_words(figure, value) for value in cells))
-    Console(width=220, highlight=False).print(table)
+        lines.append([figure, *("" if value is None else _in_words(figure, value) for value in cells)])
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def _in_words(figure: str, value: float) -> str:

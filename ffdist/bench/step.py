@@ -120,10 +120,10 @@ def _measure(name: str, layer: Layer, batch: int, precision: str, byte_s: float,
         passed, metrics = layer.train_minibatch(parts[0], batch=batch, gain=way.gain)
         return [passed.activity, metrics]
 
-    take = Graphs(train)
+    take = Graphs()
 
     def step() -> None:
-        take((rows,), Way(1.0))
+        take(train, (rows,), Way(1.0))
 
     products_s, step_s = _seconds([products, step], device)
     moved = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))

@@ -1,18 +1,17 @@
 """Stretches of training in steady state, here or in processes of their own."""
 
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 from torch import Tensor
 
+from ffdist import IMPORTED_AT
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.runner import Runner, Trained, keep_memory, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, schedule
@@ -46,7 +45,7 @@ class Trainer:
         self._pipeline, self._order, self._epoch = pipeline, pipeline.blueprint.order, 0
         self._in_flight = pipeline.blueprint.max_in_flight  # until so many chunks are through, nothing is steady
         self.start_s = 0.0
-        """Time from the start of this process to the end of the first chunk."""
+        """Time from the import of ffdist to the end of the first chunk."""
 
     def train(
         self, seconds: float, *, commit: bool = False, evaluation: Sequence[Evaluate] = (), boundary: bool = False
@@ -117,9 +116,11 @@ class Trainer:
 
 
 def process_age_s() -> float:
-    """Returns the time since this process was started, as the kernel knows it."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # see proc(5), field 22
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    """Returns the time since this process imported ffdist, which a command does first of all.
+
+    The kernel's start of the process is that of the shell that replaced itself by it (`exec`), however long it had run.
+    """
+    return time.monotonic() - IMPORTED_AT
 
 
 def _processor_s() -> tuple[float, float]:

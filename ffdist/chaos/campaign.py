@@ -6,35 +6,37 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from ffdist.chaos.faults import BESIDE, KINDS, Fault
-from ffdist.chaos.training import NotSurvived, Surroundings, Training, marked, wait_for
+from ffdist.chaos.faults import BESIDE, KINDS, NETWORK, Fault, impossible_kinds
+from ffdist.chaos.network import Network
+from ffdist.chaos.training import PATIENCE_S, NotSurvived, Surroundings, Training, marked
 from ffdist.checkpoint import commit_name
 from ffdist.config import Config, ConfigError
 from ffdist.failures import Recovery
 from ffdist.pipeline.blueprint import CHUNK
 from ffdist.pipeline.schedule import Position
 from ffdist.prepare import prepare
+from ffdist.runtime.access import private_ray
 from ffdist.tracking.averages import is_learned
+from ffdist.tracking.results import results_table
 from ffdist.tracking.server import metric_histories
 
 FAULTS_A_RUN = 10
 COMMITS_A_RUN = 40
 DISTURBED = 0.85
 """Share of a run that faults fall in: one that comes when the run is done would not be recovered from."""
-STALL_TIMEOUT_S = 6.0
+STALL_TIMEOUT_S, STALL_SHARE = 6.0, 0.2
+"""A stage that does nothing for this long counts as stuck; the share is that of the undisturbed run's duration."""
 STEPS = ("noticing", "placing", "starting", "restoring", "replaying")
 """Of a recovery."""
-HEAD = ("fault", "injected", "survived", "chunks redone", *STEPS, "seconds", "weights equal", "metrics whole")
 
 
 class Injected(NamedTuple):
@@ -64,39 +66,58 @@ class End(NamedTuple):
 class Report(NamedTuple):
     """What a campaign came to."""
 
+    kinds: list[str]
+    skipped: dict[str, str]
+    """Kinds that this machine does not permit, and why."""
     faults: list[Injected]
-    ends: dict[int, End | None]
+    ends: dict[int, End | str]
+    """How each run ended, or why it did not."""
     truth: End
     seconds: float
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns a row for each kind of fault; times are medians in seconds."""
-        return [self._row(kind, [fault for fault in self.faults if fault.kind == kind]) for kind in KINDS]
+        return [self._row(kind, [fault for fault in self.faults if fault.kind == kind]) for kind in self.kinds]
 
     def _row(self, kind: str, faults: list[Injected]) -> dict[str, Any]:
         ends = [self.ends[fault.run] for fault in faults]
         steps = {step: _median(fault.seconds.get(step) for fault in faults) for step in STEPS}
         counts = {
+            "skipped": self.skipped.get(kind, ""),
             "injected": len(faults),
             "survived": sum(fault.survived for fault in faults),
             "chunks redone": _median(fault.redone for fault in faults),
         }
-        same = sum(end.weights_sha256 == self.truth.weights_sha256 for end in ends if end)
-        whole = sum(end.learned == self.truth.learned and not end.doubled for end in ends if end)
+        same = sum(end.weights_sha256 == self.truth.weights_sha256 for end in ends if isinstance(end, End))
+        whole = sum(not self._metrics_trace(end) for end in ends if isinstance(end, End))
         total = _median(sum(fault.seconds.values()) for fault in faults if fault.seconds)
         return {"fault": kind, **counts, **steps, "seconds": total, "weights equal": same, "metrics whole": whole}
 
-    @property
-    def unbroken(self) -> bool:
-        """Whether there were faults, and every one was survived and left no trace in weights and metrics."""
-        return (
-            bool(self.faults)
-            and None not in self.ends.values()
-            and all(
-                row["injected"] == row["survived"] == row["weights equal"] == row["metrics whole"]
-                for row in self.rows()
-            )
-        )
+    def failures(self) -> list[str]:
+        """Returns each fault that was not survived, and each run whose end the faults changed, with the cause."""
+        failures = [f"{fault.kind} (run {fault.run}): {fault.told}" for fault in self.faults if not fault.survived]
+        spoiled = {fault.run for fault in self.faults if not fault.survived}
+        for run, end in self.ends.items():
+            if run in spoiled and isinstance(end, str):
+                continue  # a consequence
+            kinds = ", ".join(dict.fromkeys(fault.kind for fault in self.faults if fault.run == run))
+            if isinstance(end, str):
+                trace = end
+            elif end.weights_sha256 != self.truth.weights_sha256:
+                trace = "its final weights differ from the undisturbed run's"
+            else:
+                trace = self._metrics_trace(end)
+            if trace:
+                failures.append(f"run {run}, with {kinds or 'no fault'}: {trace}")
+        return failures if failures or self.faults else ["no fault was injected; give more --minutes"]
+
+    def _metrics_trace(self, end: End) -> str:
+        """Returns what faults did to a run's metrics, empty if nothing."""
+        if end.doubled:
+            return f"metrics with a step twice: {', '.join(end.doubled)}"
+        names = sorted(self.truth.learned.keys() | end.learned.keys())
+        differing = [name for name in names if self.truth.learned.get(name) != end.learned.get(name)]
+        return f"metrics that differ from the undisturbed run's: {', '.join(differing)}" if differing else ""
 
 
 class Campaign:
@@ -106,24 +127,35 @@ class Campaign:
         words: Configuration and settings, as `ffdist train` takes them.
         config: What they mean.
         faults: How many; every kind comes about equally often.
+        kinds: Kinds of faults; empty for all that this machine permits.
         seed: Decides their order, their victims and moments.
         minutes: When to stop injecting, whatever is left.
 
     Raises:
-        ConfigError: The configuration cannot be trained.
+        ConfigError: The configuration cannot be trained, or there is no such kind.
     """
 
-    def __init__(self, words: Sequence[str], config: Config, *, faults: int, seed: int, minutes: float) -> None:
+    def __init__(
+        self, words: Sequence[str], config: Config, *, faults: int, kinds: Sequence[str], seed: int, minutes: float
+    ) -> None:
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ConfigError(f"--kind must be one of {', '.join(KINDS)} (given: {', '.join(unknown)})")
         minibatches, draw = prepare(config).order.minibatches, random.Random(seed)
-        rounds = math.ceil(faults / len(KINDS))
-        self._left = [kind for _ in range(rounds) for kind in draw.sample(list(KINDS), len(KINDS))][:faults]
+        self._kinds = [kind for kind in KINDS if kind in kinds or not kinds]
+        impossible = impossible_kinds()
+        self._skipped = {kind: impossible[kind] for kind in self._kinds if kind in impossible}
+        if not (possible := [kind for kind in self._kinds if kind not in impossible]):
+            raise ConfigError(f"this machine permits none of these faults: {'; '.join(set(self._skipped.values()))}")
+        self._network = not NETWORK & impossible.keys()
+        rounds = math.ceil(faults / len(possible))
+        self._left = [kind for _ in range(rounds) for kind in draw.sample(possible, len(possible))][:faults]
         self._draw, self._faults, self._seconds = draw, faults, minutes * 60
         steps, size = config.passes * minibatches, config.pipeline.chunk_size
         self._chunk_size = CHUNK if size == "auto" else size
         self._last = commit_name(Position(*divmod(int(steps * DISTURBED), minibatches)))
         self._words = [
             *words,
-            *("pipeline.max_failures=1000", f"pipeline.stall_timeout_s={STALL_TIMEOUT_S}"),
+            *("pipeline.max_failures=1000", f"pipeline.stop_timeout_s={PATIENCE_S:g}"),
             f"pipeline.chunk_size={self._chunk_size}",
             *(f"checkpoint.every_minibatches={max(1, steps // COMMITS_A_RUN)}", "checkpoint.keep=3"),
         ]
@@ -138,36 +170,52 @@ class Campaign:
         """
         start = time.monotonic()
         try:
-            with Progress(transient=True) as bar, marked(self._folder):
-                task = bar.add_task("starting a cluster and a tracking server", total=self._faults)
-                with Surroundings(self._folder) as around:
-                    bar.update(task, description="undisturbed")
-                    undisturbed = self._training("undisturbed", around)
-                    if undisturbed.end():
-                        raise ConfigError(f"without any fault it fails: {undisturbed.told()}")
-                    self.report = Report([], {}, _end(undisturbed, around), 0.0)
-                    while self._left and time.monotonic() - start < self._seconds:
-                        number = len(self.report.ends) + 1
-                        bar.update(task, description=f"run {number}")
-                        training = self._training(f"run_{number}", around)
-                        try:
-                            for injected in self._disturb(number, training, around):
-                                self.report.faults.append(injected)
-                                bar.advance(task)
-                                bar.console.print(_line(injected), highlight=False)
-                            ended = training.end() == 0
-                        except NotSurvived:
-                            training.driver.kill()
-                            ended = False
-                        self.report.ends[number] = _end(training, around) if ended else None
-                        if not ended:
-                            bar.console.print(f"run {number} did not end well: {training.told()}", highlight=False)
+            with (
+                Progress(transient=True) as bar,
+                private_ray() as ray_folder,
+                marked(self._folder),
+                Network() if self._network else nullcontext() as network,
+                Surroundings(self._folder, ray_folder, network) as around,
+            ):
+                task = bar.add_task("undisturbed", total=self._faults)
+                self.report = self._undisturbed(around)
+                while self._left and time.monotonic() - start < self._seconds:
+                    number = len(self.report.ends) + 1
+                    bar.update(task, description=f"run {number}")
+                    for injected in self._run(number, around, self.report):
+                        bar.advance(task)
+                        bar.console.print(_line(injected), highlight=False, markup=False)
             return self.report._replace(seconds=time.monotonic() - start)
         finally:
-            if not self.report or self.report.unbroken:
+            if not self.report or not self.report.failures():
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:
-                Console().print(f"see {self._folder}", highlight=False)
+                Console().print(f"see {self._folder}", highlight=False, markup=False)
+
+    def _undisturbed(self, around: Surroundings) -> Report:
+        """Trains without faults, which also tells how long a stall must be on this machine to be one."""
+        start = time.monotonic()
+        undisturbed = self._training("undisturbed", around)
+        if undisturbed.end():
+            raise ConfigError(f"without any fault it fails: {undisturbed.told()}")
+        stall_timeout_s = max(STALL_TIMEOUT_S, STALL_SHARE * (time.monotonic() - start))
+        self._words.append(f"pipeline.stall_timeout_s={stall_timeout_s:.1f}")
+        return Report(self._kinds, self._skipped, [], {}, _end(undisturbed, around), 0.0)
+
+    def _run(self, number: int, around: Surroundings, report: Report) -> Iterator[Injected]:
+        """Trains with faults."""
+        training = self._training(f"run_{number}", around)
+        try:
+            for injected in self._disturb(number, training, around):
+                report.faults.append(injected)
+                yield injected
+            code = training.end()
+            end = f"it ended with exit code {code}: {training.told()}" if code else _end(training, around)
+        except NotSurvived as error:
+            training.driver.kill()
+            training.driver.wait()
+            end = str(error)
+        report.ends[number] = end
 
     def _training(self, name: str, around: Surroundings) -> Training:
         return Training([*self._words, f"tracking.uri={around.uri}"], self._folder / name, around.address)
@@ -189,27 +237,23 @@ class Campaign:
             if kind in BESIDE:
                 training.wait_for_commit()
             else:
-                wait_for("the recovery", lambda: "replayed" in (training.recoveries()[before:] or [{}])[-1])
-                recoveries = training.recoveries()[before:]
+                fault.wait_for_recovery(before)
+            if training.ended and training.driver.returncode:
+                raise NotSurvived(f"the driver ended with exit code {training.driver.returncode}: {training.told()}")
+            if recoveries := [recovery for recovery in training.recoveries()[before:] if "replayed" in recovery]:
                 redone = max(fault.step, *(recovery["step"] for recovery in recoveries)) - recoveries[-1]["from"]
                 seconds = _steps(fault.at, recoveries[-1])
-        except (NotSurvived, IndexError, ValueError, psutil.Error) as error:
+        except (NotSurvived, psutil.Error, OSError) as error:
             told = str(error) or repr(error)
-        if kind == "lost node":
-            fault.around.add_node()
+        fault.around.repair()
         return Injected(kind, number, not told, told, math.ceil(redone / self._chunk_size), seconds)
 
 
 def print_report(report: Report) -> None:
     """Prints the table, in Markdown, and what went wrong."""
-    console, table = Console(width=220, highlight=False), Table(*HEAD, box=box.MARKDOWN)
-    for row in report.rows():
-        table.add_row(*(_in_words(row[column]) for column in HEAD))
-    console.print(table)
-    for number, end in report.ends.items():
-        if end and end.doubled:
-            console.print(f"run {number} has steps twice in {', '.join(end.doubled)}")
-    console.print(f"{len(report.faults)} faults in {len(report.ends)} runs, {report.seconds / 60:.1f} minutes")
+    rows = [{name: _in_words(value) for name, value in row.items()} for row in report.rows()]
+    print(results_table(rows))
+    print(f"{len(report.faults)} faults in {len(report.ends)} runs, {report.seconds / 60:.1f} minutes")
 
 
 def _steps(at: float, recovery: Recovery) -> dict[str, float]:

@@ -160,7 +160,7 @@ class Cluster:
         self._calls.setdefault(part, deque()).append((method, args, promises))
         return promises if returns > 1 else promises[0]
 
-    def collect(self, returned: list[Promise], wait: bool = True) -> list[Any] | None:
+    def collect(self, returned: list[Promise], wait: bool = True, upstream: Any = ()) -> list[Any] | None:
         """Lets parts work until all that is asked for is there."""
         while not all(promise.done for promise in returned):
             ready = [part for part, calls in self._calls.items() if calls and self._can_run(part, calls[0][1])]

@@ -138,7 +138,7 @@ def _live(folder: Path, fate: Fate, server: dict[Point, None]) -> End | None:
         asked_to_stop = _Stop(fate)
         loop = run_to_the_end(
             _pipelines(config, prepared, folder, fate),
-            lambda start: Loop(config, prepared, commits, start, books, _Silent(), {}, lambda event, step: None),  # type: ignore[arg-type]
+            lambda start: Loop(config, prepared, commits, start, books, _Silent(), dict, lambda event, step: None),  # type: ignore[arg-type]
             commits,
             start,
             Failures(MOST_LIVES, 1e9),
@@ -221,8 +221,8 @@ class _Books:
             raise DriverDied
         self._outbox.mark_sent(points)
 
-    def do(self, call: object) -> None:
-        pass  # nobody looks at pictures here
+    def draw(self, plot: object) -> None:
+        pass  # nobody looks at plots here
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         return self._outbox.history()

@@ -6,12 +6,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 
+from ffdist.chaos.network import ADDRESSES, Link, Network
 from ffdist.checkpoint import MANIFEST
 from ffdist.config import RunFailed
 from ffdist.config_file import load_config
@@ -20,11 +22,15 @@ from ffdist.start import CONFIG
 from ffdist.tracking.outbox import OUTBOX, RECOVERIES, Outbox
 from ffdist.tracking.server import SQLITE
 
-PATIENCE_S = 150.0
-"""Longest that anything may take before it counts as hanging."""
+PATIENCE_S = 600.0
+"""Longest that anything may take before it counts as hanging; generous, because a busy machine is no fault."""
+STARTED = "This command will now block"
+"""What `ray start --block` prints when a node has joined its cluster, and the cluster's address is in its file."""
+STARTS = 5
+"""Tries to start a node: Ray gives it 30 s, and a busy machine may need more."""
 MARK = "FFDIST_CHAOS"
 """Environment variable that all processes of a campaign have, and no others."""
-NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 300_000_000, "node_ip_address": "127.0.0.2"}
+NODE = ("--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats", "--block")
 
 
 class NotSurvived(RunFailed):
@@ -65,7 +71,8 @@ class Training:
     def go(self, *options: str) -> None:
         """Starts a driver."""
         with self.log.open("a") as log:
-            self.driver = psutil.Popen([*self._command, *options], stdout=log, stderr=log)
+            command = [*self._command, *options]
+            self.driver = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def resume(self, *options: str) -> None:
         """Starts a driver that goes on with the run."""
@@ -109,7 +116,8 @@ class Training:
 
     def told(self) -> str:
         """Returns the last thing that a driver told."""
-        return " ".join(self.log.read_text().split("\n\n")[-1].split())[-1000:]
+        lines = [line for line in self.log.read_text().splitlines() if "(raylet" not in line]  # Ray's own log
+        return " ".join("\n".join(lines).split("\n\n")[-1].split())[-1000:]
 
     def commits(self) -> list[str]:
         """Returns the names of all whole commits, oldest first."""
@@ -139,44 +147,80 @@ class Surroundings:
     """A Ray cluster of two nodes and an MLflow server on this machine, for the length of a `with` block.
 
     Args:
-        folder: Gets the server's database.
+        folder: Of the server's database and the logs.
+        ray_folder: What `private_ray` yields.
+        network: Gives each node a host of its own. The driver, the head node and the server are on the first host.
+            Without it, both nodes are on loopback.
     """
 
-    def __init__(self, folder: Path) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._folder, self.database = folder, folder / "mlflow.db"
+    def __init__(self, folder: Path, ray_folder: Path, network: Network | None) -> None:
+        self.folder, self.database, self.network = folder, folder / "mlflow.db", network
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
+        self._first_ip, self._second_ip = ADDRESSES if network else ("127.0.0.1", "127.0.0.1")
         self.start_server()
-        self._cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-        self._second = self._cluster.add_node(**NODE)
+        words = ["--head", "--port=0", "--include-dashboard=false"]
+        self._start_node(f"--node-ip-address={self._first_ip}", *words)
+        self.address = (ray_folder / "ray" / "ray_current_cluster").read_text().strip()
+        """Of the cluster."""
+        self.add_node()
         self.wait_for_server()
 
     def __enter__(self) -> "Surroundings":
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(Exception):  # its processes end, one way or the other
-            self._cluster.shutdown()
+        """Leaves the end of the processes to `marked`."""
 
-    @property
-    def address(self) -> str:
-        """Of the cluster."""
-        return str(self._cluster.address)
+    def set_link(self, link: Link) -> tuple[int, int]:
+        """Changes the link between the nodes; returns how many packets it delivered and dropped until now."""
+        assert self.network, "campaigns without a network have no faults of it"
+        return self.network.set_link(link)
+
+    def lose_node(self) -> None:
+        """Kills the node on which the driver is not."""
+        processes = [self.second, *self.second.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+
+    def add_node(self, **environment: str) -> None:
+        """Starts another in its place.
+
+        Args:
+            environment: Variables of its processes.
+        """
+        words = [f"--node-ip-address={self._second_ip}", f"--address={self.address}"]
+        with self.network.second_host() if self.network else nullcontext():
+            self.second = self._start_node(*words, **environment)
+
+    def repair(self) -> None:
+        """Heals the network, and replaces a node that is lost."""
+        if self.network:
+            self.network.set_link(Link())
+        if self.second.poll() is not None:
+            self.add_node()
+
+    def _start_node(self, *words: str, **environment: str) -> psutil.Popen:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *NODE, *words]
+        for _ in range(STARTS):
+            before = self._ray_log().count(STARTED)
+            with (self.folder / "ray.log").open("a") as log:
+                node = psutil.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+            wait_for("a Ray node", lambda: node.poll() is not None or self._ray_log().count(STARTED) > before)  # noqa: B023
+            if node.poll() is None:
+                return node
+        raise NotSurvived(f"a Ray node does not start: {self._ray_log()[-1000:]}")
+
+    def _ray_log(self) -> str:
+        log = self.folder / "ray.log"
+        return log.read_text() if log.exists() else ""
 
     @property
     def uri(self) -> str:
         """Of the tracking server."""
         return f"http://127.0.0.1:{self._port}"
-
-    def lose_node(self) -> None:
-        """Kills the node on which the driver is not."""
-        self._cluster.remove_node(self._second, allow_graceful=False)
-
-    def add_node(self) -> None:
-        """Brings another in its place."""
-        self._second = self._cluster.add_node(**NODE)
 
     def start_server(self) -> None:
         """Starts the tracking server, which takes a while."""
@@ -184,18 +228,18 @@ class Surroundings:
             "--backend-store-uri",
             f"{SQLITE}{self.database}",
             "--artifacts-destination",
-            str(self._folder / "mlflow"),
+            str(self.folder / "mlflow"),
         ]
         command = [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(self._port)]
-        with (self._folder / "mlflow.log").open("a") as log:
+        with (self.folder / "mlflow.log").open("a") as log:
             self.server = psutil.Popen([*command, "--workers", "1"], stdout=log, stderr=log)
 
     def wait_for_server(self) -> None:
         """Waits until it answers."""
 
         def answers() -> bool:
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", self._port), 1).close()
+            with suppress(OSError):  # the port is open before anything answers at it
+                urlopen(f"{self.uri}/health", timeout=60).close()
                 return True
             return False
 
@@ -213,8 +257,7 @@ class Surroundings:
 @contextmanager
 def marked(folder: Path) -> Iterator[None]:
     """Marks all processes that are started in a `with` block, and leaves none of them behind."""
-    os.environ[MARK] = str(folder)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    address, os.environ[MARK] = os.environ.pop("RAY_ADDRESS", None), str(folder)
     try:
         yield
     finally:
@@ -224,6 +267,8 @@ def marked(folder: Path) -> Iterator[None]:
                 process.kill()
         psutil.wait_procs(left, timeout=10)
         del os.environ[MARK]
+        if address:
+            os.environ["RAY_ADDRESS"] = address
 
 
 def _is_marked(process: psutil.Process) -> bool:

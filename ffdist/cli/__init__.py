@@ -1,8 +1,10 @@
 """The commands."""
 
+import os
+
 import click
 
-from ffdist.cli.around import negatives, readout, results, ui
+from ffdist.cli.around import negatives, readout, results, sync, ui
 from ffdist.cli.proof import bench, chaos
 from ffdist.cli.training import baseline, reproduce, train
 from ffdist.cli.using import evaluate, export, plot, predict
@@ -12,6 +14,7 @@ from ffdist.cli.using import evaluate, export, plot, predict
 @click.version_option(package_name="ffdist")
 def main() -> None:
     """Train Forward-Forward networks as a stream over Ray actors."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # its errors are reported here, without its traceback
 
 
 for command in (
@@ -24,6 +27,7 @@ for command in (
     export,
     readout,
     results,
+    sync,
     ui,
     negatives,
     chaos,

@@ -1,12 +1,23 @@
 """The commands around a run: what can be made before it and seen after it."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
 import click
 
-from ffdist.cli.words import database, load, runs_option, told, words_argument
+from ffdist.cli.words import (
+    checkpoint_option,
+    database,
+    find_finished,
+    load,
+    moved_argument,
+    runs_option,
+    told,
+    words_argument,
+)
+from ffdist.config import ConfigError, RunFailed
 from ffdist.sections import Tracking
 
 experiment_option = click.option(
@@ -49,27 +60,62 @@ def show(store: str, picture: Path) -> None:
 
 @click.command()
 @click.argument("run")
+@moved_argument
+@checkpoint_option
 @runs_option
-def readout(run: str, runs: Path) -> None:
-    """Fit a readout to the layers of RUN, a finished run's folder or MLflow run id, until it is converged."""
+def readout(run: str, overrides: tuple[str, ...], checkpoint: str | None, runs: Path) -> None:
+    """Fit a readout to the layers of RUN, a finished run's folder or MLflow run id, until it is converged.
+
+    data.path=NEW or data.root=NEW says where its data is, if that has moved. The error is kept with the run if the
+    checkpoint is the one that the run's own figures belong to.
+    """
     with told():
         from ffdist.offline import fit_readout
 
-        fit_readout(run, runs=runs)
+        fit_readout(find_finished(run, runs, checkpoint, overrides), runs=runs)
+
+
+@click.command()
+@click.argument("run", required=False)
+@runs_option
+def sync(run: str | None, runs: Path) -> None:
+    """Upload what is pending of RUN, a run's folder or MLflow run id, or of all runs in the runs folder.
+
+    It goes to the runs folder's database, or where MLFLOW_TRACKING_URI says. What was rejected is reported with the
+    reason. The exit code is 1 if something is left.
+    """
+    with told():
+        from ffdist.start import find_run
+        from ffdist.tracking.sending import pending_runs, sync
+        from ffdist.tracking.server import tracking_uri
+
+        folders = [find_run(run, runs)] if run else pending_runs(runs)
+        runs = folders[0].parent if run else runs
+        left = 0
+        for line, is_left in sync(folders, tracking_uri(Tracking(), runs), runs):
+            click.echo(line)
+            left += is_left
+        if left:
+            raise RunFailed(f"not everything was uploaded (runs: {left}); run `ffdist sync` again later")
+        if not folders:
+            click.echo(f"nothing is pending in {runs}")
 
 
 @click.command()
 @runs_option
 @experiment_option
 def results(runs: Path, experiment: str) -> None:
-    """Print a table of all finished runs, in Markdown; MLFLOW_TRACKING_URI may name another store."""
+    """Print a table of all finished runs; MLFLOW_TRACKING_URI may name another store.
+
+    It is in Markdown on a terminal, and tab-separated values elsewhere.
+    """
     with told():
-        from ffdist.tracking.results import finished_runs, result_rows, results_table
+        from ffdist.tracking.results import finished_runs, print_results, result_rows
         from ffdist.tracking.server import default_uri, tracking_uri
 
         uri = tracking_uri(Tracking(), runs)
         found = finished_runs(database(runs) if uri == default_uri(runs) else uri, experiment)
-        click.echo(results_table(result_rows(found)))
+        print_results(result_rows(found))
 
 
 @click.command()
@@ -79,11 +125,25 @@ def results(runs: Path, experiment: str) -> None:
 def ui(runs: Path, experiment: str, port: int) -> None:
     """Serve the MLflow UI on the runs folder's database, to this machine only, and say where the runs are in it."""
     with told():
-        from ffdist.tracking.server import runs_page
+        from ffdist.tracking.server import follow_folder, runs_page
 
-        uri = database(runs)
+        uri, port = database(runs), _free_port(port)
+        follow_folder(runs)
         click.echo(f"in some seconds: http://127.0.0.1:{port}{runs_page(uri, experiment)}")
     program = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
     # Eight processes more, which judge language models, take 0.9 GB, and write tracebacks at Ctrl-C.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.execv(sys.executable, program)
+
+
+def _free_port(first: int) -> int:
+    """Returns the first port, from a given one on, that nothing on this machine listens on."""
+    for port in range(first, min(first + 100, 65536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ConfigError(f"no port from {first} on is free; set --port to another")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from ffdist.cli.words import check_writable, load, runs_option, told, words_argument
+from ffdist.cli.words import MARKED_AS_KILLED, check_writable, load, runs_option, told, words_argument
 from ffdist.config import ConfigError, RunFailed
 
 json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="File for the data.")
@@ -19,18 +20,36 @@ seconds_option = click.option("--seconds", default=10.0, show_default=True, help
 @words_argument
 @click.option("--faults", type=click.IntRange(1), default=50, show_default=True, help="How many.")
 @click.option("--seed", default=0, show_default=True, help="Decides their order, victims and moments.")
+@click.option("--kind", "kinds", multiple=True, help="Kind of fault, as the table names it; may be repeated.")
 @click.option("--minutes", type=float, default=40.0, show_default=True, help="When to stop injecting.")
 @json_option
 @click.option("--simulated", type=click.IntRange(1), help="Schedules on simulated parts instead, without CONFIG.")
 def chaos(
-    words: tuple[str, ...], faults: int, seed: int, minutes: float, path: Path | None, simulated: int | None
+    words: tuple[str, ...],
+    faults: int,
+    seed: int,
+    kinds: tuple[str, ...],
+    minutes: float,
+    path: Path | None,
+    simulated: int | None,
 ) -> None:
     """Train CONFIG undisturbed, and again and again with faults, to show that they change nothing.
 
-    All of it runs on this machine, on a Ray cluster of two nodes and with a tracking server of its own.
+    All of it runs on this machine: a tracking server, and a Ray cluster of two nodes. Each node has a network namespace
+    of its own if that is permitted, as it is for root. Other users can try `unshare --map-root-user ffdist chaos ...`.
     """
     with told():
+        check_writable("--json", path)
         if simulated:
+            if words:
+                raise ConfigError(f"--simulated trains nothing and takes no CONFIG (given: {' '.join(words)})")
+            source, options = click.get_current_context().get_parameter_source, ("faults", "kinds", "minutes")
+            if given := [each for each in options if source(each) != ParameterSource.DEFAULT]:
+                given = [f"--{each.replace('kinds', 'kind')}" for each in given]
+                raise ConfigError(
+                    f"--simulated makes its own faults and takes no --faults, --kind or --minutes (given: "
+                    f"{', '.join(given)}); leave them out"
+                )
             from ffdist.chaos.simulation import Broken, simulate
 
             try:
@@ -41,15 +60,16 @@ def chaos(
                 f"{outcome.schedules:,} schedules with {outcome.faults:,} faults in {outcome.seconds:.0f} s: all ended "
                 f"as the one without"
             )
+            _write(path, outcome._asdict())
             return
-        check_writable("--json", path)
         from ffdist.chaos.campaign import Campaign, print_report
 
-        found = Campaign(words, load(words)[0], faults=faults, seed=seed, minutes=minutes).run()
+        config = load(words)[0]
+        found = Campaign(words, config, faults=faults, kinds=kinds, seed=seed, minutes=minutes).run()
         print_report(found)
         _write(path, {"rows": found.rows(), "faults": [fault._asdict() for fault in found.faults]})
-        if not found.unbroken:
-            raise RunFailed("a fault was not survived, or left a trace")
+        if failures := found.failures():
+            raise RunFailed(f"{len(failures)} failures: {'; '.join(failures)}")
 
 
 @click.group()
@@ -120,7 +140,7 @@ def growth(words: tuple[str, ...], units: int, seconds: float, path: Path | None
 @json_option
 def convergence(words: tuple[str, ...], error: float, runs: Path, path: Path | None) -> None:
     """Train CONFIG over Ray and measure the time to a test error, from the start of the process to the end."""
-    with told():
+    with told(MARKED_AS_KILLED):
         check_writable("--json", path)
         config, name = load(words)
         from ffdist.bench.convergence import measure_convergence

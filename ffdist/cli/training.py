@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from ffdist.cli.words import check_writable, load, runs_option, told, words_argument
+from ffdist.cli.words import (
+    MARKED_AS_KILLED,
+    check_writable,
+    checkpoint_option,
+    load,
+    runs_option,
+    told,
+    words_argument,
+)
 from ffdist.config import ConfigError, RunFailed
 
 RUN_OPTIONS = (
@@ -18,6 +26,7 @@ RUN_OPTIONS = (
     click.option("--resume", metavar="RUN", help="Go on with RUN, a folder or MLflow run id, where it stopped."),
     click.option("--resume-from-older", is_flag=True, help="Pass over damaged commits of RUN."),
     click.option("--from", "origin", metavar="RUN", help="Start from the weights of RUN."),
+    checkpoint_option,
 )
 
 
@@ -62,14 +71,15 @@ def train(context: click.Context, /, words: tuple[str, ...], runner: Any, addres
 def reproduce(names: tuple[str, ...], seeds: int, runner: Any, address: str | None, runs: Path) -> None:
     """Train CONFIG after CONFIG, all that are shipped if none is named, and print their figures side by side.
 
-    What the runs folder has of them is not trained again, and what was stopped goes on. Exit code 1 tells that a figure
-    missed its configuration's target.
+    Finished runs in the runs folder are not trained again, and stopped ones are resumed. The table is in Markdown on a
+    terminal, and tab-separated values elsewhere. Exit code 1 tells that a figure missed its configuration's target.
     """
-    with told():
+    with told(MARKED_AS_KILLED):
         from ffdist.reproduce import reproduce as run_them
+        from ffdist.tracking.results import print_results
 
         found = run_them(names, seeds=seeds, runs=runs, runner=runner, address=address or "local")
-        click.echo(found.table)
+        print_results(found.rows)
         if found.missed:
             raise RunFailed(f"a target was missed by {', '.join(found.missed)}")
 
@@ -93,18 +103,24 @@ def _train(
     resume: str | None,
     resume_from_older: bool,
     origin: str | None,
+    checkpoint: str | None,
     **how: Any,
 ) -> None:
-    with told():
+    with told(MARKED_AS_KILLED):
         check_writable("--summary", summary)
         config, name = load(words)
         if resume is not None and origin is not None:
             raise ConfigError(
                 f"a run goes on or starts from another's weights, not both (--resume {resume}, --from {origin})"
             )
+        if checkpoint is not None and origin is None:
+            raise ConfigError(f"--checkpoint belongs to --from RUN, which is not given (--checkpoint {checkpoint})")
+        from ffdist.pipeline.runner import keep_memory
         from ffdist.start import find_run
         from ffdist.trainer import train as run_training
 
+        if how["runner"] != "ray":  # this process trains, and does nothing else
+            keep_memory()
         run = run_training(
             config,
             runs=runs,
@@ -112,6 +128,7 @@ def _train(
             resumed=None if resume is None else find_run(resume, runs, config),
             from_older=resume_from_older,
             origin=None if origin is None else find_run(origin, runs, config),
+            checkpoint=checkpoint,
             **how,
         )
         if summary:

@@ -9,7 +9,7 @@ A shard is written first, its entry after it. Without its entry a shard does not
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -65,8 +65,11 @@ class Store:
             raise NegativesError(f"{uri} holds no negatives; make some by `ffdist negatives make`")
         return cls(uri, manifest["facts"], manifest["config"])
 
-    def check(self) -> None:
-        """Holds what is there, if anything, to what is needed, and makes sure that more can be added.
+    def check(self, shards: Iterable[tuple[int, int]] | None = None) -> None:
+        """Checks that the store is for the negatives that are needed, and that what is missing can be added.
+
+        Args:
+            shards: All that will be read, by epoch and number. If the store has them, it may be read-only.
 
         Raises:
             NegativesError: It cannot be read or written, or is for other negatives.
@@ -77,7 +80,10 @@ class Store:
         if different:
             told = "; ".join(f"{key}: store {there.get(key)!r}, run {needed[key]!r}" for key in different)
             raise NegativesError(f"{self.uri} holds other negatives than this run needs ({told}); set another store")
-        self._folder.check_writable()
+        names = set(self._folder.names())
+        if shards is None or not all(f"{_name(*shard)}.json" in names for shard in shards):
+            self._folder.check_writable()
+            self._folder.remove_stale_parts()
 
     def entries(self) -> Iterator[Entry]:
         """Yields what is known of every whole shard, in order.
@@ -197,5 +203,5 @@ def _name(epoch: int, number: int) -> str:
 def _json(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -1,1 +1,3 @@
 """The Forward-Forward algorithm, with torch alone."""
+
+MOST_CLASSES = 256

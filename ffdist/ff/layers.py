@@ -116,11 +116,23 @@ class Layer(Learner, ABC):
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
-        """Renews the copy of the weights that the products use; due when weights were set or moved from outside.
+        """Updates the copy of the weights that the products use.
 
-        Where the weights ask for a gradient, it finds its way through the copy.
+        It runs by itself after in-place changes and `.to(...)`. Call it after changes that autograd does not see, such
+        as `weight.data.mul_(2)`. Gradients flow through the copy if the weights require them.
         """
         self._compute_weight = self.weight.to(self.compute_dtype).view_as(self.weight)
+        self._copied_version = self._weight_version
+
+    @property
+    def _weight_version(self) -> tuple[int, int]:
+        """Identifies the values of the weights; differs after in-place changes, moves and copies of the module."""
+        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+
+    def _refresh_if_changed(self) -> None:
+        # Tracing replaces weights by symbols, and would record the copy as part of the network.
+        if not torch.compiler.is_compiling() and self._copied_version != self._weight_version:
+            self.refresh()
 
     @property
     def _copy(self) -> Tensor | None:
@@ -143,6 +155,7 @@ class Layer(Learner, ABC):
         """Returns the weight's gradient, summed over rows, from those of the total inputs `[R, H]`."""
 
     def _activity(self, inputs: Tensor) -> Tensor:
+        self._refresh_if_changed()
         return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
 
     def _look(self, activity: Tensor) -> _Look:
@@ -232,6 +245,7 @@ class Layer(Learner, ABC):
             gradient = self._gradient(direction.to(self.compute_dtype), inputs[turn])
             self.ascend(gradient, direction.sum(0), gain=gain, copy=self._copy)
             self._renew()
+            self._copied_version = self._weight_version
 
 
 class Dense(Layer):

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ffdist.ff.layers import Layer
 
+BAND_UNITS = 32
+"""With fewer units a place, a product for each place has so few columns that one for each row of places is faster."""
+
 
 @dataclass(frozen=True)
 class Map:
@@ -48,24 +51,26 @@ class Fields:
 
     def fit(self, below: Map) -> bool:
         """Says whether every field has a part of the map in it."""
+        ends = 0, (self.grid - 1) * self.stride  # the fields between them fit if these do, and may be very many
         return all(
             start < size and start + self.field > 0
             for size in (below.height, below.width)
-            for start in self.starts(size)
+            for start in ((size - self.covered) // 2 + end for end in ends)
         )
 
     def above(self) -> Map:
         """Returns the map that the layer makes."""
         return Map(self.grid, self.grid, self.units)
 
+    def band_weights(self, below: Map, shared: int) -> int:
+        """Returns the weights of a layer that computes band by band, with zeros between the fields; 0 of others."""
+        line = self.covered * below.depth + shared
+        return self.grid**2 * self.units * self.field * line if self.units < BAND_UNITS else 0
+
     @property
     def covered(self) -> int:
         """Side of the square that all fields together cover, in values of the map."""
         return (self.grid - 1) * self.stride + self.field
-
-
-BAND_UNITS = 32
-"""With fewer units a place, a product for each place has so few columns that one for each row of places is faster."""
 
 
 class Local(Layer):

@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,9 @@ from torch import Tensor
 
 from ffdist.ff.keyed import generator
 
+COUNTED = 10_000
+"""Images that the mean and deviation of normal noise are computed from."""
+
 
 class TrainingSet(NamedTuple):
     """What negatives are made from."""
@@ -35,10 +38,16 @@ class TrainingSet(NamedTuple):
     labels: Tensor
     """int64 `[N]`, in [0, classes)."""
     classes: int
+    """Number of classes; some may have no sample here."""
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
     seed: int
     """The run's, for draws that are the same in every epoch."""
+
+    @property
+    def trained(self) -> Tensor:
+        """The classes that have samples, ascending `[T]`; a label of another would be told from them by itself."""
+        return torch.bincount(self.labels, minlength=self.classes).nonzero().flatten()
 
 
 class NegativesError(ValueError):
@@ -46,12 +55,12 @@ class NegativesError(ValueError):
 
 
 def wrong_label(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Draws a wrong class for every sample, each of the C - 1 equally likely: `[n]`.
+    """Draws a wrong class for every sample, each of the T - 1 that have samples equally likely: `[n]`.
 
-    Shuffling the labels would show the true one in a case of C.
+    Shuffling the labels would show the true one in a case of T.
     """
-    step = torch.randint(1, data.classes, samples.shape, generator=draw)
-    return (data.labels[samples] + step) % data.classes
+    step = torch.randint(1, len(data.trained), samples.shape, generator=draw)
+    return _shifted(data, samples, step)
 
 
 def fixed(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
@@ -61,8 +70,14 @@ def fixed(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def all_wrong(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Returns every wrong class of every sample: `[n, C - 1]`."""
-    return (data.labels[samples].unsqueeze(1) + torch.arange(1, data.classes)) % data.classes
+    """Returns every wrong class of every sample, of the T that have samples: `[n, T - 1]`."""
+    return _shifted(data, samples.unsqueeze(1), torch.arange(1, len(data.trained)))
+
+
+def _shifted(data: TrainingSet, samples: Tensor, step: Tensor) -> Tensor:
+    """Returns the class that is `step` after each sample's, of those that have samples."""
+    trained = data.trained
+    return trained[(torch.searchsorted(trained, data.labels[samples]) + step) % len(trained)]
 
 
 def hybrid(
@@ -126,7 +141,10 @@ def noise(data: TrainingSet, samples: Tensor, draw: torch.Generator, *, distribu
     if distribution == "uniform":
         return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=draw)
     if distribution == "normal":
-        some = data.images[:10_000].to(torch.int32)  # whole numbers: their sums do not depend on torch's threads
+        some = data.images
+        if len(some) > COUNTED:  # not the first ones, which may be of one class
+            some = some[torch.randperm(len(some), generator=generator(data.seed, "noise"))[:COUNTED]]
+        some = some.to(torch.int32)  # whole numbers: their sums do not depend on torch's threads
         mean = some.sum().item() / some.numel()
         deviation = math.sqrt(some.square().sum().item() / some.numel() - mean**2)
         return (torch.randn(shape, generator=draw) * deviation + mean).round_().clamp_(0, 255).to(torch.uint8)
@@ -187,13 +205,18 @@ def _import(name: str) -> Callable[..., Tensor]:
     module, colon, function = name.partition(":")
     if not colon:
         raise NegativesError(f"is none of {', '.join(KINDS)}, nor package.module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a module beside the user, as `python -m` would find it
+    folder = str(Path.cwd())
+    added = folder not in sys.path
+    if added:
+        sys.path.append(folder)  # after installed packages, which files of the same name must not replace
     try:
         found: Callable[..., Tensor] = getattr(import_module(module), function)
         inspect.signature(found)
     except Exception as error:  # whatever a module of one's own may raise
         raise NegativesError(f"cannot be imported as a function ({type(error).__name__}: {error})") from error
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
     return found
 
 
@@ -230,18 +253,19 @@ def make_checked(
     return made
 
 
-def draw_wrong_labels(logits: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
+def draw_wrong_labels(logits: Tensor, labels: Tensor, draw: torch.Generator, untrained: Sequence[int] = ()) -> Tensor:
     """Draws each sample's wrong label from what a classifier takes it for (Hinton 2022, section 3.3).
 
     Args:
         logits: `[B, C]`.
         labels: True labels `[B]`, which are never drawn.
         draw: Source of the draws.
+        untrained: Classes without training samples, which are never drawn either.
 
     Returns:
-        Labels `[B]`, int64, from the softmax over the C - 1 wrong classes.
+        Labels `[B]`, int64, from the softmax over the wrong classes.
     """
-    wrong = (
-        logits.scatter(1, labels.unsqueeze(1), -torch.inf).softmax(1).nan_to_num(1.0)
-    )  # a run that has NaNs is stopped elsewhere
+    possible = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    possible[:, list(untrained)] = -torch.inf
+    wrong = possible.softmax(1).nan_to_num(1.0)  # a run that has NaNs is stopped elsewhere
     return torch.multinomial(wrong, 1, generator=draw).squeeze(1)

@@ -1,13 +1,14 @@
 """The whole network: what it is made of, and how it predicts, with torch alone."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ffdist.ff import MOST_CLASSES
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.goodness import NORMALIZATIONS, squared_length
 from ffdist.ff.keyed import generator
@@ -50,13 +51,18 @@ class Architecture:
     readout_update: Update = READOUT_UPDATE
     precision: str = "float32"
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
+    untrained: tuple[int, ...] = ()
+    """Classes without training samples, whose labels are never tried."""
 
     def __post_init__(self) -> None:
         """Holds what must fit together to its rule.
 
         Raises:
-            ValueError: No layer is left to predict from, a local one has nothing to read, or a label cannot be shown.
+            ValueError: There is no layer, none is left to predict from, a local one has nothing to read, a label cannot
+                be shown, or there are too many classes.
         """
+        if not self.layers:
+            raise ValueError("layers must name at least one layer (layers: ())")
         is_local = [isinstance(layer, Fields) for layer in self.layers]
         if self.label == "everywhere" and not is_local[0]:
             raise ValueError("label=everywhere shows the label to each field, and the first layer has none; append it")
@@ -81,6 +87,12 @@ class Architecture:
             )
         if self.label not in (*LABELS, "none"):
             raise ValueError(f"label must be one of {', '.join(LABELS)}, none (label: {self.label})")
+        if not 1 <= self.classes <= MOST_CLASSES:
+            raise ValueError(f"classes must be from 1 to {MOST_CLASSES} (classes: {self.classes})")
+        if not set(self.untrained) < set(range(self.classes)):
+            raise ValueError(f"untrained must be some of the {self.classes} classes (untrained: {self.untrained})")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16 (precision: {self.precision})")
         if len(self.thresholds) not in (0, len(self.layers)):
             raise ValueError(
                 f"all of the {len(self.layers)} layers have a threshold, or none (given: {self.thresholds})"
@@ -108,6 +120,11 @@ class Architecture:
         return self.labels_shown and self.learned_goodness
 
     @property
+    def tried(self) -> list[int]:
+        """Labels that are tried when it predicts by goodness, T of the C classes."""
+        return [label for label in range(self.classes) if label not in self.untrained]
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Width of the input rows, then of each layer's output."""
         shown = self.classes if self.label in ("append", "everywhere") else 0
@@ -120,6 +137,27 @@ class Architecture:
     def weights(self) -> tuple[int, ...]:
         """Number of weights of each layer."""
         return tuple(units * self.fan_in(index) for index, units in enumerate(self.widths[1:]))
+
+    @property
+    def state_bytes(self) -> tuple[int, ...]:
+        """Bytes of the parameters and optimizer state of each layer, and then of the readout."""
+        units, readout = self.widths[1:], self.classes * (1 + sum(self.widths[self.predict_from :]))
+        values = [
+            self.rule.update.num_values(weights + count) + count  # with each unit's mean activity
+            for weights, count in zip(self.weights, units, strict=True)
+        ]
+        return tuple(torch.float32.itemsize * each for each in (*values, self.readout_update.num_values(readout)))
+
+    @property
+    def copy_bytes(self) -> tuple[int, ...]:
+        """Bytes of the copy of the weights that each layer computes with, where it is one."""
+        copies = []
+        for index, layer in enumerate(self.layers):
+            below, size = self.map_below(index), self.weights[index] * (self.compute_dtype != torch.float32)
+            if isinstance(layer, Fields) and below:
+                size = layer.band_weights(below, self.widths[index] - below.values) or size
+            copies.append(size * self.compute_dtype.itemsize)
+        return tuple(copies)
 
     def fan_in(self, index: int) -> int:
         """Returns how many values each unit of layer `index`, counted from 0, reads."""
@@ -172,9 +210,17 @@ class Architecture:
         return NORMALIZATIONS[self.rule.normalization](rows, squared_length(rows)).to(self.compute_dtype)
 
     def claiming_rows(self, images: Tensor) -> Tensor:
-        """Turns images `[N, D]` into rows with every label, in their order `[N, C, D']`."""
-        labels = torch.arange(self.classes, device=images.device).expand(len(images), -1)
+        """Turns images `[N, D]` into rows with every label that is tried, in their order `[N, T, D']`."""
+        labels = torch.tensor(self.tried, device=images.device).expand(len(images), -1)
         return self.rows(images.unsqueeze(1), one_hot(labels, self.classes))
+
+    def by_class(self, goodness: Tensor) -> Tensor:
+        """Returns the goodness of every class `[..., C]` from that of the labels tried `[..., T]`; of others -inf."""
+        if not self.untrained or not goodness.shape[-1]:
+            return goodness
+        every = goodness.new_full((*goodness.shape[:-1], self.classes), -torch.inf)
+        every[..., self.tried] = goodness
+        return every
 
     def neutral_rows(self, images: Tensor) -> Tensor:
         """Turns images `[..., D]` into the rows that the readout's pass reads: with the neutral label, or none."""
@@ -187,7 +233,8 @@ class Prediction(NamedTuple):
     probabilities: Tensor
     """The readout's, from one neutral pass `[B, C]`."""
     goodness: Tensor
-    """Each layer's goodness for every label tried `[L, B, C]`; `[L, B, 0]` where it does not predict."""
+    """Each layer's goodness for every label `[L, B, C]`, -inf for one that is not tried; `[L, B, 0]` where it does not
+    predict."""
     label: Tensor
     """The label of the greatest goodness, summed over the predicting layers; else the readout's `[B]`."""
 
@@ -204,6 +251,29 @@ class Network(nn.Module):
         self.architecture = architecture
         self.layers = nn.ModuleList(architecture.layer(index) for index in range(len(architecture.layers)))
         self.readout = architecture.readout()
+
+    @classmethod
+    def for_inference(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> "Network":
+        """Builds a network that cannot be trained around weights, which are not copied.
+
+        It draws no initial weights and has no optimizer state, so that it takes little memory beside the weights.
+
+        Args:
+            architecture: What to build.
+            tensors: `layers.0.weight`, `layers.0.bias`, ..., `readout.bias`; others are ignored.
+
+        Raises:
+            KeyError: One is missing.
+            RuntimeError: One has another shape.
+        """
+        with torch.device("meta"):
+            network = cls(architecture)
+        weights = {name: tensors[name] for name, _ in network.named_parameters()}
+        network.load_state_dict(weights, strict=False, assign=True)
+        for module in network.modules():
+            for name in [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]:
+                delattr(module, name)
+        return network
 
     def read(self, rows: Tensor) -> list[Tensor]:
         """Returns what the readout reads of neutral rows `[B, D]`, each layer's normalized activities `[B, H]`."""
@@ -233,7 +303,7 @@ class Network(nn.Module):
             images: uint8 `[B, D]`; they are taken some at a time.
             watched: Takes the parts and yields them, such as to show how far it is.
         """
-        parts = torch.split(images, max(1, ROWS // self.architecture.classes))
+        parts = torch.split(images, max(1, ROWS // len(self.architecture.tried)))
         probabilities, goodness, label = zip(*map(self._predict, watched(parts)), strict=True)
         return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
 
@@ -243,5 +313,5 @@ class Network(nn.Module):
         if not architecture.goodness_predicts:
             none = probabilities.new_empty(len(self.layers), len(images), 0)
             return Prediction(probabilities, none, probabilities.argmax(-1))
-        by_layer = self.goodness(architecture.claiming_rows(images))
+        by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(images)))
         return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))

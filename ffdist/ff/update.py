@@ -32,6 +32,12 @@ class Update:
     optimizer: str = "release"
     """A key of `OPTIMIZERS`."""
 
+    def num_values(self, parameters: int) -> int:
+        """Returns the values of a weight and a bias of so many parameters together, optimizer state included."""
+        slots = OPTIMIZERS[self.optimizer].slots
+        steps = slots.count("steps")
+        return parameters * (1 + len(slots) - steps) + 2 * steps
+
 
 LAYER_UPDATE = Update(learning_rate=0.01, weight_decay=0.001)
 """A layer's, in the paper's released code."""

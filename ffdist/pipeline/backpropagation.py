@@ -12,6 +12,7 @@ from ffdist.ff.layers import METRICS, Layer
 from ffdist.ff.network import Network
 from ffdist.ff.update import Learner
 from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.hardware import read_hardware
 from ffdist.pipeline.runner import Evaluated, Result, Trained
 from ffdist.pipeline.schedule import Evaluate, Order, Train
 from ffdist.pipeline.source import Source
@@ -37,6 +38,7 @@ class Backpropagation:
         self._network = Network(architecture).to(blueprint.device)
         self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
         self._device = blueprint.device
+        self.hardware = {"network": read_hardware(blueprint.device)}
         self._refresh()
         data = blueprint.negatives, blueprint.jitter, images, labels
         self._source = Source(architecture, blueprint.order, blueprint.device, *data)

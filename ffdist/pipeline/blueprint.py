@@ -1,17 +1,18 @@
 """What decides the parts of a run, and how much travels between them at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from typing import Any, Literal, NamedTuple
 
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
-from ffdist.ff.update import OPTIMIZERS
 from ffdist.pipeline.schedule import EVALUATION_ROWS, evaluation_block
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
-FLOAT32_BYTES = 4
+LABEL_BYTES = 8
+UNWRITTEN = 2
+"""Most snapshots that are taken and not yet written."""
 SPARE = 3
 """Chunks under way beside one for each stage: in the readout, and on their way."""
 CHUNK, CHUNK_S, CHUNK_BYTES = 20, 0.35, 2**25
@@ -66,35 +67,53 @@ class Blueprint(NamedTuple):
         """
         delay, busy = self.negatives.prediction_delay, len(self.stage_layers) + SPARE
         wanted = round(CHUNK_S / minibatch_s) if minibatch_s else CHUNK
-        limits = most or wanted, delay // busy if delay else wanted, CHUNK_BYTES // self._minibatch_bytes
+        limits = (
+            most or wanted,
+            delay // busy if delay else wanted,
+            CHUNK_BYTES // max(self.bytes_out(layers) for layers in self.stage_layers),
+        )
         size = max(1, min(wanted, *limits)) if chunk_size == "auto" else chunk_size
         size, window = min(size, self.order.minibatches), busy if max_in_flight == "auto" else max_in_flight
         # No order waits for labels that are drawn in one under way.
         return self._replace(chunk_size=size, max_in_flight=min(window, delay // size) if delay else window)
 
-    @property
-    def _minibatch_bytes(self) -> int:
-        """Bytes of the largest message between stages, for each minibatch in it."""
-        architecture, rows = self.architecture, self.negatives.per_sample + self.architecture.labels_shown
-        return self.order.batch_size * rows * max(architecture.widths[1:]) * architecture.compute_dtype.itemsize
+    def bytes_out(self, layers: Sequence[int]) -> int:
+        """Returns the bytes of a minibatch that a stage passes on: to the next one, and to the readout."""
+        architecture, last = self.architecture, layers[-1]
+        is_last = last + 1 == len(architecture.layers)
+        rows = self.negatives.per_sample + architecture.labels_shown
+        values = 0 if is_last else rows * architecture.widths[1 + last]
+        values += sum(architecture.widths[1 + layer] for layer in layers if self._is_read(layer, layers))
+        return values * self.order.batch_size * architecture.compute_dtype.itemsize
+
+    def _is_read(self, layer: int, layers: Sequence[int]) -> bool:
+        """Says whether the rows that the readout reads leave a stage above one of its layers."""
+        goes_on = layer == layers[-1] and layer + 1 < len(self.architecture.layers)
+        return goes_on or layer + 1 >= self.architecture.predict_from
 
     @property
     def bytes_in_flight(self) -> int:
-        """Bound of what messages and states take while all orders of the window are under way; two may be snapshots."""
+        """Upper bound of the messages and states in the object store while the window is full, with two snapshots."""
         architecture, order, negatives = self.architecture, self.order, self.negatives
-        samples = order.batch_size * self.chunk_size, evaluation_block(architecture)
-        signals = samples[0] * (negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS - samples[1]
+        chunk, block = order.batch_size * self.chunk_size, evaluation_block(architecture)
+        signals = chunk * (negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS - block
+        read = [layer for layers in self.stage_layers for layer in layers if self._is_read(layer, layers)]
+        read_values = sum(architecture.widths[1 + layer] for layer in read)
+        widest = max((architecture.widths[1 + layers[-1]] for layers in self.stage_layers[:-1]), default=0)
         # What the readout reads waits for the last layer; the signal is in two places at most.
-        values = (
-            read * sum(architecture.widths[1:]) + 2 * signal * max(architecture.widths[1:])
-            for read, signal in zip(samples, signals, strict=True)
+        values = max(
+            samples * read_values + 2 * signal * widest for samples, signal in zip((chunk, block), signals, strict=True)
         )
-        messages = self.max_in_flight * max(values) * architecture.compute_dtype.itemsize
-        ahead = (self.max_in_flight + negatives.ahead) * samples[0]
+        messages = self.max_in_flight * values * architecture.compute_dtype.itemsize
+        ahead = (self.max_in_flight + negatives.ahead) * chunk
         made = (ahead + 2 * min(SHARD_SAMPLES, order.samples)) * negatives.sample_bytes  # whole shards at both ends
-        kept = 1 + len(OPTIMIZERS[architecture.rule.update.optimizer].slots)
-        states = min(2, self.max_in_flight) * kept * FLOAT32_BYTES * sum(architecture.weights)
-        return messages + made + states
+        drawn = LABEL_BYTES * (order.samples + order.batch_size * (negatives.prediction_delay or 0))
+        return messages + made + drawn + UNWRITTEN * self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of everything that layers and readout keep, as a snapshot takes it."""
+        return sum(self.architecture.state_bytes)
 
     def assemble(self, make: Callable[..., Any], images: Any, labels: Any, writer: Any) -> Parts:
         """Makes all parts: the stages in order, the readout, the negatives.

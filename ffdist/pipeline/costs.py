@@ -1,23 +1,26 @@
 """What the parts of a run cost on this machine, and the throughput to expect from that."""
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import fmean, median
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ffdist.data.order import SHARD_SAMPLES
+from ffdist.data.order import SampleOrder
+from ffdist.ff.keyed import generator
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.partition import given_partition
-from ffdist.pipeline.runner import Trained, serial_runner, torch_threads
+from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.schedule import Train
-from ffdist.pipeline.source import NegativeSource
+from ffdist.pipeline.source import NegativeSource, Shard
+from ffdist.pipeline.stage import ReadoutStage, Stage
 
-SIZE, LEAST, MOST, ENOUGH_S = {"cpu": 4, "cuda": 40}, 3, 16, 1.0
-"""Minibatches of a chunk that is measured, fewest and most chunks, and when the fewest are enough."""
+SIZE = {"cpu": 1, "cuda": 40}
+"""Minibatches of a chunk that is measured; on a GPU, enough for copies to overlap with computation."""
+MOST, PART_S, LIMIT_S = 64, 0.25, 10.0
+"""Most chunks of a part, the time after which a part is done, and the time after which no other layer is begun."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
 """Processor time of an actor's call, in all processes of driver and Ray, and of a byte that goes from one actor to the
 next; measured with Ray 2.60."""
@@ -34,51 +37,113 @@ class Costs(NamedTuple):
     """Where layers and readout were."""
 
 
-def measure_costs(
-    blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, *, threads: int, side_by_side: int
-) -> Costs:
-    """Trains networks like the run's for about a second, and forgets them.
+class Sample(NamedTuple):
+    """A few minibatches of a run on which its layers are measured, small enough to send to another process."""
+
+    blueprint: Blueprint
+    images: Tensor
+    """uint8 `[n, D]`."""
+    labels: Tensor
+    """`[n]`, int64."""
+    negatives: Tensor
+    """As the kind returns them `[n, ...]`."""
+    negatives_s: float
+    """Time that those of a minibatch took."""
+
+
+def draw_sample(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Sample:
+    """Returns the first samples of a training set, with negatives that are measured as they are made.
 
     Args:
-        blueprint: Of the run, however its layers are cut into stages.
+        blueprint: Of the run, whatever its stages.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
-        threads: torch's threads, for each network.
-        side_by_side: Networks at a time; as many as parts will compute at once, because cores share memory and power.
     """
-    with torch_threads(threads), ThreadPoolExecutor(side_by_side) as pool:
-        found = list(pool.map(lambda _: _measure_one(blueprint, images, labels), range(side_by_side)))
-    layers = [fmean(each) for each in zip(*(costs.layers for costs in found), strict=True)]
-    readout, negatives = (fmean(getattr(costs, part) for costs in found) for part in ("readout", "negatives"))
-    return Costs(layers, readout, negatives, blueprint.device)
+    order, plan = blueprint.order, replace(blueprint.negatives, store=None)
+    source = NegativeSource(plan, images, labels, blueprint.architecture, order)
+    since = time.thread_time()
+    negatives = source.make(0, 0).negatives
+    negatives_s = (time.thread_time() - since) * order.batch_size / len(negatives)
+    count = order.batch_size * min(SIZE[blueprint.device], order.minibatches)
+    blueprint = blueprint._replace(order=SampleOrder(order.seed, count, order.batch_size), negatives=plan)
+    negatives = negatives[torch.arange(count) % len(negatives)]
+    # Cloned, because a view is sent with all that it is a view of.
+    return Sample(blueprint, images["train"][:count].clone(), labels[:count].clone(), negatives, negatives_s)
 
 
-def _measure_one(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Costs:
-    order, one_each = blueprint.order, given_partition([1] * len(blueprint.architecture.layers))
-    alone = blueprint._replace(stage_layers=one_each, negatives=replace(blueprint.negatives, store=None))
-    size = min(SIZE[blueprint.device], order.minibatches)
-    of_epoch = order.minibatches // size
-    places = (divmod(number, of_epoch) for number in range(max(LEAST, min(MOST, of_epoch))))
-    chunks = [Train(epoch, size * part, size, epoch * order.minibatches + size * part, 1.0) for epoch, part in places]
-    took: list[list[float]] = []  # of each chunk the layers, and the readout
-    runner = serial_runner(alone, images, labels, None)
-    start = since = time.perf_counter()
-    worked_since = time.thread_time()
-    for _, trained in runner.run(chunks, chunks):
-        assert isinstance(trained, Trained)
-        now, worked = time.perf_counter(), time.thread_time()
+def measure_costs(sample: Sample, threads: int) -> Costs:
+    """Trains each layer by itself, and then the readout, on a few minibatches, and forgets them.
+
+    Only one layer is in memory at a time. Layers of the same shape are measured once. Layers whose turn does not come
+    within LIMIT_S are estimated by their weights.
+
+    Args:
+        sample: Of the run.
+        threads: torch's threads.
+    """
+    blueprint, of_shape = sample.blueprint, dict[Any, float]()
+    architecture, deadline = blueprint.architecture, time.monotonic() + LIMIT_S
+    layers = list[float | None]()
+    with torch_threads(threads):
+        for index, layer in enumerate(architecture.layers):
+            shape = architecture.widths[index], layer, architecture.map_below(index), index == 0
+            if shape not in of_shape and (not index or time.monotonic() < deadline):
+                of_shape[shape] = _layer_s(sample, index)
+            layers.append(of_shape.get(shape))
+        readout = _readout_s(sample)
+        if blueprint.device != "cpu":
+            torch.cuda.empty_cache()
+    known = [index for index, cost in enumerate(layers) if cost is not None]
+    weight_s = sum(layers[index] or 0.0 for index in known) / sum(architecture.weights[index] for index in known)
+    guesses = (weight_s * weights for weights in architecture.weights)
+    filled = [guess if cost is None else cost for cost, guess in zip(layers, guesses, strict=True)]
+    return Costs(filled, readout, sample.negatives_s, blueprint.device)
+
+
+def _layer_s(sample: Sample, index: int) -> float:
+    blueprint = sample.blueprint
+    architecture, order, device = blueprint.architecture, blueprint.order, blueprint.device
+    data: tuple[Any, ...] = ()
+    if index == 0:
+        data = blueprint.negatives, blueprint.jitter, {"train": sample.images}, sample.labels
+        message: tuple[Any, ...] = (Shard(0, sample.negatives, 0.0, 0.0),)
+    else:
+        width = architecture.widths[index]
+        rows = order.batch_size * (blueprint.negatives.per_sample + architecture.labels_shown)
+        message = _values(blueprint, rows, width), _values(blueprint, order.batch_size, width)
+    stage = Stage(architecture, range(index, index + 1), order, blueprint.measure_every, device, *data)
+    return _minibatch_s(lambda chunk: stage.train(chunk, *message)[0], blueprint)
+
+
+def _readout_s(sample: Sample) -> float:
+    blueprint, labels = sample.blueprint, sample.labels
+    architecture, order = blueprint.architecture, blueprint.order
+    draws = bool(blueprint.negatives.prediction_delay)
+    readout = ReadoutStage(architecture, labels, order, draws, blueprint.device)
+    widths = architecture.widths[architecture.predict_from :]
+    read = [_values(blueprint, order.batch_size, width) for width in widths]
+    return _minibatch_s(lambda chunk: readout.train(chunk, *read)[0], blueprint)
+
+
+def _values(blueprint: Blueprint, rows: int, width: int) -> Tensor:
+    """Returns numbers in place of activities, for every minibatch of the sample `[K, rows, width]`."""
+    draw = generator(blueprint.order.seed, "costs")
+    values = torch.rand(blueprint.order.minibatches, rows, width, generator=draw)
+    return values.to(blueprint.architecture.compute_dtype)
+
+
+def _minibatch_s(train: Callable[[Train], Any], blueprint: Blueprint) -> float:
+    """Returns the time of a minibatch of a part, of whose chunks `train` returns the report."""
+    size, took, start = blueprint.order.minibatches, list[float](), time.perf_counter()
+    for number in range(MOST):
+        since, worked_since = time.perf_counter(), time.thread_time()
+        report = train(Train(number, 0, size, number * size, 1.0))
         # Of the time on a processor: others, such as a Ray that starts, take turns with this thread.
-        share = (worked - worked_since) / (now - since) if blueprint.device == "cpu" else 1.0
-        took.append([share * report.compute_s for report in (*trained.stages, trained.readout)])
-        since, worked_since = now, worked
-        if len(took) >= LEAST and now - start > ENOUGH_S:
+        worked, elapsed = time.thread_time() - worked_since, time.perf_counter() - since
+        took.append(report.compute_s / size * (worked / elapsed if blueprint.device == "cpu" else 1.0))
+        if time.perf_counter() - start > PART_S:
             break
-    *layers, readout = (median(each) / size for each in zip(*(took[1:] or took), strict=True))  # the first warms up
-    source = NegativeSource(alone.negatives, images, labels, blueprint.architecture, order)
-    worked_since = time.thread_time()
-    source.make(0, 0)
-    negatives = (time.thread_time() - worked_since) * order.batch_size / min(SHARD_SAMPLES, order.samples)
-    return Costs(layers, readout, negatives, blueprint.device)
+    return median(took[1:] or took)  # the first warms up
 
 
 def slowest_stage_s(costs: Costs, stage_layers: Sequence[Sequence[int]]) -> float:
@@ -98,7 +163,7 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
     trained_s = sum(costs.layers) + costs.readout
     if processors is None:
         return batch / (trained_s + costs.negatives)
-    travels_s = [BYTE_S * _bytes_out(blueprint, layers) for layers in stages]
+    travels_s = [BYTE_S * blueprint.bytes_out(layers) for layers in stages]
     if costs.device == "cpu":
         shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(travels_s)
         return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
@@ -106,12 +171,3 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
     packed_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, travels_s, strict=True))
     negatives_s = costs.negatives / blueprint.negatives.num_parts
     return batch / max(packed_s + call_s, trained_s / processors, negatives_s)
-
-
-def _bytes_out(blueprint: Blueprint, layers: Sequence[int]) -> int:
-    """Returns the bytes that a stage hands on of a minibatch: the signal to the next, and what the readout reads."""
-    architecture, is_last = blueprint.architecture, layers[-1] + 1 == len(blueprint.architecture.layers)
-    rows = blueprint.negatives.per_sample + architecture.labels_shown
-    values = 0 if is_last else rows * architecture.widths[1 + layers[-1]]
-    values += sum(architecture.widths[1 + layer] for layer in layers if layer >= architecture.predict_from - 1)
-    return values * blueprint.order.batch_size * architecture.compute_dtype.itemsize

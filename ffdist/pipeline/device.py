@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,15 +24,16 @@ class Way(NamedTuple):
 
 Step = Callable[[Sequence[Tensor], Way], Sequence[Tensor]]
 """Trains on the parts of a minibatch, where the weights live, and returns tensors there."""
-Take = Callable[[Sequence[Tensor], Sequence[Way]], list[Tensor]]
-"""Takes the steps of a chunk, as `one_by_one` does."""
+Take = Callable[[Step, Sequence[Tensor], Sequence[Way]], list[Tensor]]
+"""Takes the steps of a chunk, as `one_by_one` does. The step is an argument of the call: if it were kept here, stages
+and what takes their steps would be reference cycles, and GPU memory would wait for the garbage collector."""
 Captured = tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Sequence[Tensor]]
 """A graph, the parts that it reads, and what it makes of them."""
 
 
-def taking(step: Step, device: str, *, made_there: bool = False) -> Take:
+def taking(device: str, *, made_there: bool = False) -> Take:
     """Returns how steps are best taken on a device; arguments are those of `Overlapped`."""
-    return partial(one_by_one, step) if device == "cpu" else Overlapped(step, device, made_there=made_there)
+    return one_by_one if device == "cpu" else Overlapped(device, made_there=made_there)
 
 
 def one_by_one(step: Step, parts: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
@@ -55,37 +55,37 @@ class Graphs:
     """Takes steps as CUDA graphs: one launch, whatever the number of kernels in it. Elsewhere, takes them directly.
 
     The first step of each way is taken directly, which warms up what must not be initialized during a capture.
-
-    Args:
-        step: To take; it must not wait for the device.
     """
 
-    def __init__(self, step: Step) -> None:
-        self._step = step
+    def __init__(self) -> None:
         self._captured: dict[Way, Captured | None] = {}
 
-    def __call__(self, parts: Sequence[Tensor], way: Way) -> Sequence[Tensor]:
-        """Returns what the step makes, which the next one may overwrite."""
+    def __call__(self, step: Step, parts: Sequence[Tensor], way: Way) -> Sequence[Tensor]:
+        """Takes a step, which must be the same at every call and must not wait for the device.
+
+        Returns:
+            What it makes, which the next one may overwrite.
+        """
         if parts[0].device.type != "cuda":
-            return self._step(parts, way)
+            return step(parts, way)
         if way not in self._captured:
             if len(self._captured) == MOST_WAYS:
                 torch.cuda.synchronize()
                 self._captured.clear()  # of past epochs, with the memory that they hold
             self._captured[way] = None
-            return self._step(parts, way)
-        graph, places, made = self._captured[way] or self._capture(parts, way)
+            return step(parts, way)
+        graph, places, made = self._captured[way] or self._capture(step, parts, way)
         for place, part in zip(places, parts, strict=True):
             place.copy_(part)
         graph.replay()
         return made
 
-    def _capture(self, parts: Sequence[Tensor], way: Way) -> Captured:
+    def _capture(self, step: Step, parts: Sequence[Tensor], way: Way) -> Captured:
         graph, places, collects = torch.cuda.CUDAGraph(), [part.clone() for part in parts], gc.isenabled()
         gc.disable()  # garbage may hold other graphs, and to free one would spoil the capture
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever else this process does there
-                captured = self._captured[way] = graph, places, self._step(places, way)
+                captured = self._captured[way] = graph, places, step(places, way)
         finally:
             if collects:
                 gc.enable()
@@ -96,24 +96,21 @@ class Overlapped:
     """Takes steps on a GPU, while what the next ones read is copied there on a stream of its own.
 
     Args:
-        step: To take.
         device: Where, as torch names it.
         made_there: Whether parts are on the device already, where they were made, or come from main memory.
     """
 
-    def __init__(self, step: Step, device: str, *, made_there: bool) -> None:
+    def __init__(self, device: str, *, made_there: bool) -> None:
         self._device, self._made_there, self._is_cuda = device, made_there, device.startswith("cuda")
         self._of_device = torch.get_device_module(device)
-        self._coming, self._steps = self._of_device.Stream(), Graphs(step)
-        if self._is_cuda:  # sums of bfloat16 products are float32, also where a product is split
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self._coming, self._steps = self._of_device.Stream(), Graphs()
 
-    def __call__(self, parts: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
+    def __call__(self, step: Step, parts: Sequence[Tensor], ways: Sequence[Way]) -> list[Tensor]:
         """Takes and returns what `one_by_one` does."""
         places = list[Tensor]()
         coming = zip(*parts, strict=True) if self._made_there else self._arriving(parts)
         for number, (minibatch, way) in enumerate(zip(coming, ways, strict=True)):
-            made = self._steps(minibatch, way)
+            made = self._steps(step, minibatch, way)
             places = places or [each.new_empty((len(ways), *each.shape)) for each in made]
             for place, each in zip(places, made, strict=True):
                 place[number].copy_(each)

@@ -6,7 +6,7 @@ negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import cycle, islice
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ffdist.pipeline.blueprint import Blueprint, Parts
+from ffdist.pipeline.hardware import Hardware, hardware_of_parts, read_hardware
 from ffdist.pipeline.schedule import Evaluate, Order, Snapshot, Train
 from ffdist.pipeline.stage import Report, State, layer_name
 
@@ -33,8 +34,11 @@ class Call(Protocol):
 class Collect(Protocol):
     """Turns what calls returned into results."""
 
-    def __call__(self, returned: list[Any], wait: bool = True) -> Any:
-        """Returns the results in order; without waiting, None where one of them is not there yet."""
+    def __call__(self, returned: list[Any], wait: bool = True, upstream: Sequence[Any] = ()) -> Any:
+        """Returns the results in order; without waiting, None where one of them is not there yet.
+
+        `upstream` has what other calls returned that these may depend on, so that a stuck actor can be named.
+        """
 
 
 class Trained(NamedTuple):
@@ -66,13 +70,24 @@ class Runner:
         parts: Plain objects, or actors that hold them.
         call: Has a part run a method; returns what it returned, or references to that.
         collect: Turns references into what they stand for; without waiting, None where that is not there yet.
+        hardware: Of each layer, the readout and the negative actors, as `hardware_of_parts` returns it.
     """
 
-    def __init__(self, blueprint: Blueprint, parts: Parts, *, call: Call, collect: Collect) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        parts: Parts,
+        *,
+        call: Call,
+        collect: Collect,
+        hardware: dict[str, Hardware] | None = None,
+    ) -> None:
         self.blueprint, self._parts, self._call, self._collect = blueprint, parts, call, collect
+        self.hardware = hardware or {}
         self._makers = cycle(parts.negatives)
         self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number, asked for and still to be used
         self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch, still to be delivered
+        self._in_flight: deque[tuple[Order, list[Any]]] = deque()
 
     def restore(self, state: State) -> None:
         """Has every part take up where a snapshot was taken, with however many stages."""
@@ -85,7 +100,9 @@ class Runner:
     def run(self, orders: Iterable[Order], coming: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
         """Submits orders as the window admits them and yields each with its result, in order.
 
-        A snapshot is yielded when all before it is home; writing it may go on for a while beside what follows.
+        A snapshot is yielded when all before it is home; writing it may go on for a while beside what follows. The
+        next one is submitted after that, so a caller that waits for one to be written before it takes another has at
+        most two unwritten.
 
         Args:
             orders: What to do. An order is asked for when it can be submitted, and not before.
@@ -93,11 +110,14 @@ class Runner:
         """
         chunks = (order for order in coming if isinstance(order, Train))
         ahead = 1 + self.blueprint.negatives.ahead
-        in_flight: deque[tuple[Order, list[Any]]] = deque()
+        in_flight = self._in_flight
         for order in orders:
             if isinstance(order, Train):
                 self._ask_for_negatives(islice(chunks, ahead))
                 ahead = 1
+            elif isinstance(order, Snapshot):
+                while any(isinstance(before, Snapshot) for before, _ in in_flight):
+                    yield self._finish(*in_flight.popleft())
             in_flight.append((order, self._submit(order)))
             if len(in_flight) == self.blueprint.max_in_flight:
                 yield self._finish(*in_flight.popleft())
@@ -143,8 +163,14 @@ class Runner:
 
     def _finish(self, order: Order, home: list[Any]) -> tuple[Order, Result]:
         if isinstance(order, Snapshot):
-            return order, lambda wait: (self._collect(home, wait) or [None])[0]
-        *stages, readout = self._collect(home)
+
+            def written(wait: bool) -> Any:
+                reports = [report for _, later in self._in_flight for report in later]
+                return (self._collect(home, wait, [*self._shards.values(), *reports]) or [None])[0]
+
+            return order, written
+        # Negative actors depend on no other actor: what they have not returned is what the others wait for.
+        *stages, readout = self._collect(home, True, list(self._shards.values()))
         return order, Evaluated(stages, readout) if isinstance(order, Evaluate) else Trained(stages, readout)
 
 
@@ -153,7 +179,7 @@ def call_directly(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
     return getattr(part, method)(*args)
 
 
-def collect_directly(returned: list[Any], wait: bool = True) -> list[Any]:
+def collect_directly(returned: list[Any], wait: bool = True, upstream: Sequence[Any] = ()) -> list[Any]:
     """Returns what direct calls returned, which is all there."""
     return returned
 
@@ -169,7 +195,9 @@ def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tenso
     """
     blueprint = blueprint._replace(max_in_flight=1, negatives=replace(blueprint.negatives, ahead=0))
     parts = blueprint.assemble(lambda part, *args: part(*args), images, labels, writer)
-    return Runner(blueprint, parts, call=call_directly, collect=collect_directly)
+    own, makers = read_hardware(blueprint.device), [read_hardware("cpu")] * len(parts.negatives)
+    hardware = hardware_of_parts(blueprint.stage_layers, [own] * len(parts.stages), own, makers)
+    return Runner(blueprint, parts, call=call_directly, collect=collect_directly, hardware=hardware)
 
 
 def keep_memory() -> None:
@@ -183,12 +211,21 @@ def keep_memory() -> None:
             mallopt(what, value)
 
 
+def configure_torch(threads: int) -> None:
+    """Sets what decides the order of sums in this process, apart from the hardware."""
+    torch.set_num_threads(threads)
+    # Sums of bfloat16 products are float32, also where a product is split.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Has torch compute with so many threads for the length of a `with` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    """Configures torch for the length of a `with` block, as `configure_torch` does."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_num_threads(), matmul.allow_bf16_reduced_precision_reduction
+    configure_torch(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        threads, matmul.allow_bf16_reduced_precision_reduction = before
+        torch.set_num_threads(threads)

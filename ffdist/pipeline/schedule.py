@@ -62,7 +62,7 @@ Order = Train | Evaluate | Snapshot
 
 def evaluation_block(architecture: Architecture) -> int:
     """Returns the samples of a block, each of which makes a row a label tried, and one for the readout."""
-    tried = architecture.classes if architecture.labels_shown else 0
+    tried = len(architecture.tried) if architecture.labels_shown else 0
     return max(1, EVALUATION_ROWS // (1 + tried))
 
 

@@ -254,7 +254,7 @@ class Source:
         return self._architecture.neutral_rows(self._shifted(images, self._shifts(chunk)) if self._jitter else images)
 
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
-        """Returns a block's rows with every label `[n, C, D]`, and those that the readout reads `[n, D]`."""
+        """Returns a block's rows with every label tried `[n, T, D]`, and those that the readout reads `[n, D]`."""
         architecture = self._architecture
         images = self._images[block.split][block.first : block.first + block.num_samples].to(self._device)
         if not architecture.labels_shown:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,11 +123,12 @@ class Stage:
         self._take_steps = self._steps()
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
+        self._by_class = architecture.by_class
         read = range(architecture.predict_from - 1, len(architecture.layers))
         self._read_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
 
     def _steps(self) -> Take:
-        return taking(self._step, self._device, made_there=self._source is not None)
+        return taking(self._device, made_there=self._source is not None)
 
     def train(self, chunk: Train, *message: Any) -> list[Report | Tensor | None]:
         """Trains on a chunk, minibatch after minibatch.
@@ -147,7 +149,7 @@ class Stage:
         parts = self._source.train(chunk, *message) if self._source else rows
         done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
         ways = [Way(chunk.gain, chunk.layer, step % self._measure_every == 0) for step in done]
-        metrics, *made = self._take_steps(parts, ways)
+        metrics, *made = self._take_steps(self._step, parts, ways)
         passed = None if self._is_last else made.pop()
         reads = [made.pop(0) if travels else None for travels in self._read_travels]
         return [self._clock.report(metrics, shards), passed, *reads]
@@ -176,11 +178,12 @@ class Stage:
 
         Args:
             block: What to evaluate.
-            *message: Nothing in the first stage; elsewhere the rows with every label `[n, C, D]` (none where no label
-                is shown) and those that the readout reads `[n, D]`.
+            *message: Nothing in the first stage; elsewhere the rows with every label tried `[n, T, D]` (none where no
+                label is shown) and those that the readout reads `[n, D]`.
 
         Returns:
-            Each layer's goodness `[layers, n, C]`; then as `train` does, `[n, C, H]` and `[n, H]` of each layer.
+            Each layer's goodness for every label `[layers, n, C]`, -inf for one that is not tried; then as `train`
+            does, `[n, T, H]` and `[n, H]` of each layer.
         """
         claims, read = self._source.evaluate(block) if self._source else message
         rows = torch.cat((claims, read.unsqueeze(1)), 1).to(self._device)
@@ -191,7 +194,7 @@ class Stage:
             reads.append(rows[:, -1].cpu().contiguous() if travels else None)
         passed = None if self._is_last else rows[:, :-1].cpu().contiguous()
         self._clock.free()
-        return [torch.stack(goodness).cpu(), passed, *reads]
+        return [self._by_class(torch.stack(goodness).cpu()), passed, *reads]
 
     def state(self) -> State:
         """Returns everything that the layers learned, as `state_of` does, and the labels that negatives are to show."""
@@ -226,7 +229,8 @@ class ReadoutStage:
     ) -> None:
         self._readout, self._labels, self._order = architecture.readout().to(device), labels, order
         self._draws, self._device, self._clock = draws, device, _Clock()
-        self._take_steps = taking(self._step, device)
+        self._draw_wrong_labels = partial(draw_wrong_labels, untrained=architecture.untrained)
+        self._take_steps = taking(device)
 
     def train(self, chunk: Train, *read: Tensor) -> tuple[Report, Drawn | None]:
         """Trains on a chunk from the activities `[K, B, H]` of each read layer, lowest first.
@@ -236,11 +240,12 @@ class ReadoutStage:
         """
         self._clock.begin()
         labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
-        logits, metrics = self._take_steps((*read, labels), [Way(chunk.gain)] * chunk.num_minibatches)
+        ways = [Way(chunk.gain)] * chunk.num_minibatches
+        logits, metrics = self._take_steps(self._step, (*read, labels), ways)
         drawn = None
         if self._draws:
             draws = (generator(self._order.seed, "hard labels", step) for step in count(chunk.step))
-            drawn = Drawn(chunk, torch.stack([*map(draw_wrong_labels, logits, labels, draws)]))
+            drawn = Drawn(chunk, torch.stack([*map(self._draw_wrong_labels, logits, labels, draws)]))
         return self._clock.report(metrics), drawn
 
     def _step(self, parts: Sequence[Tensor], way: Way) -> Sequence[Tensor]:

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from ffdist.checkpoint import CommitWriter
 from ffdist.data.folder import Folder
-from ffdist.pipeline.runner import keep_memory
+from ffdist.pipeline.hardware import Hardware, read_hardware
+from ffdist.pipeline.runner import configure_torch, keep_memory
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
@@ -39,15 +41,21 @@ def _from_array(sent: tuple[np.ndarray[Any, Any], torch.dtype]) -> torch.Tensor:
 class _Actor:
     """Prepares the process before the part is made."""
 
-    def __init__(self, threads: int, path: list[str], *args: Any) -> None:
-        sys.path += [folder for folder in path if folder not in sys.path]  # where a user's own negatives may be
-        torch.set_num_threads(threads)  # Ray's launcher leaves one, whatever was asked for
+    def __init__(self, threads: int, path: list[str], folder: Path, *args: Any) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]  # what the driver imports
+        with suppress(OSError):  # where another node has no such folder
+            os.chdir(folder)  # where a user's own negatives may be
+        configure_torch(threads)  # Ray's launcher leaves one, whatever was asked for
         with suppress(OSError):  # where a sandbox forbids it
             # Longer turns on a processor that is shared: each finds the caches as the others left them.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         keep_memory()
         send_tensors_as_arrays()
         super().__init__(*args)
+
+    def read_hardware(self, device: str) -> Hardware:
+        """Returns what the last bits of this process's results depend on."""
+        return read_hardware(device)
 
 
 class StageActor(_Actor, Stage):
@@ -69,6 +77,11 @@ class WriterActor(_Actor, CommitWriter):
 ACTORS = {Stage: StageActor, ReadoutStage: ReadoutActor, NegativeSource: NegativeActor}
 
 NAMES = {Stage: "stage", ReadoutStage: "the readout", NegativeSource: "negative actor"}
+
+
+def _import_folders() -> tuple[list[str], Path]:
+    """Returns this process's import path and its working directory. Both may be relative in another process."""
+    return [str(Path(folder).absolute()) for folder in sys.path], Path.cwd()
 
 
 class ActorMaker:
@@ -100,7 +113,7 @@ class ActorMaker:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self._threads, sys.path, *args)
+            .remote(self._threads, *_import_folders(), *args)
         )
         number = 1 + sum(name.startswith(NAMES[part]) for name in self.names.values())
         return self._note(handle, NAMES[part] if part is ReadoutStage else f"{NAMES[part]} {number}")
@@ -111,7 +124,7 @@ class ActorMaker:
         handle = (
             ray.remote(WriterActor)
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=0, max_task_retries=0)
-            .remote(self._threads, sys.path, commits)
+            .remote(self._threads, *_import_folders(), commits)
         )
         return self._note(handle, "the writer of commits")
 

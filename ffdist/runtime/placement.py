@@ -1,15 +1,21 @@
 """Deciding which resources each actor takes, and holding them."""
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, Literal, NamedTuple
 
 from ffdist.config import ConfigError
+from ffdist.failures import ClusterStopped
 from ffdist.pipeline.blueprint import Blueprint
+from ffdist.runtime.cluster import AUTOSCALER, alive_nodes, has_autoscaler
 from ffdist.sections import Pipeline
 
 PLACEMENT_TIMEOUT_S = 8.0
+AUTOSCALER_TIMEOUT_S = 900.0
+"""A cloud needs minutes to start a machine."""
 READOUT_GPUS = 0.1
 """Share of a GPU that the readout takes; the rest is for stages, so that one on every GPU leaves room for it."""
 
@@ -44,24 +50,38 @@ def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: 
         ConfigError: GPUs wanted and none there.
     """
     gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 0)))
+    given = len(pipeline.balance) if isinstance(pipeline.balance, list) else pipeline.stages
     if pipeline.device == "cuda" and not gpus:
-        raise ConfigError(
-            f"pipeline.device=cuda needs at least one GPU (the cluster has {cpus} CPUs and no GPU); "
-            f"set pipeline.device to cpu or auto, or join a cluster that has GPUs"
-        )
+        gpus = _gpus_to_wait_for(given, cpus, autoscaler=AUTOSCALER in resources)
     device: Literal["cpu", "cuda"] = "cuda" if gpus and pipeline.device != "cpu" else "cpu"
     automatic = min(layers, gpus) if device == "cuda" else layers
-    given = len(pipeline.balance) if isinstance(pipeline.balance, list) else pipeline.stages
     stages = automatic if given == "auto" else given
     wanted_cpus = stages * pipeline.threads_per_stage + 1 + negative_actors
-    cpu_share = 1 / math.ceil(wanted_cpus / cpus)
+    cpu_share = _floor(1 / math.ceil(wanted_cpus / cpus))
     return Placement(
         stages=stages,
         device=device,
-        stage_gpus=(1 - READOUT_GPUS) / math.ceil(stages / gpus) if device == "cuda" else 0,
-        stage_cpus=pipeline.threads_per_stage * cpu_share,
+        stage_gpus=_floor((1 - READOUT_GPUS) / math.ceil(stages / gpus)) if device == "cuda" else 0,
+        stage_cpus=_floor(pipeline.threads_per_stage * cpu_share),
         other_cpus=cpu_share,
     )
+
+
+def _gpus_to_wait_for(stages: int | Literal["auto"], cpus: int, *, autoscaler: bool) -> int:
+    """Returns how many GPUs an autoscaler is to add to a cluster that has none."""
+    if autoscaler and stages != "auto":
+        return stages
+    fix = (
+        "set pipeline.stages to the number of GPUs that the autoscaler is to add, or its min_workers to at least 1"
+        if autoscaler
+        else "set pipeline.device to cpu or auto, or join a cluster that has GPUs"
+    )
+    raise ConfigError(f"pipeline.device=cuda needs at least one GPU (the cluster has {cpus} CPUs and no GPU); {fix}")
+
+
+def _floor(share: float) -> float:
+    """Rounds down to what Ray counts in: it may round 1/6 up, and six shares would no longer fit into one."""
+    return math.floor(round(share * 10_000, 6)) / 10_000
 
 
 def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
@@ -79,9 +99,15 @@ def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
     )
 
 
+_placed: dict[Any, int] = {}
+"""Threads of this process whose runs hold a placement group, by the group's id."""
+
+
 @contextmanager
 def reserve(bundles: list[dict[str, float]]) -> Iterator[Any]:
     """Holds one bundle of resources per actor as a placement group, for the length of a `with` block.
+
+    Runs in other threads of this process are waited for, and an autoscaler has `AUTOSCALER_TIMEOUT_S` to add nodes.
 
     Raises:
         ConfigError: No node is large enough for one of them, or the cluster lacks them or has them in use, after
@@ -90,25 +116,39 @@ def reserve(bundles: list[dict[str, float]]) -> Iterator[Any]:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for bundle in bundles:
-        if not any(all(node.get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes):
-            raise ConfigError(
-                f"no node is large enough for one actor (needed: {_amounts(bundle)}; nodes have: "
-                f"{'; '.join(_amounts(node) for node in nodes)}); set pipeline.threads_per_stage lower"
-            )
-    group = placement_group(bundles, strategy="PACK")
+    nodes, timeout_s = [node["Resources"] for node in alive_nodes()], AUTOSCALER_TIMEOUT_S
+    if not has_autoscaler():
+        timeout_s = PLACEMENT_TIMEOUT_S
+        _check_nodes(bundles, nodes)
+    group, thread = placement_group(bundles, strategy="PACK"), get_ident()
     try:
-        if not group.wait(PLACEMENT_TIMEOUT_S):
+        while True:
+            others = set(_placed.values()) - {thread}  # which will end
+            if group.wait(timeout_s):
+                break
+            if others:
+                continue
             total, free = (_amounts(found) for found in (ray.cluster_resources(), ray.available_resources()))
             raise ConfigError(
                 f"the cluster cannot place the run's {len(bundles)} actors (needed: {_needs(bundles)}; the cluster "
                 f"has: {total}; free: {free}); set pipeline.stages or pipeline.threads_per_stage lower, or wait until "
                 f"others are done"
             )
+        _placed[group.id] = thread
         yield group
     finally:
-        remove_placement_group(group)
+        _placed.pop(group.id, None)
+        if not isinstance(sys.exception(), ClusterStopped):  # then the call would wait for the cluster
+            remove_placement_group(group)
+
+
+def _check_nodes(bundles: list[dict[str, float]], nodes: list[dict[str, float]]) -> None:
+    for bundle in bundles:
+        if not any(all(node.get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes):
+            raise ConfigError(
+                f"no node is large enough for one actor (needed: {_amounts(bundle)}; nodes have: "
+                f"{'; '.join(_amounts(node) for node in nodes)}); set pipeline.threads_per_stage lower"
+            )
 
 
 def _amounts(resources: dict[str, float]) -> str:

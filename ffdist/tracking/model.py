@@ -56,6 +56,8 @@ def register_model(client: Any, run_id: str, model_id: str, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    if any(each.model_id == model_id for each in client.search_model_versions(f"run_id = '{run_id}'")):
+        return  # by an earlier try whose answer was lost
     # A database looks a model's own name up in the process's default store, which may be another.
     where = client.get_logged_model(model_id).artifact_location
     source = f"models:/{model_id}" if client.tracking_uri.startswith("http") else where
@@ -82,15 +84,15 @@ def save_model(network: Network, names: Sequence[str], image: Tensor, path: Path
     named["goodness"] = (np.float32, (architecture.classes if architecture.goodness_predicts else 0,))
     if names:
         named["name"] = (np.str_, ())
+    # Without the input's type: MLflow would cast to it, and cut off what makes an image wrong.
     signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.uint8), (-1, *architecture.shape))]),
-        Schema([TensorSpec(np.dtype(kind), (-1, *shape), name) for name, (kind, shape) in named.items()]),
+        outputs=Schema([TensorSpec(np.dtype(kind), (-1, *shape), name) for name, (kind, shape) in named.items()])
     )
     package = Path(__file__).parent.parent
     with TemporaryDirectory() as folder:
         part = Path(folder) / package.name  # of the package: what predicts
         shutil.copytree(package / "ff", part / "ff", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("__init__.py", "exported.py"):
+        for name in ("__init__.py", "exported.py", "files.py"):
             shutil.copy(package / name, part)
         kept = Path(folder) / "network"
         kept.mkdir()

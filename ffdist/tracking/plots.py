@@ -5,18 +5,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
-from warnings import catch_warnings, filterwarnings
 
+import numpy as np
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rc_context, rcdefaults, rcParams
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 from ffdist.evaluation import Evaluation
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Network
+from ffdist.files import file_in
 from ffdist.tracking.timeline import Span
 
 History = dict[str, list[tuple[int, float]]]
@@ -37,14 +39,14 @@ LOOKS = {"compute": ("#2a6f97", "#89c2d9"), "wait": ("#eeeeee",), "wait for nega
 @contextmanager
 def _styled(*, grid: bool = True) -> Iterator[None]:
     """Gives what is drawn in a `with` block its style; matplotlib has one for all threads."""
-    with _ONE_AT_A_TIME, rc_context({**STYLE, "axes.grid": grid}):
+    with _ONE_AT_A_TIME, rc_context():
+        rcdefaults()  # whatever a file named matplotlibrc in the working directory says
+        rcParams.update({**STYLE, "axes.grid": grid})
         yield
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with catch_warnings():
-        filterwarnings("ignore", "Glyph")  # of names in scripts that matplotlib's font lacks
-        figure.savefig(path)
+    figure.savefig(file_in(path.parent, path.name), format=path.suffix[1:] or None)
     return path
 
 
@@ -54,7 +56,17 @@ def _shade(index: int, count: int) -> tuple[float, ...]:
 
 
 def _name(label: int, names: Sequence[str], longest: int) -> str:
-    return names[label][:longest] if names else str(label)
+    """Returns the name of a class, or its number where it has no name or matplotlib's font lacks a character of it."""
+    name = names[label][:longest] if names else ""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return name if name.isprintable() and name and all(ord(letter) in known for letter in name) else str(label)
+
+
+def _bins(values: Tensor) -> np.ndarray[Any, Any]:
+    """Returns the edges of a histogram's bins: float64, and some width apart even where all values are equal."""
+    low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
+    margin = max(0.0, 1e-6 * max(abs(low), abs(high), 1e-6) - (high - low))
+    return np.linspace(low - margin, high + margin, BINS + 1)
 
 
 @_styled()
@@ -107,14 +119,14 @@ def plot_goodness(goodness: dict[str, Tensor], thresholds: Sequence[float | None
     looks = {"color": "#2a6f97", "alpha": 0.85}, {"color": "black", "histtype": "step", "linewidth": 1.2}
     layers = zip(panels, zip(*goodness.values(), strict=True), thresholds, strict=True)
     for number, (panel, layer, threshold) in enumerate(layers, 1):
-        both = torch.cat(layer)
-        span = (both.min().item(), both.max().item())
-        for name, values, look in zip(goodness, layer, looks, strict=True):
-            panel.hist(values.numpy(), BINS, range=span, density=True, label=name, **look)
+        finite = [values[values.isfinite()].double() for values in layer]
+        bins = _bins(torch.cat(finite))
+        for name, values, look in zip(goodness, finite, looks, strict=True):
+            panel.hist(values.numpy(), bins, density=bool(len(values)), label=name, **look)
         if threshold is not None:
             panel.axvline(threshold, color="black", linestyle=":", label="threshold")
         panel.set(xlabel="goodness", yticks=[], title=f"layer {number}")
-    panels[0].set_ylabel("share of samples")
+    panels[0].set_ylabel("density")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _save(figure, path)
 
@@ -151,7 +163,8 @@ def plot_fields(network: Network, path: Path) -> Path:
     else:
         pixels = weight[:, : network.architecture.pixels].view(-1, channels, height, width).permute(0, 2, 3, 1)
     longest = pixels.flatten(1).norm(dim=1).argsort(descending=True)[:UNITS]
-    scale = pixels[longest].abs().flatten(1).quantile(0.98, dim=1).clamp(min=1e-12)
+    # numpy's, because torch's quantile takes 16 million values at most
+    scale = torch.from_numpy(np.quantile(pixels[longest].abs().flatten(1).numpy(), 0.98, axis=1)).clamp(min=1e-12)
     shown = (pixels[longest] / scale.view(-1, 1, 1, 1) / 2 + 0.5).clamp(0, 1)
     framed = torch.nn.functional.pad(shown, (0, 0, 1, 1, 1, 1), value=1.0)
     across = min(16, len(framed))

@@ -16,6 +16,8 @@ from ffdist.screen import Screen
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
+MUCH_WORSE = 0.05
+"""Of the test error by goodness over that by readout: worth a note."""
 PICTURES = {
     "goodness.png": "whether each layer tells positive from negative data",
     "negatives.png": "what it learned against",
@@ -123,8 +125,13 @@ def description(summary: dict[str, Any], folder: Path) -> str:
     return (
         f"test error {errors_in_words(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
         + (f"{layers} by the goodness of each layer alone.\n\n" if layers else "")
+        + f"Figures, plots and model are of the checkpoint {_checkpoint(summary)}.\n\n"
         + f"Artifacts: {', '.join(drawn)}; `config.yaml` trains it again."
     )
+
+
+def _checkpoint(summary: dict[str, Any]) -> str:
+    return f"{summary['checkpoint']} ({'best on validation' if summary['best_commit'] else 'last'})"
 
 
 def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
@@ -137,13 +144,17 @@ def closing_words(summary: dict[str, Any], folder: Path, *, look: str) -> str:
     """
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
     predicted = summary["predicted_samples_per_s"]
+    by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
+    worse = by_goodness is not None and by_goodness > by_readout + MUCH_WORSE
     since = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""
     lines = {
         "test error": errors_in_words(summary["test_goodness_error"], summary["test_readout_error"]),
+        "note": "goodness, by which labels are predicted, is far worse than the readout; train longer" * worse,
         "each layer": layers and f"{layers} by goodness alone",
         "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{since}",
         "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),
-        "best commit": summary["best_commit"],
+        "precision": summary["precision"],
+        "checkpoint": _checkpoint(summary),
         "weights_sha256": summary["weights_sha256"],
         "run": folder,
         "tracked": f"{summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}",

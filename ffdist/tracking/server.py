@@ -7,11 +7,12 @@ import os
 import shlex
 import sqlite3
 import ssl
+import threading
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from urllib.parse import unquote
 from filelock import FileLock
 
 from ffdist.config import ConfigError
-from ffdist.sections import Tracking, hold_no_secret
+from ffdist.files import file_in
+from ffdist.sections import Tracking, absolute_store, hold_no_secret
 
 WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
 SQLITE = "sqlite:///"
@@ -30,6 +32,15 @@ TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open on runs and curves, not on its pages for language models."""
 DESCRIPTION = "mlflow.note.content"
 """Tag that MLflow's UI shows as a run's description, as Markdown."""
+ARTIFACT_COLUMNS = (
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "source"), ("model_versions", "storage_location")),
+)
+"""Where MLflow's database keeps paths of artifacts."""
+RUNS = "select run_uuid from runs join experiments using (experiment_id) where artifact_location = ?"
+MADE = (
+    "select artifact_location from experiments join experiment_tags using (experiment_id) where key = ? and value = ?"
+)
 EXPERIMENT = Tracking().experiment
 VIEW = "ffdist"
 COLUMNS = (
@@ -38,6 +49,13 @@ COLUMNS = (
     *("params.`model.layers`", "params.`negatives.kind`", "params.`training.epochs`", "params.`seed`"),
 )
 """What the table of runs shows; MLflow's own choice has no figure among them."""
+
+
+_QUIET = ("mlflow", "alembic")
+_LOGGERS = [logging.getLogger(name) for name in ("", "sqlalchemy", "sqlalchemy.engine", *_QUIET)]
+"""Whose levels MLflow sets when it makes a database."""
+_levels: dict[logging.Logger, int] = {}
+_quiet_blocks, _quieting = 0, threading.Lock()
 
 
 def default_uri(runs: Path) -> str:
@@ -52,7 +70,8 @@ def tracking_uri(config: Tracking, runs: Path) -> str:
         ConfigError: There is a password in it, or a database's path that would be taken for another.
     """
     try:
-        uri = config.uri or hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", "")) or default_uri(runs)
+        named = hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        uri = config.uri or (absolute_store(named) if named else default_uri(runs))
     except ValueError as error:
         raise ConfigError(f"MLFLOW_TRACKING_URI: {error}") from None
     if uri.startswith(SQLITE) and ("?" in uri or unquote(uri) != uri):
@@ -152,6 +171,27 @@ def a_client(uri: str) -> Iterator[Any]:
         raise ConfigError(f"tracking at {uri} does not give what is asked ({brief(error)})") from error
 
 
+@contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """Has MLflow and its database library log errors alone, for the length of a `with` block in whatever thread."""
+    import mlflow  # noqa: F401, which sets its own level
+
+    global _quiet_blocks
+    with _quieting:
+        _quiet_blocks += 1
+        for logger in _LOGGERS if _quiet_blocks == 1 else ():
+            _levels[logger] = logger.level
+            if logger.name in _QUIET:
+                logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        with _quieting:
+            _quiet_blocks -= 1
+            for logger in _LOGGERS if not _quiet_blocks else ():
+                logger.setLevel(_levels[logger])
+
+
 def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
     """Returns MLflow's client and the experiment's id; makes database and experiment where they are missing.
 
@@ -162,17 +202,81 @@ def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
     """
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     # Two runs that start at once must not both create the database, or the experiment.
-    with FileLock(runs / ".mlflow.lock"):
+    with FileLock(file_in(runs, ".mlflow.lock")):
         if uri.startswith(SQLITE):
             make_database(Path(uri.removeprefix(SQLITE)))
+        if uri == default_uri(runs):
+            follow_folder(runs)
         client = MlflowClient(uri)
         if found := client.get_experiment_by_name(experiment):
+            if found.lifecycle_stage == "deleted":
+                raise ConfigError(
+                    f"the experiment must be active (experiment: {experiment}, deleted at {uri}); "
+                    f"restore it by `mlflow experiments restore`, or set tracking.experiment"
+                )
             return client, found.experiment_id
         artifacts = (runs.resolve() / "artifacts").as_uri() if uri == default_uri(runs) else None
         return client, client.create_experiment(experiment, artifacts, TRAINING_VIEW)
+
+
+def follow_folder(runs: Path) -> None:
+    """Has the artifacts of a runs folder's own database lie in that folder, which may have been moved or copied.
+
+    MLflow keeps absolute paths and cannot change them. The location of an experiment is left as it is unless artifacts
+    of its runs are in the folder; or, of one that ffdist made, unless it is gone.
+    """
+    folder = runs.resolve() / "artifacts"
+    place = folder.as_uri()
+    with suppress(sqlite3.Error), closing(sqlite3.connect(runs.resolve() / "mlflow.db")) as database, database:
+        found = {row[0] for row in database.execute("select artifact_location from experiments")}
+        made = {row[0] for row in database.execute(MADE, *TRAINING_VIEW.items())}
+        for old in found - {place}:
+            if isinstance(old, str) and old.startswith("file:///") and old.endswith("/artifacts"):
+                is_gone = old in made and not Path(unquote(old.removeprefix("file://"))).exists()
+                if is_gone or any((folder / str(row[0])).exists() for row in database.execute(RUNS, (old,))):
+                    _move_artifacts(database, old, place)
+
+
+def _move_artifacts(database: sqlite3.Connection, old: str, new: str) -> None:
+    for table, column in ARTIFACT_COLUMNS:
+        database.execute(
+            f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or substr({column}, 1, ?) = ?",
+            (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+        )
+
+
+def database_has_run(uri: str, run_id: str) -> bool:
+    """Says whether a SQLite database of MLflow has a run, without changing it."""
+    path = Path(uri.removeprefix(SQLITE))
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        return bool(database.execute("select 1 from runs where run_uuid = ?", (run_id,)).fetchone())
+    return False
+
+
+def uri_of_finished(folder: Path, recorded: str, run_id: str, runs: Path) -> str:
+    """Returns where a finished run is tracked, as far as its folder may decide that.
+
+    A folder may come from somebody else. It cannot name a server that is then sent the user's credentials, nor a
+    database that MLflow would change.
+
+    Args:
+        folder: Of the run.
+        recorded: The URI in its summary.
+        run_id: Of MLflow.
+        runs: Runs folder.
+
+    Raises:
+        ConfigError: Only its folder names that place.
+    """
+    own = default_uri(folder.resolve().parent)
+    for uri in (tracking_uri(Tracking(), runs), own):
+        if uri == recorded or (uri.startswith(SQLITE) and database_has_run(uri, run_id)):  # which may have been moved
+            return uri
+    raise ConfigError(
+        f"{folder} was tracked at another place than its runs folder ({recorded}); to add figures there, set "
+        f"MLFLOW_TRACKING_URI={shlex.quote(recorded)}"
+    )
 
 
 def make_run(uri: str, client: Any, experiment_id: str, name: str) -> str:

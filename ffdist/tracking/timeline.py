@@ -1,9 +1,11 @@
 """Who computed and who waited when: the first chunks of a run, for people and for trace viewers."""
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ffdist.files import file_in, read_json
 from ffdist.pipeline.runner import Trained
 
 TIMELINE = "timeline.json"
@@ -74,20 +76,30 @@ class Timeline:
             }
             for span in self.spans
         ]
-        path = folder / TIMELINE
+        path = file_in(folder, TIMELINE)
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         return path
 
 
 def read_timeline(folder: Path) -> list[Span]:
-    """Returns the spans that were written into the folder of a run; none where there is no file."""
-    path = folder / TIMELINE
-    if not path.is_file():
+    """Returns the spans that were written into the folder of a run; none where there is no file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    try:
+        events = read_json(folder, TIMELINE)["traceEvents"]
+        parts = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+        return [_span(parts[event["tid"]], event) for event in events if event["ph"] == "X"]
+    except FileNotFoundError:
         return []
-    events = json.loads(path.read_text())["traceEvents"]
-    parts = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    return [
-        Span(parts[event["tid"]], event["cat"], event["args"]["chunk"], event["ts"] / 1e6, event["dur"] / 1e6)
-        for event in events
-        if event["ph"] == "X"
-    ]
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"it holds other events than ffdist writes ({error!r})") from error
+
+
+def _span(part: str, event: dict[str, Any]) -> Span:
+    begun_s, took_s = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
+    if not (isfinite(begun_s) and isfinite(took_s)):
+        raise ValueError(f"a time is not finite ({begun_s}, {took_s})")
+    return Span(str(part), str(event["cat"]), int(event["args"]["chunk"]), begun_s, took_s)

@@ -8,10 +8,9 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,27 +20,30 @@ from torch import Tensor
 
 from ffdist.config import ConfigError
 from ffdist.exported import save_network
+from ffdist.failures import ClusterStopped
 from ffdist.ff.network import Network
+from ffdist.files import file_in, path_in
 from ffdist.sections import Tracking
 from ffdist.tracking import sending
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.sending import LOCK, NETWORK, RETRY_EVERY_S
-from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store
+from ffdist.tracking.sending import LOCK, NETWORK
+from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store, quiet_mlflow
 from ffdist.tracking.system import System
 
-SEND_EVERY_S = 2.0
+SEND_EVERY_S, RETRY_EVERY_S = 2.0, 0.5
+UPLOAD_RETRY_S = 60.0
+"""Longest time between two tries at an artifact store that fails, during a run."""
+LEFTOVERS_S = 5.0
+"""Longest time that the end of a run waits for uploads of other runs."""
 OPEN_TIMEOUT_S = 60.0
 INTERRUPTED_FLUSH_S = 3.0
 LOCK_TIMEOUT_S = 5.0
-
-Call = Callable[[Any, str], Any]
-"""Something to be told to MLflow's client about a run."""
 
 
 class Tracker:
     """One MLflow run, open for the length of a `with` block.
 
-    The store opens, and gets the run, beside what follows. Leaving the block sends what is left and marks the run
+    The store opens beside what follows. Leaving the block sends what is left and marks the run
     finished, failed, or, after an interrupt, killed. What cannot be sent stays in the run's folder, and the
     next run beside it sends it, and marks this one killed if nobody could.
 
@@ -55,17 +57,22 @@ class Tracker:
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
-        self.uri, self._run_id, self._making = uri, "", threading.Lock()
+        self.uri, self._run_id = uri, ""
+        self._releasing, self._sent, self._handed_over = threading.Lock(), False, False
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
         self._folder, self._lock = Path(), FileLock("")
         self._outbox: Outbox | None = None
-        self._calls: deque[Call] = deque()
-        self._opened, self._failure, self._refused = threading.Event(), "", set[str]()
+        self._opened, self._failure = threading.Event(), ""
+        self._hurried = False
         self._closing, self._deadline = threading.Event(), float("inf")
+        self._uploads_at, self._upload_wait_s = 0.0, 0.0
         check_server(uri)
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread = threading.Thread(target=self._work_quietly, name="tracker", daemon=True)
+        self._leftovers: threading.Thread | None = None
+        self._no_leftovers = threading.Event()
+        self._plots = ThreadPoolExecutor(1, "plots")
 
     def __enter__(self) -> "Tracker":
         self._thread.start()
@@ -74,9 +81,13 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt | ClusterStopped)
         status = "FINISHED" if kind is None else "KILLED" if killed else "FAILED"
-        self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if killed else self._config.flush_timeout_s)
+        hurried = killed or self._hurried
+        self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if hurried else self._config.flush_timeout_s)
+        if kind is not None or hurried:
+            self._no_leftovers.set()
+        self._plots.shutdown(cancel_futures=hurried)
         if self._outbox:
             self.note_end(status)
         self._closing.set()
@@ -84,35 +95,42 @@ class Tracker:
         if self._outbox:
             with suppress(sqlite3.Error):
                 self._tell_what_is_left(self._outbox)
-            if not self._thread.is_alive():
-                self._outbox.close()
+        with self._releasing:
+            self._handed_over = self._thread.is_alive() and not self._sent
+        if not self._handed_over:
+            self._release()  # otherwise the thread does, after its last upload
+        if self._leftovers and not self._no_leftovers.is_set():
+            self._leftovers.join(LEFTOVERS_S)
+        self._no_leftovers.set()
+
+    def hurry(self) -> None:
+        """Shortens the last uploads, as for a run that is asked to stop."""
+        self._hurried = True
+
+    def _release(self) -> None:
+        """Closes the run's folder, once nothing is written to it or sent from it any more."""
+        if self._outbox:
+            self._outbox.close()
             self._lock.release()
 
     def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Begins the run in its folder; the store gets it once that is open.
+        """Creates the MLflow run, and then writes to the run's folder; waits until the store is open.
 
         Args:
             folder: Of the run; its name is the run's.
             parameters: Logged once.
 
         Raises:
-            ConfigError: Another process is training it.
+            ConfigError: The store cannot be opened or refuses the run, or another process is training it.
         """
+        self.wait_until_open()
+        self._run_id = make_run(self.uri, self._client, self._experiment_id, folder.name)
         self._take(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
 
     @property
     def run_id(self) -> str:
-        """The run's, of MLflow; waits until the store has the run.
-
-        Raises:
-            ConfigError: The store cannot be opened, or refuses the run.
-        """
-        self._wait_until_open()
-        assert self._outbox, "the run has begun"
-        with self._making:
-            if not self._run_id:
-                self._run_id = make_run(self.uri, self._client, self._experiment_id, self._folder.name)
-                self._outbox.note(run_id=self._run_id)
+        """ID of the MLflow run."""
+        assert self._run_id, "the run has begun"
         return self._run_id
 
     def resume(self, folder: Path, run_id: str) -> None:
@@ -125,7 +143,7 @@ class Tracker:
         Raises:
             ConfigError: The store cannot be opened or lacks the run, or another process is training it.
         """
-        self._wait_until_open()
+        self.wait_until_open()
         from mlflow.exceptions import MlflowException
 
         try:
@@ -143,14 +161,8 @@ class Tracker:
             ) from error
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Has metrics sent, with the number of samples seen as `step`; returns at once.
-
-        Raises:
-            ConfigError: The store could not be opened, or refused the run.
-        """
+        """Has metrics sent, with the number of samples seen as `step`; returns at once."""
         assert self._outbox, "the run has begun"
-        if self._opened.is_set():
-            self._wait_until_open()
         self._samples = step
         self._outbox.add(metrics, step)
 
@@ -161,7 +173,7 @@ class Tracker:
 
     def recoveries(self) -> list[dict[str, Any]]:
         """Returns what the run recovered from, as it was noted."""
-        return list(json.loads((self._outbox.fact(RECOVERIES) if self._outbox else None) or "[]"))
+        return _recoveries(self._outbox) if self._outbox else []
 
     def note_recoveries(self, recoveries: list[dict[str, Any]]) -> None:
         """Keeps what the run recovered from beside its metrics, for a later driver of it."""
@@ -186,7 +198,7 @@ class Tracker:
 
     def log_artifact(self, path: Path) -> None:
         """Has a file of the run's folder kept with the run; returns at once, so the file must stay as it is."""
-        self._tell("artifact", path.name)
+        self._tell("artifact", path.resolve().relative_to(self._folder.resolve()).as_posix())
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
         """Has it noted what the run is trained on, as `server.log_dataset` takes it; returns at once."""
@@ -194,8 +206,9 @@ class Tracker:
 
     def log_model(self, network: Network, names: Sequence[str], image: Tensor, register: str | None) -> None:
         """Has a network kept with the run as a model, as `log_model` and `register_model` of model.py take it."""
-        (self._folder / NETWORK).mkdir(exist_ok=True)
-        save_network(network, self._folder / NETWORK, names)
+        folder = path_in(self._folder, NETWORK)
+        folder.mkdir(exist_ok=True)
+        save_network(network, folder, names)
         self._tell("model", {"image": image.tolist(), "names": list(names)})
         if register:
             self._tell("register", register)
@@ -204,11 +217,28 @@ class Tracker:
         assert self._outbox, "the run has begun"
         self._outbox.add_call(what, content)
 
-    def do(self, call: Call) -> None:
-        """Has MLflow's client told something that only this process can tell; returns at once."""
-        self._calls.append(call)
+    def draw(self, plot: Callable[[Path], Path | None]) -> None:
+        """Draws a plot beside the training and keeps it with the run; returns at once.
 
-    def _wait_until_open(self) -> None:
+        Args:
+            plot: Gets the run's folder, and returns the path of what it drew there, if anything.
+        """
+
+        def draw() -> None:
+            try:
+                if path := plot(self._folder):
+                    self.log_artifact(path)
+            except Exception as error:  # whatever a library raises, the run itself is unharmed
+                logging.getLogger(__name__).warning("a plot could not be drawn (%s)", brief(error))
+
+        self._plots.submit(draw)
+
+    def wait_until_open(self) -> None:
+        """Waits until the store is open.
+
+        Raises:
+            ConfigError: It cannot be opened.
+        """
         if not self._opened.wait(OPEN_TIMEOUT_S):
             self._failure = f"no answer in {OPEN_TIMEOUT_S:g} s"
         if not self._client:
@@ -216,59 +246,79 @@ class Tracker:
 
     def _take(self, folder: Path) -> Outbox:
         """Takes the run's folder for this process alone."""
-        self._lock = FileLock(folder / LOCK)
         try:
+            self._lock = FileLock(file_in(folder, LOCK), thread_local=False)  # the tracker's thread may release it
             self._lock.acquire(timeout=LOCK_TIMEOUT_S)
         except Timeout:
             raise ConfigError(f"{folder} is being trained by another process; wait until it is done") from None
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         try:
             outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
+            _recoveries(outbox)  # refused before anything is noted
             outbox.note(uri=self.uri, run_id=self._run_id, left="KILLED")  # if nothing else comes
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
             self._lock.release()
-            raise ConfigError(
-                f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, and points that were not "
-                f"sent are lost"
-            ) from error
+            raise _damaged(folder, error) from error
         self._folder, self._outbox = folder, outbox
         return outbox
 
     def _tell_what_is_left(self, outbox: Outbox) -> None:
-        log, points, calls = logging.getLogger(__name__), outbox.num_waiting, outbox.num_calls
+        log, points, calls, rejected = (
+            logging.getLogger(__name__),
+            outbox.num_waiting,
+            outbox.num_calls,
+            outbox.rejected(),
+        )
         if self._run_id and (points or calls or outbox.fact("left")):
             log.warning(
-                "not everything was tracked at %s (%s): %d points, and %d pictures and others, wait in %s; the next "
-                "run in %s sends them",
+                "not everything was tracked at %s (%s): %d points and %d other uploads wait in %s; `ffdist sync` or "
+                "the next run in %s sends them",
                 *(self.uri, self._failure or "its time to flush is over", points, calls, outbox.folder, self._runs),
             )
-        elif refused := "; ".join(filter(None, self._refused)):
-            log.warning("not everything was tracked at %s: %s", self.uri, refused)
+        if rejected:
+            log.warning("not everything was tracked at %s; rejected: %s", self.uri, "; ".join(rejected))
         if outbox.thinned:
             log.warning("the server was away for so long that only every few points of each metric were kept")
 
+    def _work_quietly(self) -> None:
+        with quiet_mlflow():
+            self._work()
+
     def _work(self) -> None:
         try:
-            client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
-            self._client = client
+            if client := self._open():
+                self._send_until_closed(client)
+        except Exception as error:  # such as a full disk; what waits is reported at the end
+            self._failure = brief(error)
+        finally:
+            with self._releasing:
+                self._sent = True
+            if self._handed_over:
+                self._release()
+
+    def _open(self) -> Any:
+        try:
+            self._client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
         except Exception as error:  # whatever MLflow, its store or the network raises, who asks for the store is told
             self._failure = brief(error)
-            return
         finally:
             self._opened.set()
-        leftovers, system = True, System()
+        return self._client
+
+    def _send_until_closed(self, client: Any) -> None:
+        system = _system()
         while True:
             closing = self._closing.wait(SEND_EVERY_S)
-            if self._outbox and not closing:
+            if self._outbox and system and not closing:
                 with suppress(Exception):  # of a processor's or a graphics card's counters, or of a full disk
                     self._outbox.add(system.metrics(), self._samples)
-            try:
-                done = not self._outbox or self._send(client, self._outbox, self.run_id, ended=closing)
-            except ConfigError as error:  # the store refuses the run, and whoever asks next is told
-                self._client, self._failure = None, brief(error.__cause__ or error)
-                return
-            if done and leftovers and (self._outbox or closing):  # by now its own folder is locked, and passed over
-                leftovers = False
-                sending.send_leftovers(client, self.uri, self._runs)
+            done = not self._outbox or self._send(client, self._outbox, self.run_id, ended=closing)
+            if done and self._outbox and not self._leftovers:  # by now its own folder is locked, and passed over
+                job = (client, self.uri, self._runs, self._no_leftovers.is_set)
+                others = threading.Thread(target=sending.send_leftovers, args=job, name="leftovers", daemon=True)
+                others.start()
+                self._leftovers = others
             if closing and (done or time.monotonic() > self._deadline):
                 return
             if not done:
@@ -276,23 +326,53 @@ class Tracker:
 
     def _send(self, client: Any, outbox: Outbox, run_id: str, *, ended: bool) -> bool:
         """Sends all that waits, or, at the end, as much of it as can be; says whether it was all."""
+        uploads = ended or time.monotonic() >= self._uploads_at
         steps: list[Callable[[], None]] = [
             lambda: sending.send_points(client, outbox, run_id),
             *[lambda: sending.send_end(client, outbox, run_id)] * ended,
-            lambda: self._refused.add(sending.send_calls(client, outbox, run_id, self.uri)),
-            lambda: self._make_calls(client, run_id),
+            lambda: self._send_calls(client, outbox, run_id, uploads=uploads),
         ]
-        self._failure = ""
+        was_away, self._failure = bool(self._failure), ""
         for step in steps:
             try:
+                if was_away:
+                    check_server(self.uri)  # which takes seconds, where MLflow would try for minutes
                 step()
             except Exception as error:  # whatever it is, the server may come back
                 self._failure = self._failure or brief(error)
                 if not ended:
                     break
-        return not self._failure
+        return not self._failure and not outbox.num_calls
 
-    def _make_calls(self, client: Any, run_id: str) -> None:
-        while self._calls:
-            self._refused.add(sending.attempt(partial(self._calls[0], client, run_id), self.uri))
-            self._calls.popleft()
+    def _send_calls(self, client: Any, outbox: Outbox, run_id: str, *, uploads: bool) -> None:
+        try:
+            sending.send_calls(client, outbox, run_id, self.uri, uploads=uploads)
+            self._upload_wait_s = 0.0 if uploads else self._upload_wait_s
+        except Exception:
+            if uploads:  # less and less often, because each try may hold up the points
+                self._upload_wait_s = min(UPLOAD_RETRY_S, max(SEND_EVERY_S, 2 * self._upload_wait_s))
+                self._uploads_at = time.monotonic() + self._upload_wait_s
+            raise
+
+
+def _system() -> System | None:
+    with suppress(Exception):  # of parts of MLflow that may change with its version
+        return System()
+    return None
+
+
+def _recoveries(outbox: Outbox) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(outbox.fact(RECOVERIES) or "[]")
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"its {RECOVERIES} cannot be read") from error
+    if not (isinstance(found, list) and all(isinstance(each, dict) and "lost" in each for each in found)):
+        raise ValueError(f"its {RECOVERIES} are no list of losses")
+    return found
+
+
+def _damaged(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, and points that were not sent are "
+        f"lost"
+    )

@@ -1,0 +1,117 @@
+"""What the last bits of a process's results depend on, and which precision its device multiplies faster."""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+SMALLEST, LARGEST = 256, 1024
+"""Sides of the matrices that are multiplied. Between smaller ones the overhead of calls decides, which varies from run
+to run; larger ones take long and have the same ratio."""
+MIN_ROUNDS, ENOUGH_S = 2, 0.1
+
+
+Hardware = dict[str, str | int]
+"""What the last bits of a process's results depend on, by name."""
+
+VARIABLES = (
+    *("ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+)
+"""Environment variables that choose among instructions or algorithms."""
+
+
+def read_hardware(device: str) -> Hardware:
+    """Returns what the last bits of this process's results depend on.
+
+    Args:
+        device: Where it computes, as torch names it.
+    """
+    variables = " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
+    hardware: Hardware = {
+        "CPU": processor(),
+        "GPU": "none",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "environment": variables or "none",
+    }
+    if device.startswith("cuda"):
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        libraries = [f"CUDA {torch.version.cuda}", f"cuDNN {cudnn}", f"cuBLAS {_cublas()}"]
+        hardware |= {"GPU": torch.cuda.get_device_name(device), "CUDA": ", ".join(libraries)}
+    return hardware
+
+
+def hardware_of_parts(
+    stage_layers: Sequence[range], stages: Sequence[Hardware], readout: Hardware, negatives: Sequence[Hardware]
+) -> dict[str, Hardware]:
+    """Returns the hardware of a run by layer, readout and negative actor, whatever the number of stages.
+
+    Args:
+        stage_layers: Layers of each stage, counted from 0.
+        stages: What each stage reported.
+        readout: What the readout reported.
+        negatives: What each negative actor reported.
+    """
+    layers = {
+        f"layer {1 + index}": stage for indices, stage in zip(stage_layers, stages, strict=True) for index in indices
+    }
+    actors = {f"negative actor {number}": actor for number, actor in enumerate(negatives, 1)}
+    return layers | {"readout": readout} | actors
+
+
+def _cublas() -> str:
+    for package in ("nvidia-cublas", "nvidia-cublas-cu12"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "of the system"
+
+
+def processor() -> str:
+    """Returns the CPU's model and the instructions that its matrix products use."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    model = values.get("model name") or " ".join([platform.machine(), values.get("CPU part", "")]).strip()
+    flags = values.get("flags", "").split()
+    units = [name for flag, name in (("avx512_bf16", "AVX512_BF16"), ("amx_bf16", "AMX")) if flag in flags]
+    return ", ".join([model, torch.backends.cpu.get_cpu_capability(), *units])
+
+
+def device_name(device: str) -> str:
+    """Returns the name of a device of this process, given as torch names it."""
+    return torch.cuda.get_device_name() if device == "cuda" else processor()
+
+
+def bfloat16_speedup(rows: int, fan_in: int, units: int, device: str) -> float:
+    """Measures how many times faster a layer's products are in bfloat16 than in float32, with torch's current threads.
+
+    Both take turns, and the fastest of each counts, so that other processes on the machine change little.
+
+    Args:
+        rows: Rows of a minibatch.
+        fan_in: Inputs of the layer.
+        units: Units of the layer.
+        device: Where to measure, as torch names it.
+    """
+    rows, fan_in, units = (min(max(SMALLEST, size), LARGEST) for size in (rows, fan_in, units))
+    draw = torch.Generator().manual_seed(0)  # its own, because the caller's random numbers must stay as they are
+    inputs, weight = (torch.rand(size, fan_in, generator=draw).to(device) for size in (rows, units))
+    operands = {dtype: (inputs.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    fastest_s = dict.fromkeys(operands, float("inf"))
+    start, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or time.perf_counter() - start < ENOUGH_S:
+        rounds += 1
+        for dtype, (x, w) in operands.items():
+            since = time.perf_counter()
+            _ = (x @ w.mT).mT @ x  # the layer's output, and a gradient of its weight
+            if device == "cuda":
+                torch.cuda.synchronize()
+            fastest_s[dtype] = min(fastest_s[dtype], time.perf_counter() - since)
+    return fastest_s[torch.float32] / fastest_s[torch.bfloat16]

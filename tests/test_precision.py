@@ -1,0 +1,91 @@
+"""A run's precision is the one that its devices multiply faster; it and the hardware of all actors are recorded."""
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ffdist import load_config, train
+from ffdist.precision import Speed, choose
+from ffdist.start import commits_of
+
+FAST, EQUAL, SLOW = Speed("a CPU with AMX", 5.0), Speed("a CPU of 2024", 1.05), Speed("a CPU of 2019", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "precision", "device"),
+    [
+        ([FAST], "bfloat16", "5 times as fast as float32 on a CPU with AMX"),
+        ([EQUAL], "float32", "1.1 times as fast as float32 on a CPU of 2024"),
+        ([FAST, SLOW, FAST], "float32", "0.25 times as fast as float32 on a CPU of 2019"),
+    ],
+)
+def test_auto_is_bfloat16_only_if_it_is_faster_on_every_device(speeds, precision, device):
+    assert choose("auto", speeds) == (precision, f"precision: {precision}; bfloat16 is {device}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "speeds", "warning"),
+    [
+        ("bfloat16", [FAST, SLOW], "bfloat16 is 4.0 times slower than float32 on a CPU of 2019"),
+        ("float32", [FAST], "float32 is 5.0 times slower than bfloat16 on a CPU with AMX"),
+        ("bfloat16", [FAST], ""),
+        ("float32", [FAST, SLOW], ""),
+        ("bfloat16", [EQUAL], ""),
+        ("float32", [EQUAL], ""),
+    ],
+)
+def test_a_slower_setting_is_kept_with_a_warning(setting, speeds, warning):
+    precision, reason = choose(setting, speeds)
+    assert precision == setting
+    assert warning in reason
+    assert bool(reason) == bool(warning)
+
+
+@pytest.mark.parametrize("runner", ["serial", "backpropagation"])
+def test_a_run_records_the_resolved_precision(runner, tmp_path, capsys):
+    config = load_config("digits", ["model.layers=[20]", "training.epochs=1", "tracking.artifacts=[]"])
+    assert config.training.precision == "auto"
+    run = train(config, runner=runner, runs=tmp_path)
+    precision = run.summary["precision"]
+    commits = commits_of(config, run.folder)
+    manifest = commits.read_manifest(commits.names()[-1])
+    assert precision in ("float32", "bfloat16")
+    assert run.config.training.precision == run.network.architecture.precision == precision
+    assert manifest.config["training"]["precision"] == precision
+    output = capsys.readouterr().out
+    assert f"precision: {precision}; bfloat16 is " in output
+    assert f"\nprecision       {precision}\n" in output
+
+
+def test_recovery_on_another_kind_of_processor_is_a_warning_and_recorded(tmp_path, capsys):
+    """The node that computes is not the driver's; another comes in its place, and torch uses other instructions."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 4, "object_store_memory": 200_000_000, "node_ip_address": "127.0.0.2"}
+    driver_node = {"num_cpus": 0, "object_store_memory": 200_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=driver_node)
+    first = cluster.add_node(**node, env_vars={"ATEN_CPU_CAPABILITY": "default"})
+
+    short = ["model.layers=[30,20]", "training.epochs=60", "checkpoint.every_minibatches=20", "pipeline.stages=1"]
+    config = load_config("digits", [*short, "tracking.artifacts=[]"])
+    try:
+        with ThreadPoolExecutor(1) as thread:  # Ray starts nodes in the main thread only
+            training = thread.submit(train, config, address=cluster.address, runs=tmp_path)
+            while not list(tmp_path.glob("*/commits/*/manifest.json")):
+                assert not training.done(), training.result()
+                time.sleep(0.01)
+            cluster.remove_node(first, allow_graceful=False)
+            cluster.add_node(**node)
+            run = training.result()
+    finally:
+        cluster.shutdown()
+    output = capsys.readouterr().out
+    measured = r"^precision: \w+; bfloat16 is .* on .*DEFAULT, node .* \(127\.0\.0\.2\)"
+    assert re.search(measured, output, re.M), "the driver's CPU says nothing"
+    (recovery,) = run.summary["recoveries"]
+    parts = "layer 1, layer 2, readout, negative actor 1"
+    assert re.search(f"{parts}: CPU was [^;]*DEFAULT and is ", recovery["differences"])
+    assert f"{parts}: environment was ATEN_CPU_CAPABILITY=default and is none" in recovery["differences"]
+    assert recovery["differences"] in output

@@ -1,0 +1,59 @@
+"""A library call leaves the process of its caller as it was."""
+
+import json
+import subprocess
+import sys
+
+CODE = """
+import json, locale, logging, os, random, signal, sys, threading
+import matplotlib, matplotlib.pyplot, mlflow, numpy, psutil, sklearn.datasets, sqlalchemy, torch  # set up themselves
+import ffdist.offline, ffdist.trainer
+from ffdist import Run, load_config, train
+
+NAMES = ["", "mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy", "matplotlib", "torch", "filelock"]
+
+def freed_bytes():
+    resident = psutil.Process().memory_info
+    blocks = [torch.ones(2**24) for _ in range(4)]
+    full = resident().rss
+    del blocks
+    return full - resident().rss
+
+def state():
+    return {
+        "threads": torch.get_num_threads(),
+        "sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "dtype": str(torch.get_default_dtype()),
+        "gradients": torch.is_grad_enabled(),
+        "random": [hash(random.getstate()), torch.initial_seed(), hash(torch.get_rng_state().numpy().tobytes()),
+                   hash(numpy.random.get_state()[1].tobytes())],
+        "signals": [str(signal.getsignal(getattr(signal, name))) for name in
+                    ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGCHLD")],
+        "path": list(sys.path),
+        "directory": os.getcwd(),
+        "environment": dict(os.environ),
+        "levels": {name: logging.getLogger(name).level for name in NAMES},
+        "locale": locale.setlocale(locale.LC_ALL),
+        "styles": hash(str(sorted(matplotlib.rcParams.items()))),
+        "tracking": mlflow.get_tracking_uri(),
+        "hooks": [str(sys.excepthook), str(threading.excepthook)],
+        "gives memory back": freed_bytes() > 0.9 * 2**28,
+    }
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+before = state()
+changes = ["model.layers=[9]", "training.epochs=1", "data.label=none", "negatives.kind=mine:dark"]
+run = train(load_config("digits", changes), runner="serial", runs="runs")
+found = Run.find(run.folder)
+found.predict(found.dataset.images["test"][:5])
+found.plot()
+after = state()
+print(json.dumps({name: [before[name], after[name]] for name in before if before[name] != after[name]}))
+"""
+
+
+def test_training_and_predicting_leave_the_process_as_it_was(tmp_path):
+    (tmp_path / "mine.py").write_text("def dark(data, samples, draw):\n    return data.images[samples] // 2\n")
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
