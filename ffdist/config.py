@@ -15,15 +15,15 @@ DECIDES_NOTHING = (
 """Settings, by the start of their name, in which runs of the same weights may differ."""
 
 
-FLOAT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")
-"""Floats such as 5e-1 and 1e5, which YAML 1.1 takes for strings."""
+FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
+"""Floats such as 5e-1, .5e1 and 1e5, which YAML 1.1 takes for strings."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes strings that look like such a float."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 class ConfigError(ValueError):

@@ -78,7 +78,7 @@ def measurement(runner: str, prepared: Prepared, config: Config, device: str) ->
     Raises:
         ConfigError: There are no negatives.
     """
-    architecture, order, sample = prepared.architecture, prepared.order, None
+    sample = None
     needs_costs = config.pipeline.balance != "estimated" and config.training.schedule != "greedy"
     if needs_costs and runner != "backpropagation":
         try:
@@ -87,10 +87,7 @@ def measurement(runner: str, prepared: Prepared, config: Config, device: str) ->
             )
         except NegativesError as error:
             raise ConfigError(f"negatives.kind={config.negatives.kind}: {error}") from error
-    index = max(range(len(architecture.layers)), key=lambda index: architecture.weights[index])
-    rows = order.batch_size * (1 + prepared.negatives.per_sample + architecture.labels_shown)
-    sizes = rows, architecture.fan_in(index), architecture.widths[1 + index]
-    return partial(_measure, sample, sizes, config.training.precision, device, config.pipeline.threads_per_stage)
+    return partial(_measure, sample, config.training.precision, device, config.pipeline.threads_per_stage)
 
 
 def make_blueprint(prepared: Prepared, config: Config, stage_layers: list[range], device: str) -> Blueprint:
@@ -113,9 +110,9 @@ def make_blueprint(prepared: Prepared, config: Config, stage_layers: list[range]
     )
 
 
-def _measure(sample: Sample | None, sizes: tuple[int, int, int], setting: str, device: str, threads: int) -> Measured:
+def _measure(sample: Sample | None, setting: str, device: str, threads: int) -> Measured:
     with torch_threads(threads):
-        speed = Speed(device_name(device), bfloat16_speedup(*sizes, device))
+        speed = Speed(device_name(device), bfloat16_speedup(device))
     if not sample:
         return Measured(speed, None)
     blueprint = sample.blueprint

@@ -98,6 +98,8 @@ def train(
             start = resume(config, prepared, resumed, from_older=from_older)
         elif origin is not None:
             start = start_from(config, prepared.architecture, Path(origin), checkpoint)
+        _make_folder(runs)
+        tracker = Tracker(uri, config.tracking, runs=runs)  # a server that is away is an error before Ray starts
         in_driver = is_driver_enough(config, runner, address)
         joined = stack.enter_context(machine(runner, address))  # Ray starts beside what follows
         if start.precision:
@@ -105,8 +107,7 @@ def train(
         measured: list[Measured] = []
         if in_driver:
             measured = [measurement(runner, prepared, config, own_device(config))()]
-        _make_folder(runs)
-        tracker = stack.enter_context(Tracker(uri, config.tracking, runs=runs))  # opens beside what follows, too
+        stack.enter_context(tracker)  # opens beside what follows, too
         display = stack.enter_context(Display(config.passes, prepared.order.minibatches, prepared.order.batch_size))
         display.doing("starting")
         resources = joined()

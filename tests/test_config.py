@@ -51,8 +51,10 @@ def test_overrides_win_and_the_last_one_most():
 
 
 def test_floats_are_those_of_yaml_1_2_too():
-    options = load_config("digits", ["negatives.options={a: 5e-1, b: 1e5, c: +2E3, d: 1.5e3, e: e5, f: '5e-1'}"])
-    assert options.negatives.options == {"a": 0.5, "b": 1e5, "c": 2e3, "d": 1500.0, "e": "e5", "f": "5e-1"}
+    options = load_config(
+        "digits", ["negatives.options={a: 5e-1, b: 1e5, c: +2E3, d: 1.5e3, g: .5e1, e: e5, f: '5e-1'}"]
+    )
+    assert options.negatives.options == {"a": 0.5, "b": 1e5, "c": 2e3, "d": 1500.0, "g": 5.0, "e": "e5", "f": "5e-1"}
 
 
 def test_a_mistake_is_blamed_on_who_made_it(tmp_path):

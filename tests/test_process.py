@@ -1,8 +1,11 @@
 """A library call leaves the process of its caller as it was."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import textwrap
 
 CODE = """
 import json, locale, logging, os, random, signal, sys, threading
@@ -54,6 +57,25 @@ print(json.dumps({name: [before[name], after[name]] for name in before if before
 
 def test_training_and_predicting_leave_the_process_as_it_was(tmp_path):
     (tmp_path / "mine.py").write_text("def dark(data, samples, draw):\n    return data.images[samples] // 2\n")
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}  # a thread of MLflow's sets variables
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {}
+
+
+def test_training_without_a_home_folder_says_so(tmp_path):
+    """MLflow looks for one when it is imported; commands set it, and a function does not change the environment."""
+    code = """
+        import os, pwd
+        def nobody(number): raise KeyError(number)
+        pwd.getpwuid = nobody
+        del os.environ["HOME"]
+        from ffdist import train
+        train("digits", runner="serial", runs="runs")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert re.search(r"ConfigError: tracking at .*MLflow needs a home folder .*; set HOME", done.stderr), done.stderr
+    assert not list(tmp_path.glob("runs/digits-*"))

@@ -206,9 +206,10 @@ def test_no_command_is_left_untried():
     assert len(TRAINING) >= 4
 
 
-def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(tmp_path, request):
+def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(tmp_path, request, monkeypatch):
     import ray
 
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which Ray would set, and leave set
     ray.init("local", num_cpus=4, include_dashboard=False)  # a plain one, at the machine's address in its network
     request.addfinalizer(ray.shutdown)
     shutil.copy(ROOT / "ffdist" / "run.py", tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_resuming_with_other_instructions_is_one_warning(runs):
     assert resumed.stdout.count("warning: ") == 1
     assert re.search(
         r"warning: the last bits may differ .*\(layer 1, layer 2, layer 3, readout, negative actor 1: CPU was .* "
-        r"and is .*DEFAULT; .*: environment was none and is ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE\)",
+        r"and is .*DEFAULT.*; .*: environment was none and is ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE\)",
         resumed.stdout,
     )
 
@@ -186,11 +187,17 @@ def test_commits_elsewhere_are_each_runs_own_whatever_the_uri_asks(runs, tmp_pat
     assert {path.name for path in (tmp_path / "all").iterdir()} == {run.folder.name for run in finished}
 
 
-def test_commits_elsewhere_outlive_the_runs_folder(runs, tmp_path):
-    config = a_config(f"checkpoint.uri=file://{tmp_path}/commits")
+def test_commits_elsewhere_outlive_the_runs_folder(runs, tmp_path, ffdist_in):
+    config = a_config(where := f"checkpoint.uri=file://{tmp_path}/commits")
     truth = train(config, runs=runs, runner="serial")
     assert str(tmp_path) in truth.summary["best_commit"]
     assert not (truth.folder / "commits").exists()
+    folder = stopped(config, runs)
+    shutil.rmtree(folder)
+    words = ["train", truth.folder / "config.yaml", where, "--resume", folder, "--runs", runs, "--runner", "serial"]
+    output = ffdist_in(tmp_path, *words)
+    assert "going on from" in output
+    assert Run.find(folder).summary["weights_sha256"] == truth.summary["weights_sha256"]
 
 
 def test_a_run_goes_on_with_data_that_moved_but_not_with_other_data(runs, tmp_path):

@@ -132,7 +132,7 @@ def test_a_point_that_the_server_rejects_holds_up_no_other(runs, caplog):
         (INTERNAL_ERROR, True),
         (UNAUTHENTICATED, True),
         (INVALID_PARAMETER_VALUE, False),
-        (PERMISSION_DENIED, False),
+        (PERMISSION_DENIED, True),  # MLflow's code of every 403, also of a proxy's
     ],
 )
 def test_only_what_can_never_succeed_is_dropped(tmp_path, code, is_kept):
@@ -150,6 +150,26 @@ def test_only_what_can_never_succeed_is_dropped(tmp_path, code, is_kept):
         with pytest.raises(MlflowException) if is_kept else nullcontext():
             send(Client(), outbox, "")
     assert (outbox.num_waiting, outbox.num_calls, len(outbox.rejected())) == ((1, 1, 0) if is_kept else (0, 0, 2))
+
+
+def test_two_senders_of_one_folder_double_nothing(runs):
+    folder, count = a_folder(runs, "leftovers"), 3000
+    with a_tracker(runs) as tracker:
+        tracker.begin(folder, {})
+    with closing(Outbox(folder / OUTBOX, 10**6)) as outbox:
+        for step in range(count):
+            outbox.add({"loss": 1.0}, step)
+
+    def send(_):
+        try:
+            return sending.send_run(MlflowClient(tracker.uri), folder, tracker.uri).points
+        except Timeout:
+            return "locked"
+
+    with ThreadPoolExecutor(2) as threads:
+        assert 0 in set(threads.map(send, range(2))) <= {0, "locked"}
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
+    assert sorted(point.step for point in history) == list(range(count))
 
 
 def test_a_folder_stays_locked_while_something_is_sent_from_it(runs, monkeypatch):

@@ -96,7 +96,7 @@ def sync(run: str | None, runs: Path) -> None:
             click.echo(line)
             left += is_left
         if left:
-            raise RunFailed(f"not everything was uploaded (runs: {left}); run `ffdist sync` again later")
+            raise RunFailed(f"not everything was uploaded (runs: {left}); run the same command again later")
         if not folders:
             click.echo(f"nothing is pending in {runs}")
 

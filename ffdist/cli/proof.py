@@ -139,7 +139,7 @@ def growth(words: tuple[str, ...], units: int, seconds: float, path: Path | None
 @runs_option
 @json_option
 def convergence(words: tuple[str, ...], error: float, runs: Path, path: Path | None) -> None:
-    """Train CONFIG over Ray and measure the time to a test error, from the start of the process to the end."""
+    """Train CONFIG over Ray and measure the time to a test error, from the start of Python to the end."""
     with told(MARKED_AS_KILLED):
         check_writable("--json", path)
         config, name = load(words)

@@ -101,8 +101,8 @@ class Layer(Learner, ABC):
         generator: torch.Generator | None = None,
     ) -> None:
         units = math.prod(shape[:-1])
-        start = torch.randn(shape, generator=generator) if generator else torch.zeros(shape)
-        super().__init__(start / math.sqrt(shape[-1]), torch.zeros(units), rule.update)
+        start = torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) if generator else torch.zeros(shape)
+        super().__init__(start, torch.zeros(units), rule.update)
         self.rule, self.compute_dtype = rule, compute_dtype
         self._goodness = GOODNESS[rule.goodness.removeprefix(MINUS)]
         self._normalize = NORMALIZATIONS[rule.normalization]

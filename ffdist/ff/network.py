@@ -176,11 +176,12 @@ class Architecture:
 
     def layer(self, index: int) -> Layer:
         """Builds hidden layer `index`, counted from 0, with its initial weights."""
+        has_values = torch.get_default_device().type != "meta"  # arithmetic there would import torch's compiler
         settings = {
             "rule": self.rule,
             "threshold": self.thresholds[index] if self.thresholds else None,
             "compute_dtype": self.compute_dtype,
-            "generator": generator(self.seed, "layer", index),
+            "generator": generator(self.seed, "layer", index) if has_values else None,
         }
         layer, below = self.layers[index], self.map_below(index)
         if isinstance(layer, Fields):

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 import torch
 
-SMALLEST, LARGEST = 256, 1024
-"""Sides of the matrices that are multiplied. Between smaller ones the overhead of calls decides, which varies from run
-to run; larger ones take long and have the same ratio."""
-MIN_ROUNDS, ENOUGH_S = 2, 0.1
+SIZE = {"cpu": 512, "cuda": 2048}
+"""Sides of the matrices that are multiplied. Between smaller ones the overhead of calls decides."""
+MIN_ROUNDS, ENOUGH_S = 5, 0.1
 
 
 Hardware = dict[str, str | int]
@@ -89,29 +89,26 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else processor()
 
 
-def bfloat16_speedup(rows: int, fan_in: int, units: int, device: str) -> float:
-    """Measures how many times faster a layer's products are in bfloat16 than in float32, with torch's current threads.
+def bfloat16_speedup(device: str) -> float:
+    """Measures how many times faster matrix products are in bfloat16 than in float32, with torch's current threads.
 
-    Both take turns, and the fastest of each counts, so that other processes on the machine change little.
+    Both take turns, and the median of their ratios counts. On a CPU, only the time in which this thread runs counts:
+    other processes, and other threads that hold Python's global lock, take turns with it.
 
     Args:
-        rows: Rows of a minibatch.
-        fan_in: Inputs of the layer.
-        units: Units of the layer.
         device: Where to measure, as torch names it.
     """
-    rows, fan_in, units = (min(max(SMALLEST, size), LARGEST) for size in (rows, fan_in, units))
+    size, clock = SIZE[device], time.thread_time if device == "cpu" else time.perf_counter
     draw = torch.Generator().manual_seed(0)  # its own, because the caller's random numbers must stay as they are
-    inputs, weight = (torch.rand(size, fan_in, generator=draw).to(device) for size in (rows, units))
-    operands = {dtype: (inputs.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    fastest_s = dict.fromkeys(operands, float("inf"))
-    start, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or time.perf_counter() - start < ENOUGH_S:
-        rounds += 1
-        for dtype, (x, w) in operands.items():
-            since = time.perf_counter()
-            _ = (x @ w.mT).mT @ x  # the layer's output, and a gradient of its weight
+    operands = torch.rand(2, size, size, generator=draw).to(device)
+    ratios, start = list[float](), clock()
+    while len(ratios) <= MIN_ROUNDS or clock() - start < ENOUGH_S:
+        took = []
+        for x, w in (operands, operands.bfloat16()):
+            since = clock()
+            _ = (x @ w.mT).mT @ x  # the layout of a layer's output and of a gradient of its weight
             if device == "cuda":
                 torch.cuda.synchronize()
-            fastest_s[dtype] = min(fastest_s[dtype], time.perf_counter() - since)
-    return fastest_s[torch.float32] / fastest_s[torch.bfloat16]
+            took.append(clock() - since)
+        ratios.append(took[0] / took[1])
+    return median(ratios[1:])  # the first warms up

@@ -21,7 +21,7 @@ MAX_FOLDER_BYTES = 24
 """Longest path that holds a Ray folder: Ray adds up to 83 bytes, and Linux allows 107 for the name of a socket."""
 
 LOCAL = "local"
-WAY_OUT = "correct --address or RAY_ADDRESS, or leave both out to start a local Ray"
+WAY_OUT = "start the cluster, or set --address to another one or to local"
 TOKEN_FIX = "copy the cluster's token to ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH to a file that holds it"
 
 

@@ -61,7 +61,7 @@ def run_on_machines(function: Callable[[], Result], group: Any, placement: Place
             raise ConfigError(
                 f"node {machine} must train a layer with the resources of a stage within {TIMEOUT_S:g} s ("
                 f"{placement.stage_cpus:.2g} CPU, {placement.stage_gpus:.2g} GPU; {type(cause).__name__}: "
-                f"{' '.join(str(cause).split())[-300:]}); make model.layers smaller, or repair the node"
+                f"{' '.join(str(cause).split())[:300]}); make model.layers smaller, or repair the node"
             ) from error
     return results
 

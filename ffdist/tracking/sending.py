@@ -28,10 +28,7 @@ from ffdist.tracking.server import (
 
 BATCH = 1000
 """Most metrics that MLflow takes in one request."""
-FINAL = (
-    *("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "PERMISSION_DENIED"),
-    *("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"),
-)
+FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
 """MLflow's codes of errors that a retry cannot resolve. All others, and errors of an artifact store, may pass."""
 LOCK = ".lock"
 """In the folder of a run, held by the process that trains it, or for a moment by one that sends what it left."""

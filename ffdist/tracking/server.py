@@ -24,7 +24,7 @@ from ffdist.config import ConfigError
 from ffdist.files import file_in
 from ffdist.sections import Tracking, absolute_store, hold_no_secret
 
-WAY_OUT = "correct tracking.uri or MLFLOW_TRACKING_URI, or leave both out to track in the runs folder"
+WAY_OUT = "make it reachable, or set tracking.uri to another place"
 SQLITE = "sqlite:///"
 GIT_COMMIT = "mlflow.source.git.commit"
 """Tag that MLflow's UI shows as a run's version."""
@@ -173,8 +173,15 @@ def a_client(uri: str) -> Iterator[Any]:
 
 @contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """Has MLflow and its database library log errors alone, for the length of a `with` block in whatever thread."""
-    import mlflow  # noqa: F401, which sets its own level
+    """Has MLflow and its database library log errors alone, for the length of a `with` block in whatever thread.
+
+    Raises:
+        ConfigError: MLflow cannot be imported, because the user has no home folder.
+    """
+    try:
+        import mlflow  # noqa: F401, which sets its own level
+    except RuntimeError as error:
+        raise ConfigError(f"MLflow needs a home folder ({error}); set HOME") from error
 
     global _quiet_blocks
     with _quieting:

@@ -5,6 +5,7 @@ Metrics go by way of an outbox in the run's folder, so that none is lost or doub
 
 import json
 import logging
+import shlex
 import sqlite3
 import threading
 import time
@@ -69,7 +70,7 @@ class Tracker:
         self._closing, self._deadline = threading.Event(), float("inf")
         self._uploads_at, self._upload_wait_s = 0.0, 0.0
         check_server(uri)
-        self._thread = threading.Thread(target=self._work_quietly, name="tracker", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._leftovers: threading.Thread | None = None
         self._no_leftovers = threading.Event()
         self._plots = ThreadPoolExecutor(1, "plots")
@@ -272,26 +273,25 @@ class Tracker:
         )
         if self._run_id and (points or calls or outbox.fact("left")):
             log.warning(
-                "not everything was tracked at %s (%s): %d points and %d other uploads wait in %s; `ffdist sync` or "
+                "not everything was tracked at %s (%s): %d points and %d other uploads wait; `ffdist sync %s` or "
                 "the next run in %s sends them",
-                *(self.uri, self._failure or "its time to flush is over", points, calls, outbox.folder, self._runs),
+                *(self.uri, self._failure or "its time to flush is over", points, calls),
+                *(shlex.quote(str(self._folder)), self._runs),
             )
         if rejected:
             log.warning("not everything was tracked at %s; rejected: %s", self.uri, "; ".join(rejected))
         if outbox.thinned:
             log.warning("the server was away for so long that only every few points of each metric were kept")
 
-    def _work_quietly(self) -> None:
-        with quiet_mlflow():
-            self._work()
-
     def _work(self) -> None:
         try:
-            if client := self._open():
-                self._send_until_closed(client)
+            with quiet_mlflow():
+                if client := self._open():
+                    self._send_until_closed(client)
         except Exception as error:  # such as a full disk; what waits is reported at the end
             self._failure = brief(error)
         finally:
+            self._opened.set()
             with self._releasing:
                 self._sent = True
             if self._handed_over:
