@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named(colours, damage):
 def test_images_of_16_bits_are_refused_rather_than_saturated(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", [png(16000, mode="I;16")] * 2, [0, 1])
-    with pytest.raises(ConfigError, match=r"row 0: images have 8 bits a channel \(mode: I;16\); scale"):
+    with pytest.raises(ConfigError, match=r"row 0: images have 8 bits a channel \(mode: I(;16)?\); scale"):
         load(tmp_path)
 
 

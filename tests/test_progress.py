@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from ffdist.tracking import progress
@@ -26,3 +28,17 @@ def test_layers_are_told_and_without_any_the_loss(lines):
     layer = {"loss": 0.5, "goodness_positive": 1.31, "goodness_negative": 0.8, "pairwise_error": 0.1}
     metrics = {f"layer_1/{name}": value for name, value in layer.items()} | {"layer_1/active_fraction": 0.5}
     assert lines(10, metrics) == "epoch 1.0/2: layer 1 loss 0.500 goodness 1.31 | 0.8"
+
+
+def test_a_terminal_shows_a_bar_and_a_table_of_layers(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", "100")
+    layer = {"loss": 0.5, "goodness_positive": 1.31, "goodness_negative": 0.8, "pairwise_error": 0.1}
+    with Display(2, 10, 1) as display:
+        display.update(5, {f"layer_1/{name}": value for name, value in layer.items()})
+        display.say("[a line] that stays")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert re.search(r"epoch 1/2 .* 25 %", shown)
+    assert re.search(r"layer +loss +goodness: positive +negative +pairwise error +active", shown)
+    assert re.search(r"1 +0\.500 +1\.31 +0\.8 +0\.1000", shown)
+    assert "[a line] that stays" in shown
