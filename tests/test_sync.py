@@ -122,7 +122,7 @@ def test_a_point_that_the_server_rejects_holds_up_no_other(runs, caplog):
     history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
     assert sorted(point.step for point in history) == list(range(9))
     assert "rejected: points" in caplog.text
-    assert "wait in" not in caplog.text
+    assert "uploads wait" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_what_the_store_refuses_is_told_and_nothing_is_said_to_wait(template, tm
         tracker.begin(tmp_path, {})
         tracker.log_artifact(tmp_path / "nothing.txt")
     assert "not everything was tracked" in caplog.text
-    assert "wait in" not in caplog.text
+    assert "uploads wait" not in caplog.text
     assert Outbox.fact_of(tmp_path / OUTBOX, "left") == ""
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
 
@@ -158,7 +158,7 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_when_it_is_back
             network = Network(Architecture((1, 2, 2), 3, (5, 4)))
             tracker.log_model(network, (), torch.zeros(4, dtype=torch.uint8), "a name")
         assert f"not everything was tracked at {uri}" in caplog.text
-        assert f"wait in {folder}" in caplog.text
+        assert f"`ffdist sync '{folder}'`" in caplog.text
         servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))
         wait_for(f"{uri}/health")
         store.write_text("a disk that is not mounted")
