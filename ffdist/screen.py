@@ -25,7 +25,9 @@ class Screen(Console):
 def track(items: Iterable[Item], what: str) -> Generator[Item, None, None]:
     """Yields items while a bar tells how far that is; only where somebody looks, and gone at the end."""
     screen = Screen()
-    yield from progress.track(items, what, console=screen, transient=True, disable=not is_interactive(screen))
+    if is_interactive(screen):
+        items = progress.track(items, what, console=screen, transient=True)
+    yield from items
 
 
 def is_interactive(screen: Console) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ffdist.config_file import load_config
+from ffdist.runtime.access import private_ray
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -206,12 +208,14 @@ def test_no_command_is_left_untried():
     assert len(TRAINING) >= 4
 
 
-def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(tmp_path, request, monkeypatch):
+def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(tmp_path, request):
     import ray
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which Ray would set, and leave set
+    stack = ExitStack()
+    request.addfinalizer(stack.close)
+    stack.enter_context(private_ray())
+    stack.callback(ray.shutdown)
     ray.init("local", num_cpus=4, include_dashboard=False)  # a plain one, at the machine's address in its network
-    request.addfinalizer(ray.shutdown)
     shutil.copy(ROOT / "ffdist" / "run.py", tmp_path)
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "run.py", "training.epochs=1", "digits", "model.layers=[20,20,20]"]

@@ -280,7 +280,7 @@ def test_where_a_run_is_tracked_is_an_absolute_place(uri, absolute, tmp_path, mo
 def test_a_store_that_refuses_a_run_does_so_before_the_run_has_a_folder(runs, ffdist_in, wrong, monkeypatch, tmp_path):
     before, client = sorted(runs.iterdir()), MlflowClient(default_uri(runs))
     if wrong == "store":
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://x")
     elif wrong == "run":
         shutil.copy(runs / "mlflow.db", tmp_path)
         with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
