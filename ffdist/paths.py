@@ -37,9 +37,13 @@ def in_each_folder(folder: Path, name: str) -> list[Path]:
         ConfigError: The folder cannot be looked at.
     """
     try:
-        return sorted(folder.glob(f"*/{name}"))
+        names = os.listdir(folder)  # noqa: PTH208, Path.glob hides errors from Python 3.13 on
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise unreachable(folder, error) from error
+    paths = (folder / each / name for each in names)
+    return sorted(path for path in paths if os.path.exists(path))  # noqa: PTH110, Path's raises without a permission
 
 
 def unreachable(path: Path, error: OSError) -> ConfigError:

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import chdir
@@ -12,12 +13,16 @@ import torch
 from click.testing import CliRunner
 
 from ffdist.cli import main
+from ffdist.interrupts import STOP_SIGNALS
 from ffdist.runtime.access import local_ray
 from ffdist.tracking import server
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested here is decided alike on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
+for number in STOP_SIGNALS:  # which nohup has every process ignore
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 RAY_FOLDER = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # no cluster of others is found there
 os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
 torch.set_num_threads(1)  # as a stage does; two that share a busy processor wait for each other over tiny tensors

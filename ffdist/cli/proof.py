@@ -21,7 +21,7 @@ seconds_option = click.option("--seconds", default=10.0, show_default=True, help
 @click.option("--faults", type=click.IntRange(1), default=50, show_default=True, help="How many.")
 @click.option("--seed", default=0, show_default=True, help="Decides their order, victims and moments.")
 @click.option("--kind", "kinds", multiple=True, help="Kind of fault, as the table names it; may be repeated.")
-@click.option("--minutes", type=float, default=40.0, show_default=True, help="When to stop injecting.")
+@click.option("--minutes", type=float, default=60.0, show_default=True, help="When to stop injecting.")
 @json_option
 @click.option("--simulated", type=click.IntRange(1), help="Schedules on simulated parts instead, without CONFIG.")
 def chaos(
