@@ -86,7 +86,7 @@ class Run:
         folder = find_run(str(run), Path(runs))
         if kind_of(folder / SUMMARY) != "file":
             raise ConfigError(
-                f"{folder} is not finished; go on with it by `ffdist train CONFIG --resume {shlex.quote(str(folder))}`"
+                f"{folder} is not finished; resume it with `ffdist train CONFIG --resume {shlex.quote(str(folder))}`"
             )
         with _reading(folder / SUMMARY) as path:
             return cls(folder, _checked(read_json(folder, path.name)), checkpoint, overrides)

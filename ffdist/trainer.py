@@ -173,7 +173,7 @@ def train(
                 display.say,
             )
             if loop.stopped:
-                raise KeyboardInterrupt(f"stopped in order; go on by --resume {shlex.quote(str(folder))}")
+                raise KeyboardInterrupt(f"stopped in order; resume with --resume {shlex.quote(str(folder))}")
             summary = {
                 **loop.figures(),
                 "epochs": config.passes,
@@ -193,7 +193,7 @@ def train(
             Folder(str(folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
             _illustrate(loop, tracker, summary, folder, display.say)
         except (OSError, sqlite3.Error) as error:  # a disk is full or gone
-            raise RunFailed(f"{error}; go on by --resume {shlex.quote(str(folder))}") from error
+            raise RunFailed(f"{error}; resume with --resume {shlex.quote(str(folder))}") from error
         except ClusterStopped as error:
             raise ClusterStopped(f"{error}; resume the run with --resume {shlex.quote(str(folder))}") from error
         except NegativesError as error:

@@ -324,8 +324,8 @@ def kill_cluster(driver: int, mark: str) -> None:
 
 
 STOPS = {
-    interrupt_group: (130, "stopped in order; go on by --resume runs/digits-"),
-    terminate_all: (130, "stopped in order; go on by --resume runs/digits-"),
+    interrupt_group: (130, "stopped in order; resume with --resume runs/digits-"),
+    terminate_all: (130, "stopped in order; resume with --resume runs/digits-"),
     kill_cluster: (1, "the Ray cluster was stopped; resume the run with --resume runs/digits-"),
 }
 

@@ -54,13 +54,13 @@ def test_it_is_found_again_and_evaluated_as_it_was(run):
 def test_what_is_no_finished_run_is_told(run, tmp_path):
     (tmp_path / "half done").mkdir()
     (tmp_path / "half done" / "config.yaml").write_text(run.config.to_yaml())
-    with pytest.raises(ConfigError, match="go on with it by") as told:
+    with pytest.raises(ConfigError, match="resume it with") as told:
         Run.find(tmp_path / "half done")
     command = str(told.value).split("`")[1]
     assert shlex.split(command)[-1] == str(tmp_path / "half done")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.yaml").write_text(run.config.to_yaml())
-    with pytest.raises(ConfigError, match="not finished; go on with it"):
+    with pytest.raises(ConfigError, match="not finished; resume it with"):
         Run.find(tmp_path / "half")
     (tmp_path / "half" / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=r"summary.json is missing or damaged"):

@@ -58,7 +58,7 @@ def stopped(config: Config, runs: Path, stop=signal.SIGINT, when=three_commits, 
         os.kill(os.getpid(), stop)
 
     threading.Thread(target=ask, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt, match="stopped in order; go on by --resume"):
+    with pytest.raises(KeyboardInterrupt, match="stopped in order; resume with --resume"):
         train(config, runs=runs, runner="serial", **how)
     (folder,) = set(runs.glob("*-*/")) - before
     return folder

@@ -85,11 +85,11 @@ class Fault:
 
     def asked_to_stop(self) -> None:
         """SIGTERM to the driver, as a cluster's preemption, resumed."""
-        self._stop("go on by --resume")
+        self._stop("resume with --resume")
 
     def group_asked_to_stop(self) -> None:
         """SIGTERM to the driver and its process group, as `timeout` sends it, resumed."""
-        self._stop("go on by --resume", group=True)
+        self._stop("resume with --resume", group=True)
 
     def all_asked_to_stop(self) -> None:
         """SIGTERM to the driver and all actors, as systemd and Slurm send it, resumed from the last checkpoint."""

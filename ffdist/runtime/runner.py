@@ -155,7 +155,7 @@ class Collector:
         try:
             values: list[Any] = ray.get(returned)
         except RayError as error:
-            raise self._told(error) from error
+            raise self._classified(error) from error
         return values
 
     def _is_any_starting(self) -> bool:
@@ -166,7 +166,7 @@ class Collector:
     def _name_of(self, actor_id: str | None) -> str:
         return self._names.get(actor_id or "", "an actor")
 
-    def _told(self, error: RayError) -> Exception:
+    def _classified(self, error: RayError) -> Exception:
         """Classifies an error of Ray: what an actor raised, what another try would meet again, or a lost actor."""
         cause: BaseException = error
         while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
