@@ -1,4 +1,5 @@
 import math
+import threading
 import time
 
 import pytest
@@ -104,10 +105,25 @@ def test_a_cluster_in_use_says_what_is_free(ray_start_4_cpus, monkeypatch):
     with reserve([{"CPU": 3}]), monkeypatch.context() as patch:
         wait_until_free(1)
         patch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 1.0)
+        patch.setattr("ffdist.runtime.placement.RELEASE_TIMEOUT_S", 2.0)
         with pytest.raises(ConfigError, match="has: 4 CPU, 0 GPU; free: 1 CPU"), reserve([{"CPU": 2}]):
             pass
     with reserve([{"CPU": 2}]):  # both are given back
         pass
+
+
+def test_resources_of_a_run_that_was_killed_are_waited_for(ray_start_4_cpus, monkeypatch):
+    """Ray releases them a while after its end, and the run may have been resumed at once."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr("ffdist.runtime.placement.PLACEMENT_TIMEOUT_S", 0.5)
+    wait_until_free(4)
+    of_killed_run = placement_group([{"CPU": 3}])
+    wait_until_free(1)
+    release = threading.Timer(2.0, remove_placement_group, [of_killed_run])
+    release.start()
+    with reserve([{"CPU": 4}]):
+        assert not release.is_alive()
 
 
 def test_a_cluster_that_changes_meanwhile_is_looked_at_again(ray_start_4_cpus, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -14,6 +15,9 @@ from ffdist.runtime.cluster import AUTOSCALER, alive_nodes, has_autoscaler
 from ffdist.sections import Pipeline
 
 PLACEMENT_TIMEOUT_S = 8.0
+RELEASE_TIMEOUT_S = 60.0
+"""Longest wait for resources that the cluster has but that are in use: Ray needs a while to release those of a driver
+that was killed, most of all if a node was lost with it."""
 AUTOSCALER_TIMEOUT_S = 900.0
 """A cloud needs minutes to start a machine."""
 READOUT_GPUS = 0.1
@@ -110,8 +114,9 @@ def reserve(bundles: list[dict[str, float]]) -> Iterator[Any]:
     Runs in other threads of this process are waited for, and an autoscaler has `AUTOSCALER_TIMEOUT_S` to add nodes.
 
     Raises:
-        ConfigError: No node is large enough for one of them, or the cluster lacks them or has them in use, after
-            `PLACEMENT_TIMEOUT_S`. (A placement group that can never be placed raises nothing by itself.)
+        ConfigError: No node is large enough for one of them, the cluster lacks them after `PLACEMENT_TIMEOUT_S`, or it
+            has them in use after `RELEASE_TIMEOUT_S`. (A placement group that can never be placed raises nothing by
+            itself.)
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -120,19 +125,20 @@ def reserve(bundles: list[dict[str, float]]) -> Iterator[Any]:
     if not has_autoscaler():
         timeout_s = PLACEMENT_TIMEOUT_S
         _check_nodes(bundles, nodes)
-    group, thread = placement_group(bundles, strategy="PACK"), get_ident()
+    group, thread, start = placement_group(bundles, strategy="PACK"), get_ident(), time.monotonic()
     try:
         while True:
             others = set(_placed.values()) - {thread}  # which will end
             if group.wait(timeout_s):
                 break
-            if others:
+            total = ray.cluster_resources()
+            if others or (_has(total, bundles) and time.monotonic() - start < RELEASE_TIMEOUT_S):
                 continue
-            total, free = (_amounts(found) for found in (ray.cluster_resources(), ray.available_resources()))
+            free = ray.available_resources()
             raise ConfigError(
                 f"the cluster cannot place the run's {len(bundles)} actors (needed: {_needs(bundles)}; the cluster "
-                f"has: {total}; free: {free}); set pipeline.stages or pipeline.threads_per_stage lower, or wait until "
-                f"others are done"
+                f"has: {_amounts(total)}; free: {_amounts(free)}); set pipeline.stages or pipeline.threads_per_stage "
+                f"lower, or wait until others are done"
             )
         _placed[group.id] = thread
         yield group
@@ -149,6 +155,11 @@ def _check_nodes(bundles: list[dict[str, float]], nodes: list[dict[str, float]])
                 f"no node is large enough for one actor (needed: {_amounts(bundle)}; nodes have: "
                 f"{'; '.join(_amounts(node) for node in nodes)}); set pipeline.threads_per_stage lower"
             )
+
+
+def _has(total: dict[str, float], bundles: list[dict[str, float]]) -> bool:
+    """Returns whether a cluster has enough resources in all, whoever uses them."""
+    return all(sum(bundle.get(name, 0) for bundle in bundles) <= total.get(name, 0) for name in ("CPU", "GPU"))
 
 
 def _amounts(resources: dict[str, float]) -> str:
