@@ -1,4 +1,4 @@
-"""ffdist trains Forward-Forward networks as a stream over Ray actors.
+"""ffdist trains Forward-Forward networks as a pipeline of Ray actors.
 
 from ffdist import train
 
@@ -12,33 +12,34 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ffdist.config import Config, ConfigError
-    from ffdist.config_file import load_config
-    from ffdist.exported import read_network
+    from ffdist.config.loading import load_config
+    from ffdist.config.schema import Config
+    from ffdist.errors import ConfigError
+    from ffdist.export.network import read_network
     from ffdist.ff.network import Architecture, Network
-    from ffdist.finished import Run
-    from ffdist.trainer import train
+    from ffdist.runs.run import Run
+    from ffdist.training.trainer import train
 
 IMPORTED_AT = time.monotonic()
-"""When this process began to use ffdist; benchmarks count from here."""
-__path__ = extend_path(__path__, __name__)  # a model of MLflow's brings a part of this package, and puts it first
+"""Time of the import on the monotonic clock; benchmarks measure from here."""
+__path__ = extend_path(__path__, __name__)  # an MLflow model contains a part of this package, and precedes it
 
-_HOMES = {
+_MODULES = {
     "Architecture": "ffdist.ff.network",
-    "Config": "ffdist.config",
-    "ConfigError": "ffdist.config",
+    "Config": "ffdist.config.schema",
+    "ConfigError": "ffdist.errors",
     "Network": "ffdist.ff.network",
-    "Run": "ffdist.finished",
-    "load_config": "ffdist.config_file",
-    "read_network": "ffdist.exported",
-    "train": "ffdist.trainer",
+    "Run": "ffdist.runs.run",
+    "load_config": "ffdist.config.loading",
+    "read_network": "ffdist.export.network",
+    "train": "ffdist.training.trainer",
 }
 
 __all__ = ["Architecture", "Config", "ConfigError", "Network", "Run", "load_config", "read_network", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first asked for, so that importing the package stays light."""
-    if name not in _HOMES:
+    """Imports a public name on first access, so that importing the package stays fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'ffdist' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,15 +1,15 @@
-"""What `ray submit` sends to a cluster: `ffdist train` on the Ray that this machine is part of.
+"""Script for `ray submit`: runs `ffdist train` on the cluster of this machine.
 
-`python ffdist/run.py mnist training.epochs=10` takes what `ffdist train` takes. It joins the cluster it runs on, and
-starts a local Ray where there is none.
+`python ffdist/run.py mnist training.epochs=10` accepts the arguments of `ffdist train`. It joins the cluster of this
+machine, and starts a local Ray if there is none.
 """
 
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # the folder of this file, or the working directory: other files there are not for import
+    del sys.path[0]  # the folder of this file, or the working directory, whose files must not shadow packages
 
-from ffdist.cli.training import train
+from ffdist.cli.train import train
 
 if __name__ == "__main__":
     train(obj={"address": None})

@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner
 
 from ffdist.cli import main
-from ffdist.interrupts import STOP_SIGNALS
 from ffdist.runtime.access import local_ray
+from ffdist.signals import STOP_SIGNALS
 from ffdist.tracking import server
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested here is decided alike on every machine
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def tracking_database_template(tmp_path_factory):
     """MLflow's 68 migrations take seconds: they run once per session, and every further database is a copy."""
-    template, create = tmp_path_factory.mktemp("template") / "mlflow.db", server.make_database
+    template, create = tmp_path_factory.mktemp("template") / "mlflow.db", server.create_database
 
     def copy(path: Path) -> None:
         if path.is_file() and path.stat().st_size:
@@ -48,7 +48,7 @@ def tracking_database_template(tmp_path_factory):
         shutil.copy(template, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "make_database", copy)
+        patch.setattr(server, "create_database", copy)
         yield
 
 

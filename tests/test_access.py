@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from ffdist import load_config, train
-from ffdist.config import ConfigError
+from ffdist.errors import ConfigError
 from ffdist.runtime.access import find_cluster, private_ray
 from ffdist.runtime.cluster import connect
 from ffdist.runtime.placement import reserve

@@ -6,7 +6,8 @@ from ffdist.ff.layers import MEASURED, METRICS
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.stage import Report
-from ffdist.tracking.averages import Averages
+from ffdist.training.metrics import Metrics
+from ffdist.training.resume import Start
 
 STEPS, BATCH_SIZE = 24, 10
 LAYERS = torch.randn(STEPS, 2, len(METRICS), generator=torch.Generator().manual_seed(0))
@@ -14,13 +15,17 @@ READOUT = torch.rand(STEPS, 2, generator=torch.Generator().manual_seed(1))
 
 
 def points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
-    averages, found = Averages(every, BATCH_SIZE), []
+    found = []
+    metrics = Metrics(every, BATCH_SIZE, lambda values, samples: found.append((samples, values)))
+    metrics.on_start(Start({}), None)
+    metrics.on_restore(0)
     for first in range(0, STEPS, chunk_size):
         part = slice(first, first + chunk_size)
         stages = [Report(LAYERS[part, layer : layer + 1], 3.0, 1.0, 0.5) for layer in (0, 1)]
         chunk = Train(0, first, len(READOUT[part]), first, 1.0)
-        found += averages.add(chunk, Trained(stages, Report(READOUT[part], 1.0, 1.0)))
-    return [*found, *averages.rest(STEPS)]
+        metrics.on_chunk(Trained(chunk, stages, Report(READOUT[part], 1.0, 1.0)), first + chunk_size)
+    metrics.finish(STEPS)
+    return found
 
 
 def learning(found):
@@ -66,12 +71,13 @@ def test_what_was_not_measured_is_left_out(monkeypatch):
 
 def test_throughput_counts_from_where_training_begins(monkeypatch):
     """Not the start of the parts, for which a run waits with its averages at hand."""
-    now = 0.0
+    now, found = 0.0, []
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    averages = Averages(STEPS, BATCH_SIZE)
+    metrics = Metrics(STEPS, BATCH_SIZE, lambda values, samples: found.append(values))
+    metrics.on_start(Start({}), None)
     now = 100.0
-    averages.begin()
+    metrics.on_restore(0)
     now = 102.0
     stages = [Report(LAYERS, 3.0, 1.0, 0.5)]
-    ((_, metrics),) = averages.add(Train(0, 0, STEPS, 0, 1.0), Trained(stages, Report(READOUT, 1.0, 1.0)))
-    assert metrics["samples_per_s"] == STEPS * BATCH_SIZE / 2
+    metrics.on_chunk(Trained(Train(0, 0, STEPS, 0, 1.0), stages, Report(READOUT, 1.0, 1.0)), STEPS)
+    assert found[0]["samples_per_s"] == STEPS * BATCH_SIZE / 2

@@ -9,13 +9,14 @@ import ffdist.ff.local
 from ffdist import ConfigError, load_config, read_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
-from ffdist.exported import save_network
+from ffdist.export.network import save_network
 from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
-from ffdist.ff.update import Update
+from ffdist.ff.optimizers import Update
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.runner import SnapshotTaken
 from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import NegativePlan
 
@@ -24,7 +25,7 @@ DRAW = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (SAMPLES, 36), dtype=torch.uint8, generator=DRAW)
 LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=DRAW)
 ORDER = SampleOrder(0, SAMPLES, BATCH)
-DESCENT = Update(0.5, 0.0, smoothing=0.0)
+DESCENT = Update(0.5, 0.0, momentum=0.0)
 PLAIN = Architecture(SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=DESCENT, rule=Rule(update=DESCENT))
 START = Snapshot(Position(), 0)
 
@@ -36,17 +37,17 @@ class Keeper:
         return copy.deepcopy(state)
 
 
-def states(architecture, *orders, jitter=0):
+def states(architecture, *commands, jitter=0):
     blueprint = Blueprint(architecture, ORDER, NegativePlan("wrong_label"), jitter, [range(2)], 1, "cpu")
     pipeline = Backpropagation(blueprint, {"train": IMAGES}, LABELS, Keeper())
-    for order, result in pipeline.run(orders):
-        if isinstance(order, Snapshot):
-            yield result(True)
+    for event in pipeline.run(commands):
+        if isinstance(event, SnapshotTaken):
+            yield event.written(True)
 
 
 def test_an_update_follows_the_gradient_of_the_cross_entropy_through_all_layers():
     before, first, second = states(PLAIN, START, Train(0, 0, 1, 0, 1.0), START, Train(0, 1, 1, 1, 0.5), START)
-    for minibatch, (old, new, gain) in enumerate([(before, first, 1.0), (first, second, 0.5)]):
+    for minibatch, (old, new, lr_scale) in enumerate([(before, first, 1.0), (first, second, 0.5)]):
         samples = ORDER.indices(0, minibatch, 1)[0]
         parameters = {
             (layer, name): old[layer][name].clone().requires_grad_() for layer in old for name in ("weight", "bias")
@@ -59,7 +60,7 @@ def test_an_update_follows_the_gradient_of_the_cross_entropy_through_all_layers(
         logits = F.linear(torch.cat(read, 1), parameters["readout", "weight"], parameters["readout", "bias"])
         F.cross_entropy(logits, LABELS[samples]).backward()
         for (layer, name), parameter in parameters.items():
-            torch.testing.assert_close(new[layer][name], parameter.detach() - gain * 0.5 * parameter.grad)
+            torch.testing.assert_close(new[layer][name], parameter.detach() - lr_scale * 0.5 * parameter.grad)
     assert not torch.equal(second["layer_1"]["weight"], first["layer_1"]["weight"])
 
 
@@ -98,7 +99,7 @@ def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     network = finished.network
     wrong = (network(dataset.images["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
     assert wrong == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
-    assert finished.summary["best_commit"]
+    assert finished.summary["best_checkpoint"]
     assert not any(
         "goodness" in path.name for path in [*finished.folder.glob("*.png"), *finished.plot(tmp_path / "again")]
     )
@@ -113,9 +114,9 @@ def test_a_reference_goes_on_as_what_it_is(tmp_path):
     config = load_config("digits", ["training.epochs=2", "model.layers=[20, 10]"]).by_backpropagation()
     first = train(config, runner="backpropagation", runs=tmp_path)
     (first.folder / "summary.json").unlink()
-    with pytest.raises(ConfigError, match="was trained by backpropagation and can only go on so; `ffdist baseline`"):
-        train(config, runner="serial", runs=tmp_path, resumed=first.folder)
-    again = train(config, runner="backpropagation", runs=tmp_path, resumed=first.folder)
+    with pytest.raises(ConfigError, match="resumed with its own algorithm, backpropagation; `ffdist baseline`"):
+        train(config, runner="serial", runs=tmp_path, resume=first.folder)
+    again = train(config, runner="backpropagation", runs=tmp_path, resume=first.folder)
     assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
 
 

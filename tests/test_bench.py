@@ -20,7 +20,7 @@ def bench(tmp_path, *arguments: str, code: int = 0) -> tuple[str, dict[str, floa
 
 
 def test_a_step_and_its_floor(tmp_path, monkeypatch):
-    monkeypatch.setattr("ffdist.bench.step.COPIED", 10**6)
+    monkeypatch.setattr("ffdist.bench.step.COPY_VALUES", 10**6)
     monkeypatch.setattr("ffdist.bench.step.ROUND_S", 0.001)
     told, found = bench(tmp_path, "step", "--units", "60", "--batch", "10", "--batch", "20")
     names = [
@@ -47,7 +47,7 @@ def test_a_pipeline_against_the_machine(tmp_path):
     assert found["stage_unique_bytes"] < found["stage_resident_bytes"]
     assert "stages_2/pipeline_efficiency" not in found
     assert "| pipeline_efficiency" in told
-    assert {"committing_over_not", "epoch_boundary_over_not", "predicted_over_ray"} < set(found)
+    assert {"checkpointing_over_not", "epoch_boundary_over_not", "predicted_over_ray"} < set(found)
     assert found["evaluation_s"] > 0
     assert 0 < found["busy_fraction"] <= 1
 
@@ -55,7 +55,7 @@ def test_a_pipeline_against_the_machine(tmp_path):
 @pytest.mark.slow
 def test_growth_by_layers_and_stages(tmp_path, monkeypatch):
     monkeypatch.setattr("ffdist.bench.growth.SIZES", ((1, 1), (2, 1)))
-    monkeypatch.setattr("ffdist.bench.growth.ROUNDS", 1)
+    monkeypatch.setattr("ffdist.bench.growth.NUM_ROUNDS", 1)
     told, found = bench(tmp_path, "growth", "digits", "--units", "30", "--seconds", "0.1")
     one, two = (
         {

@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from ffdist.checkpoint import MANIFEST, CommitError, Commits, CommitWriter, commit_name, digest, weights_sha256
-from ffdist.data.folder import Folder
+from ffdist.checkpoint.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    Checkpoints,
+    CheckpointWriter,
+    checkpoint_name,
+    digest,
+    weights_sha256,
+)
 from ffdist.pipeline.schedule import Position, Snapshot, Train
 from ffdist.pipeline.source import Drawn
+from ffdist.storage.folder import Folder
 
 FACTS = {
-    **{"validation_error": None, "best_commit": None, "best_error": None, "train_s": 1.5, "mlflow_run_id": "run"},
-    **{"dataset_sha256": "", "config": {"seed": 0}, "made_with": {"torch": "2"}},
+    **{"validation_error": None, "best_checkpoint": None, "best_error": None, "train_s": 1.5, "mlflow_run_id": "run"},
+    **{"dataset_sha256": "", "config": {"seed": 0}, "provenance": {"torch": "2"}},
 }
 
 
@@ -32,40 +40,40 @@ def a_state(seed=0, layers=2):
 
 
 @pytest.fixture
-def commits(tmp_path) -> Commits:
-    return Commits(Folder(str(tmp_path), CommitError))
+def checkpoints(tmp_path) -> Checkpoints:
+    return Checkpoints(Folder(str(tmp_path), CheckpointError))
 
 
-def commit(commits, state=None, at=Position(3, 20)) -> str:  # noqa: B008, a tuple
-    name = commit_name(at)
-    written = CommitWriter(commits.folder).write(Snapshot(at, 320), state or a_state())
-    commits.finish(name, written, {"epoch": torch.tensor(at.epoch)}, **FACTS, **at._asdict(), step=320)
+def checkpoint(checkpoints, state=None, at=Position(3, 20)) -> str:  # noqa: B008, a tuple
+    name = checkpoint_name(at)
+    written = CheckpointWriter(checkpoints.folder).write(Snapshot(at, 320), state or a_state())
+    checkpoints.finish(name, written, {"epoch": torch.tensor(at.epoch)}, **FACTS, **at._asdict(), step=320)
     return name
 
 
-def test_a_commit_comes_back_as_it_was(commits):
+def test_a_checkpoint_comes_back_as_it_was(checkpoints):
     state = a_state()
-    manifest, read = commits.read(commit(commits, state))
+    manifest, read = checkpoints.read(checkpoint(checkpoints, state))
     assert (manifest.epoch, manifest.minibatch, manifest.step, manifest.train_s) == (3, 20, 320, 1.5)
     assert read.pop("position")["epoch"] == 3
     assert read.keys() == state.keys()
     assert all(torch.equal(read[layer][name], state[layer][name]) for layer in state for name in state[layer])
 
 
-def test_commits_are_in_order_and_without_a_manifest_there_is_none(commits):
-    made = [commit(commits, at=Position(*at)) for at in ((0, 5), (0, 1_000_000), (2, 0), (12_345, 3))]
-    CommitWriter(commits.folder).write(Snapshot(Position(99_999, 0), 1), a_state())
-    assert commits.names() == made
+def test_checkpoints_are_in_order_and_without_a_manifest_there_is_none(checkpoints):
+    made = [checkpoint(checkpoints, at=Position(*at)) for at in ((0, 5), (0, 1_000_000), (2, 0), (12_345, 3))]
+    CheckpointWriter(checkpoints.folder).write(Snapshot(Position(99_999, 0), 1), a_state())
+    assert checkpoints.names() == made
 
 
-def test_labels_still_to_be_delivered_are_part_of_a_commit(tmp_path):
+def test_labels_still_to_be_delivered_are_part_of_a_checkpoint(tmp_path):
     held = {
         "newest": torch.tensor([-1, 4]),
         "pending_steps": torch.tensor([6]),
         "pending_labels": torch.tensor([[1, 2]]),
     }
     drawn = Drawn(Train(0, 7, 2, 7, 1.0), torch.tensor([[3, 4], [5, 6]]))
-    written = CommitWriter(Folder(str(tmp_path), CommitError)).write(
+    written = CheckpointWriter(Folder(str(tmp_path), CheckpointError)).write(
         Snapshot(Position(0, 9), 9), a_state(), {"negatives": held}, drawn
     )
     from safetensors.torch import load_file
@@ -80,35 +88,35 @@ def test_what_is_not_finite_is_named(tmp_path):
     for bad in (torch.nan, torch.inf):
         state = a_state()
         state["layer_2"]["weight_gradient"][1, 2] = bad
-        written = CommitWriter(Folder(str(tmp_path), CommitError)).write(Snapshot(Position(), 0), state)
+        written = CheckpointWriter(Folder(str(tmp_path), CheckpointError)).write(Snapshot(Position(), 0), state)
         assert written.not_finite == "layer_2/weight_gradient"
 
 
-def test_manifest_describes_every_file(commits):
-    folder = Path(commits.path(commit(commits)))
+def test_manifest_describes_every_file(checkpoints):
+    folder = Path(checkpoints.path(checkpoint(checkpoints)))
     for name, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
         content = (folder / name).read_bytes()
         assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
 
 
-def test_pruning_spares_the_newest_and_the_best(commits):
-    made = [commit(commits, at=Position(epoch)) for epoch in (5, 10, 15, 100_000, 1_000_000)]
-    torn = [commit_name(Position(epoch)) for epoch in (7, 2_000_000)]  # of a writer that died, or is at it
+def test_pruning_spares_the_newest_and_the_best(checkpoints):
+    made = [checkpoint(checkpoints, at=Position(epoch)) for epoch in (5, 10, 15, 100_000, 1_000_000)]
+    torn = [checkpoint_name(Position(epoch)) for epoch in (7, 2_000_000)]  # of a writer that died, or is at it
     for name in torn:
-        commits.folder.put(f"{name}/layer_1.safetensors", b"half")
-    commits.prune(made[-1], keep=2, spare=made[1])
-    assert commits.names() == [made[1], *made[-2:]]
-    assert torn[0] not in str(commits.folder.names())
-    assert torn[1] in str(commits.folder.names())
+        checkpoints.folder.put(f"{name}/layer_1.safetensors", b"half")
+    checkpoints.prune(made[-1], keep=2, spare=made[1])
+    assert checkpoints.names() == [made[1], *made[-2:]]
+    assert torn[0] not in str(checkpoints.folder.names())
+    assert torn[1] in str(checkpoints.folder.names())
 
 
-def test_pruning_leaves_alone_what_lies_beyond_a_commit_just_made(commits):
-    """A damaged commit was passed over, and the one just made is before it."""
-    made = [commit(commits, at=Position(epoch)) for epoch in (1, 2, 3, 9)]
-    commits.prune(made[2], keep=1, spare=made[0])
-    assert commits.names() == [made[0], made[2], made[3]]
-    with pytest.raises(CommitError, match=f"{made[1]} is gone"):
-        commits.prune(made[1], keep=1, spare=None)
+def test_pruning_leaves_alone_what_lies_beyond_a_checkpoint_just_made(checkpoints):
+    """A damaged checkpoint was passed over, and the one just made is before it."""
+    made = [checkpoint(checkpoints, at=Position(epoch)) for epoch in (1, 2, 3, 9)]
+    checkpoints.prune(made[2], keep=1, spare=made[0])
+    assert checkpoints.names() == [made[0], made[2], made[3]]
+    with pytest.raises(CheckpointError, match=f"{made[1]} is gone"):
+        checkpoints.prune(made[1], keep=1, spare=None)
 
 
 class Code:
@@ -159,36 +167,36 @@ HOSTILE = {
     ),
     "another minibatch": (
         lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"step": ', '"step": 1')),
-        "manifest.json is not what was written there",
+        "manifest.json is corrupted",
     ),
-    "another commit's place": (broken(lambda manifest: manifest.update(epoch=77)), "is not what was written there"),
-    "a best commit out of the folder": (
-        broken(lambda manifest: manifest.update(best_commit="../../x")),
+    "another checkpoint's place": (broken(lambda manifest: manifest.update(epoch=77)), "is corrupted"),
+    "a best checkpoint out of the folder": (
+        broken(lambda manifest: manifest.update(best_checkpoint="../../x")),
         "is damaged.*pattern",
     ),
     "a missing file": (lambda folder: (folder / "readout.safetensors").unlink(), "readout.safetensors is missing"),
     "a cut file": (
         lambda folder: (folder / "layer_1.safetensors").write_bytes((folder / "layer_1.safetensors").read_bytes()[:-1]),
-        "is cut or grown",
+        "has the wrong size",
     ),
     "a flipped byte": (
         lambda folder: (folder / "layer_1.safetensors").write_bytes(
             (folder / "layer_1.safetensors").read_bytes()[:-1] + b"\x01"
         ),
-        "is not what was written there",
+        "is corrupted",
     ),
-    "pickled code": (planted(pickle.dumps(Code())), "is no file of tensors"),
-    "a header that lies": (planted(b"\xff" * 64), "is no file of tensors"),
+    "pickled code": (planted(pickle.dumps(Code())), "is not a safetensors file"),
+    "a header that lies": (planted(b"\xff" * 64), "is not a safetensors file"),
 }
 
 
 @pytest.mark.parametrize(("damage", "told"), HOSTILE.values(), ids=HOSTILE)
-def test_a_damaged_commit_is_named_and_runs_no_code(commits, damage, told, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_runs_no_code(checkpoints, damage, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = commit(commits)
-    damage(Path(commits.path(name)))
-    with pytest.raises(CommitError, match=f"{name}.*{told}"):
-        commits.read(name)
+    name = checkpoint(checkpoints)
+    damage(Path(checkpoints.path(name)))
+    with pytest.raises(CheckpointError, match=f"{name}.*{told}"):
+        checkpoints.read(name)
     assert not (tmp_path / "pickled-code-ran").exists()
 
 

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from ffdist.cli import main
-from ffdist.cli.words import check_writable, load
-from ffdist.config import ConfigError
-from ffdist.config_file import load_config
+from ffdist.cli.options import check_writable, load
+from ffdist.config.loading import load_config
+from ffdist.errors import ConfigError
 
 SHORT = ["training.epochs=2", "model.layers=[30,20]"]
 SERIAL = ["--runner", "serial"]
@@ -38,7 +38,7 @@ def summary(path: Path) -> dict:
 def finished(tmp_path_factory) -> Path:
     """A folder in which one short serial run and one over Ray, with validation, have ended."""
     folder = tmp_path_factory.mktemp("finished")
-    validated = ["training.validation_samples=200", "training.evaluate_every=1", "pipeline.chunk_size=7"]
+    validated = ["training.validation_samples=200", "training.validate_every_epochs=1", "pipeline.chunk_size=7"]
     validated.append("training.learning_rate=0")  # of the layers, so that the first checkpoint is the best by goodness
     for runner in ("serial", "ray"):
         options = ["--runner", runner, "--summary", f"{runner}.json"]
@@ -77,7 +77,7 @@ def test_the_run_tells_where_everything_is(finished):
         assert text in log
     folder = next(line for line in log.splitlines() if line.startswith("run  ")).split()[1]
     assert load_config(str(finished / folder / "config.yaml")).training.epochs == 2
-    assert len(list((finished / folder / "commits").glob("*/manifest.json"))) in (1, 2)
+    assert len(list((finished / folder / "checkpoints").glob("*/manifest.json"))) in (1, 2)
 
 
 def test_mlflow_has_every_series_of_both_runners(finished):
@@ -117,7 +117,7 @@ def test_mlflow_has_every_series_of_both_runners(finished):
     ("arguments", "words"),
     [
         (["train", "digit"], "did you mean digits"),
-        (["train"], "one configuration makes a run (given: none)"),
+        (["train"], "expected exactly one CONFIG (given: none)"),
         (["train", "digits", "mnist"], "(given: digits mnist)"),
         (["train", "digits", "training.epoch=3"], "did you mean epochs"),
         (["train", "digits", "training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
@@ -125,7 +125,7 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "pipeline.device=cuda"], "needs at least one GPU"),
         (
             ["train", "digits", "pipeline.chunk_size=28", "pipeline.max_in_flight=1000000"],
-            "may fill half of Ray's object store",
+            "may fill at most half of Ray's object store",
         ),
         (
             ["train", "digits", "tracking.uri=http://127.0.0.1:9", *SERIAL],
@@ -139,20 +139,20 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "--summary", "nowhere/file.json"], "--summary must be a file that can be written"),
         (["train", "digits", "--runs", "/proc/runs", *SERIAL], "the folder /proc/runs cannot be written"),
         (["train", "digits", "data.name=parquet", "data.path=nowhere", *SERIAL], "must hold train*.parquet"),
-        (["train", "digits", "--runs", "a%20b", *SERIAL], "a database's path must hold no ? and nothing like %20"),
-        (["train", "digits", "--resume", "", *SERIAL], "a run is its folder, or the MLflow run id of one in runs"),
+        (["train", "digits", "--runs", "a%20b", *SERIAL], "must not contain ? or escapes such as %20"),
+        (["train", "digits", "--resume", "", *SERIAL], "RUN must be the folder of a run, or the MLflow run id of"),
         (["train", "digits", "checkpoint.uri=nowhere://x", *SERIAL], "nowhere://x cannot be opened"),
         (["train", "digits", "checkpoint.uri=s3://", *SERIAL], "cannot be written"),
         (["train", "digits", f"model.layers={[0] * 200}", *SERIAL], "greater than or equal to 1"),
-        (["train", "x" * 300], "a configuration is a YAML file or the name of a shipped one"),
+        (["train", "x" * 300], "CONFIG must be a YAML file or the name of a shipped one"),
         (["ui"], "holds no tracked run"),
         (["train", "digits", "negatives.kind=hybird", *SERIAL], "negatives.kind=hybird: is none of wrong_label, fixed"),
         (["negatives", "make", "digits"], "give negatives.store=FOLDER"),
         (["negatives", "show", "nowhere"], "nowhere holds no negatives"),
         (["bench", "step", "--device", "cuda"], "--device: cuda needs a GPU that torch can use"),
         (["bench", "step", "--device", "mps"], "a step is measured on cpu or cuda"),
-        (["bench", "pipeline"], "see main bench pipeline -h"),
-        (["readout", "nowhere"], "a run is its folder, or the MLflow run id of one in runs"),
+        (["bench", "pipeline"], "for example: main bench pipeline digits"),
+        (["readout", "nowhere"], "RUN must be the folder of a run, or the MLflow run id of a run in runs"),
     ],
 )
 def test_what_cannot_work_is_one_paragraph_and_exit_code_2(tmp_path, monkeypatch, arguments, words):
@@ -255,7 +255,7 @@ def test_a_damaged_store_is_named_before_it_is_used(unsupervised, tmp_path, ffdi
     for code, command in commands.items():
         said = ffdist_in(tmp_path, *command, code=code)
         assert "Traceback" not in said
-        assert "epoch_0001/shard_000000.arrow is cut" in said
+        assert "epoch_0001/shard_000000.arrow has the wrong size" in said
 
 
 def test_a_readout_is_fitted_to_layers_as_they_are(unsupervised, ffdist_in):
@@ -360,7 +360,7 @@ def test_a_stop_leaves_a_checkpoint_a_killed_run_and_no_process(tmp_path, stop):
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     assert words in text
-    assert list((tmp_path / "runs").glob("digits-*/commits/*/manifest.json")) or stop is kill_cluster
+    assert list((tmp_path / "runs").glob("digits-*/checkpoints/*/manifest.json")) or stop is kill_cluster
     while processes_of(mark) and time.monotonic() < start + 120:
         time.sleep(0.2)
     assert not processes_of(mark)
@@ -389,7 +389,7 @@ def test_a_terminal_that_is_gone_leaves_a_killed_run(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     while client.search_runs(["1"])[0].info.status == "RUNNING" and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert len(list(tmp_path.glob("runs/digits-*/commits/*/manifest.json"))) == 1
+    assert len(list(tmp_path.glob("runs/digits-*/checkpoints/*/manifest.json"))) == 1
     (run,) = client.search_runs(["1"])
     assert run.info.status == "KILLED"
 

@@ -5,13 +5,17 @@ from typing import get_args
 import pytest
 import yaml
 
-from ffdist.config import Config, ConfigError
-from ffdist.config_file import config_folder, load_config, parse_config
+from ffdist.config.loading import RENAMED_SETTINGS, config_folder, load_config, parse_config
+from ffdist.config.reference import settings_reference
+from ffdist.config.schema import Config
+from ffdist.config.sections import Data, Model, Training
+from ffdist.errors import ConfigError
 from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS
 from ffdist.ff.labels import LABELS
 from ffdist.ff.losses import LOSSES
-from ffdist.ff.update import OPTIMIZERS
-from ffdist.sections import Data, Model, Training
+from ffdist.ff.optimizers import OPTIMIZERS
+
+README = (Path(__file__).parent.parent / "configs" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(config_folder().rglob("*.yaml")), ids=lambda path: path.stem)
@@ -19,10 +23,15 @@ def test_shipped_configurations_are_found_by_their_bare_name(path):
     assert load_config(path.stem) == load_config(str(path))
 
 
-def test_the_readme_names_every_shipped_configuration():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_readme_links_every_shipped_configuration():
     for path in config_folder().rglob("*.yaml"):
-        assert f"`{path.stem}`" in readme
+        assert f"[`{path.stem}`]({path.relative_to(config_folder())})" in README
+
+
+def test_the_settings_reference_is_that_of_the_schema():
+    """If not, replace it by the output of `python -m ffdist.config.reference`."""
+    marker = "<!-- The rest of this file is the output of `python -m ffdist.config.reference`. -->\n\n"
+    assert README.partition(marker)[2] == settings_reference() + "\n"
 
 
 def test_the_names_that_users_type_are_known():
@@ -33,7 +42,7 @@ def test_the_names_that_users_type_are_known():
             data: {name: mnist, label: overwrite}
             model: {layers: [1000, 1000, 1000]}
             negatives: {kind: wrong_label, actors: 1}
-            training: {epochs: 60, batch_size: 100, precision: bfloat16, validation_samples: 0, evaluate_every: 5}
+            training: {epochs: 60, batch_size: 100, precision: bfloat16, validation_samples: 0}
             pipeline: {stages: auto, chunk_size: 20, max_in_flight: 4, threads_per_stage: 1}
             checkpoint: {}
             tracking: {}
@@ -106,12 +115,12 @@ def test_a_single_layer_predicts_by_itself():
         (["training.epochs=yes"], "training.epochs: a number is needed here, not True"),
         (["checkpoint.uri='http://[x'"], "checkpoint.uri: Invalid IPv6 URL"),
         (["seed=2024-13-45"], "the value of seed must be YAML"),
-        (["data.image_size=[8, 8]"], r"data\.image_size is for images of one's own \(data\.name: digits\)"),
-        (["data.classes=5"], r"data\.classes is for images of one's own"),
+        (["data.image_size=[8, 8]"], r"data\.image_size is for custom datasets \(data\.name: digits\)"),
+        (["data.classes=5"], r"data\.classes is for custom datasets"),
         (["data.name=cats"], r"data.name \('cats'\): .*'digits', 'mnist'"),
         (["data.path=/x"], "data.name=digits takes no data.path"),
         (["data.name=parquet"], "data.name=parquet needs data.path"),
-        (["pipeline.balance=[1, 1]"], r"given: \[1, 1\], which is 2 in 2 stages; pipeline.stages: auto"),
+        (["pipeline.balance=[1, 1]"], r"given: \[1, 1\], 2 layers in 2 stages; pipeline.stages: auto"),
         (["pipeline.balance=[1, 2]", "pipeline.stages=3"], r"in 2 stages; pipeline.stages: 3\); correct it"),
         (["pipeline.stages=4"], r"stages: 4, layers: 3\); set pipeline\.stages between 1 and 3, or to auto"),
         (["model.layers=[{kind: local, grid: 2, feild: 3, units: 4}]"], "unknown key .*feild; did you mean field"),
@@ -119,7 +128,7 @@ def test_a_single_layer_predicts_by_itself():
         (["model.layers=[{grid: 2, field: 3, units: 4}]"], r"model\.layers\.0.*kind is missing"),
         (["negatives.kind=hard_label", "negatives.store=/tmp/x"], "depends on the training and cannot be stored"),
         (["data.label_scale=0"], r"data.label_scale \(0\): .*greater than 0"),
-        (["training.epochs"], "an override is section.key=value"),
+        (["training.epochs"], "an override must be section.key=value"),
         (["data.name.key=1"], "name is a value, not a section"),
         (["training.epochs=[1"], "the value of training.epochs must be YAML"),
     ],
@@ -127,6 +136,19 @@ def test_a_single_layer_predicts_by_itself():
 def test_wrong_settings_state_rule_value_and_way_out(overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_config("digits", overrides)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
+def test_an_old_name_of_a_setting_is_an_error_that_gives_the_new_one(old, new):
+    section, name = new.split(".")
+    assert name in Config.model_fields[section].annotation.model_fields
+    with pytest.raises(ConfigError, match=rf"unknown key {old}; it was renamed to {new}"):
+        load_config("digits", [f"{old}=1"])
+
+
+def test_an_old_name_of_a_value_is_an_error_that_gives_the_new_one():
+    with pytest.raises(ConfigError, match=r"training\.optimizer \('release'\): .*release was renamed to hinton"):
+        load_config("digits", ["training.optimizer=release"])
 
 
 def test_unknown_configuration_names_the_shipped_ones():
@@ -156,14 +178,14 @@ def test_files_that_hold_no_configuration_are_refused(tmp_path, text):
 
 def test_a_key_that_comes_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("data: {name: digits}\ntraining: {epochs: 1}\ntraining: {batch_size: 50}\n")
-    with pytest.raises(ConfigError, match=r"training comes twice.*line 3"):
+    with pytest.raises(ConfigError, match=r"duplicate key training.*line 3"):
         load_config(str(tmp_path / "twice.yaml"))
 
 
 def test_what_yaml_merges_does_not_come_twice(tmp_path):
     (tmp_path / "merged.yaml").write_text(
         "data: {name: digits}\nmodel: {layers: [9]}\ntraining: {epochs: 1, batch_size: 7}\n"
-        "checkpoint: {keep: 3}\npipeline: {<<: {stages: 1}, <<: {chunk_size: 5}}\n"
+        "checkpoint: {keep_last: 3}\npipeline: {<<: {stages: 1}, <<: {chunk_size: 5}}\n"
     )
     assert load_config(str(tmp_path / "merged.yaml")).pipeline.chunk_size == 5
 
@@ -207,7 +229,7 @@ def test_thresholds_are_one_for_all_layers_or_one_for_each():
     [
         (["model.goodness=mean_of_squares"], "threshold=units is for sums of squares; set it to a number"),
         (["model.goodness=minus_softmax", "model.threshold=[8, units, 8]"], "threshold=units is for sums of squares"),
-        (["training.loss=symmetric", "model.threshold=7"], "leave it out .threshold: 7"),
+        (["training.loss=symmetric", "model.threshold=7"], "has no threshold .model.threshold: 7"),
     ],
 )
 def test_thresholds_that_mean_nothing_are_refused(changes, message):
@@ -218,14 +240,14 @@ def test_thresholds_that_mean_nothing_are_refused(changes, message):
 def test_the_reference_by_backpropagation_keeps_nothing_of_how_layers_learn_alone():
     changes = ["training.schedule=greedy", "training.optimizer=adamw", "training.learning_rate=9", "training.epochs=7"]
     config = load_config("digits", [*changes, "negatives.kind=hard_label"]).by_backpropagation()
-    assert config.passes == 7
+    assert config.num_epochs == 7
     assert config.training.learning_rate == config.training.readout_learning_rate
     assert config == load_config("digits", ["training.epochs=7"]).by_backpropagation()
 
 
 def test_greedy_layers_each_have_all_epochs():
-    assert load_config("digits", ["training.epochs=4"]).passes == 4
-    assert load_config("digits", ["training.epochs=4", "training.schedule=greedy"]).passes == 12
+    assert load_config("digits", ["training.epochs=4"]).num_epochs == 4
+    assert load_config("digits", ["training.epochs=4", "training.schedule=greedy"]).num_epochs == 12
 
 
 def test_every_setting_is_documented():
@@ -245,7 +267,7 @@ def test_a_missing_section_is_named(tmp_path):
     [
         "tracking.uri=https://me:hush@server",
         "tracking.uri=https://hush@server",
-        "checkpoint.uri=s3://id:hush@bucket/commits",
+        "checkpoint.uri=s3://id:hush@bucket/checkpoints",
         "negatives.store=gs://bucket/store?access_token=hush",
     ],
 )

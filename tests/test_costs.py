@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from ffdist import load_config, train
-from ffdist.config import ConfigError
+from ffdist.errors import ConfigError
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.costs import Costs, predicted_samples_per_s
-from ffdist.precision import measurement
-from ffdist.prepare import prepare
 from ffdist.runtime.placement import Placement, reserve
+from ffdist.training.precision import measurement
+from ffdist.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_task_measures_where_stages_will_be_and_tells_what_fails(ray_start_4_c
     from ffdist.runtime.measurement import run_on_machines
 
     config = load_config("digits", ["model.layers=[20]"])
-    placement = Placement(stages=2, device="cuda", stage_gpus=0, stage_cpus=0.5, other_cpus=0.5)  # not in the driver
+    placement = Placement(2, device="cuda", stage_gpus=0, stage_cpus=0.5, other_cpus=0.5)  # not in the driver
     with reserve(placement.bundles(1)) as group:
         found = run_on_machines(measurement("ray", prepare(config), config, "cpu"), group, placement)
         (measured,) = found.values()  # of both stages
@@ -124,7 +124,7 @@ def test_parts_that_share_processors_wait_for_all_of_them_and_their_messages(dig
     costs = Costs([0.01, 0.03, 0.02], 0.006, 0.004, "cpu")
     blueprint = a_blueprint(digits, [range(1), range(1, 2), range(2, 3)])
     ideal = digits.order.batch_size / 0.035
-    far, near = (predicted_samples_per_s(costs, blueprint.paced(size, 1), processors=2) for size in (1, 20))
+    far, near = (predicted_samples_per_s(costs, blueprint.with_pace(size, 1), processors=2) for size in (1, 20))
     assert far < near < ideal
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ffdist.config import ConfigError
+from ffdist.config.sections import Data
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.inputs import read_inputs
 from ffdist.data.order import split as hold_out
-from ffdist.sections import Data
+from ffdist.errors import ConfigError
 
 
 def png(color, size=(4, 3), mode="RGB") -> bytes:
@@ -76,7 +76,7 @@ def test_names_that_hugging_face_gives_classes_are_theirs(tmp_path):
     assert load(tmp_path, classes=2).names == ("ant", "bee")
     for names, classes in ((["ant", "bee", "ant"], None), (["ant", "2"], 3)):
         name("train", names)
-        with pytest.raises(ConfigError, match=r"classes must have different names \(equal: (ant|2)\)"):
+        with pytest.raises(ConfigError, match=r"classes must have different names \(duplicate: (ant|2)\)"):
             load(tmp_path, classes=classes)
     for odd in (b"{}", b'{"info": {"features": []}}', b"["):
         pq.write_table(table.replace_schema_metadata({"huggingface": odd}), tmp_path / "train.parquet")
@@ -101,7 +101,7 @@ def test_images_are_resized_where_that_was_asked_for(colours):
     [
         ([b"no image"], [0], r"train-9\.parquet, row 0: the image cannot be decoded .* begin with b'no image'"),
         ([png(0)[:40]], [0], r"train-9\.parquet, row 0: the image cannot be decoded"),
-        ([None], [0], r"row 0: an image is its encoded bytes, and here are none"),
+        ([None], [0], r"row 0: an image must be encoded bytes \(image: null\)"),
         (
             [png((1, 1, 1)), png((1, 1, 1), size=(9, 9))],
             [0, 1],
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named(colours, damage):
 def test_images_of_16_bits_are_refused_rather_than_saturated(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", [png(16000, mode="I;16")] * 2, [0, 1])
-    with pytest.raises(ConfigError, match=r"row 0: images have 8 bits a channel \(mode: I(;16)?\); scale"):
+    with pytest.raises(ConfigError, match=r"row 0: images must have 8 bits per channel \(mode: I(;16)?\); scale"):
         load(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_words_that_are_no_text_and_columns_of_one_name_are_refused(tmp_path):
         last = pa.array([0, 1]) if twice == "label" else pa.array([png(1)] * 2)
         table = pa.table([pa.array([png(1)] * 2), pa.array([0, 1]), last], names=names)
         pq.write_table(table, tmp_path / "train.parquet")
-        with pytest.raises(ConfigError, match=rf"train\.parquet: a column .* only one of its name \({twice}: 2 col"):
+        with pytest.raises(ConfigError, match=rf"train\.parquet: .* columns must have unique names \({twice}: 2 col"):
             load(tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_words_are_classes_in_alphabetical_order(tmp_path, write):
     dataset = load(tmp_path)
     assert (dataset.names, dataset.labels["train"].tolist()) == (("ne", "se"), [1, 0, 1])
     write_parquet(tmp_path / "test.parquet", [png(1, mode="L")], [0])
-    with pytest.raises(ConfigError, match="must have the same columns of images and labels"):
+    with pytest.raises(ConfigError, match="must have the same image and label columns"):
         load(tmp_path)
 
 
@@ -275,11 +275,11 @@ def test_whether_a_dataset_is_in_colour_does_not_depend_on_the_order_of_its_imag
         for split in ("train", "test"):
             write_parquet(tmp_path / f"{split}.parquet", [images[index] for index in order], order)
         dataset = load(tmp_path)
-        assert (dataset.shape, "1 of 2 train images are grey" in dataset.in_words()) == ((3, 3, 4), True)
+        assert (dataset.shape, "1 of 2 train images are grayscale" in dataset.describe()) == ((3, 3, 4), True)
         found.append(dataset.images["train"][order])
     assert torch.equal(*found)
     write_parquet(tmp_path / "train.parquet", images[:1] * 2, [0, 1])
-    with pytest.raises(ConfigError, match=r"test\.parquet, row 0: the training images are grey, and this"):
+    with pytest.raises(ConfigError, match=r"test\.parquet, row 0: the training images are grayscale, and this"):
         load(tmp_path)
     grey = io.BytesIO()
     Image.new("L", (4, 3), 9).convert("P").save(grey, "GIF")
@@ -292,9 +292,9 @@ def test_an_exact_name_is_the_split_and_what_is_left_is_told(tmp_path):
         write_parquet(tmp_path / f"{name}.parquet", [png(1, mode="L"), png(2, mode="L")], [0, 1])
     dataset = load(tmp_path)
     assert len(dataset.labels["train"]) == 2
-    assert "skipped: 1 entries of no split (train_old.parquet: 1)" in dataset.in_words()
+    assert "skipped: 1 entries of no split (train_old.parquet: 1)" in dataset.describe()
     (tmp_path / "train.parquet").rename(tmp_path / "train_new.parquet")
-    with pytest.raises(ConfigError, match=r"must say which of train_new\.parquet, train_old\.parquet is the"):
+    with pytest.raises(ConfigError, match=r"one candidate .*: train_new\.parquet, train_old\.parquet"):
         load(tmp_path)
     (tmp_path / "train_new.parquet").rename(tmp_path / "Train.parquet")
     (tmp_path / "train_old.parquet").unlink()
@@ -321,11 +321,11 @@ def test_image_folders_number_their_classes_by_name(folders):
 def test_a_test_set_may_lack_a_class_and_have_no_other(folders):
     (folders / "train_masks" / "cat").mkdir(parents=True)
     (folders / "test" / "dog" / "a.png").unlink()
-    assert "classes without test samples: 1 of 2 (dog)" in load(folders, name="image_folder").in_words()
+    assert "classes without test samples: 1 of 2 (dog)" in load(folders, name="image_folder").describe()
     (folders / "test" / "dog").rmdir()
     dataset = load(folders, name="image_folder")
     assert (dataset.names, len(dataset.labels["test"])) == (("cat", "dog"), 1)
-    assert "entries of no split (train_masks: 1)" in dataset.in_words()
+    assert "entries of no split (train_masks: 1)" in dataset.describe()
     (folders / "test" / "emu").mkdir()
     with pytest.raises(ConfigError, match=r"every class of the test set must have a folder .*\(without one: emu\)"):
         load(folders, name="image_folder")
@@ -337,7 +337,7 @@ def test_files_of_another_format_are_counted_and_may_not_be_the_most(folders):
     with pytest.raises(ConfigError, match=r"cat: at least half .*images: 1, 2 files of another format \(\.heic: 1, no"):
         load(folders, name="image_folder")
     (folders / "train" / "cat" / "no-extension").unlink()
-    told = load(folders, name="image_folder").in_words()
+    told = load(folders, name="image_folder").describe()
     assert "skipped: 2 hidden or system entries (.DS_Store: 1, ._*: 1), 1 files of another format (.heic: 1)" in told
 
 
@@ -349,7 +349,7 @@ def test_names_that_cameras_write_are_no_system_files(folders):
         (folders / split / "cat" / "_SUCCESS").touch()
     dataset = load(folders, name="image_folder")
     assert dataset.labels["train"].tolist() == [0, 1]
-    assert "skipped: 4 hidden or system entries (_SUCCESS: 2, _a.png: 2)" in dataset.in_words()
+    assert "skipped: 4 hidden or system entries (_SUCCESS: 2, _a.png: 2)" in dataset.describe()
     for name in ("cat", "dog"):
         (folders / "test" / name / "a.png").rename(folders / "test" / name / ".a.png")
     with pytest.raises(ConfigError, match=r"the test split is empty; .* skipped: .*\.a\.png: 2"):
@@ -367,7 +367,7 @@ def test_a_link_to_a_folder_above_brings_no_images_of_other_classes(folders):
 
 def test_a_class_that_is_a_broken_link_is_an_error(folders):
     (folders / "train" / "emu").symlink_to("nowhere")
-    with pytest.raises(ConfigError, match=r"train/emu may be .* must not be a broken link \(it leads to nowhere\)"):
+    with pytest.raises(ConfigError, match=r"train/emu may be .* must not be a broken link \(target: nowhere\)"):
         load(folders, name="image_folder")
 
 
@@ -380,7 +380,7 @@ def test_class_names_that_differ_in_bytes_alone_are_different(folders):
     found = read_inputs([folders / "test"], Data(name="digits"), dataset.shape, 2, dataset.names)
     assert found.labels.tolist() == [0, 1]
     (folders / "train" / r"m\xf6we").mkdir()
-    with pytest.raises(ConfigError, match=r"classes must have different names \(equal: m\\xf6we\)"):
+    with pytest.raises(ConfigError, match=r"classes must have different names \(duplicate: m\\xf6we\)"):
         load(folders, name="image_folder")
 
 
@@ -398,8 +398,8 @@ def test_a_class_without_training_samples_is_told(folders):
     (folders / "test" / "emu" / "a.png").write_bytes(png((1, 0, 0)))
     dataset = load(folders, name="image_folder")
     assert dataset.untrained == (2,)
-    assert "classes without training samples: 1 of 3 (emu)" in dataset.in_words()
-    assert "test samples of classes without training samples, which count as wrong: 1" in dataset.in_words()
+    assert "classes without training samples: 1 of 3 (emu)" in dataset.describe()
+    assert "test samples of classes without training samples, which count as wrong: 1" in dataset.describe()
     (folders / "train" / "dog" / "a.png").unlink()
     (folders / "train" / "dog" / ".a.png").touch()
     told = r"at least two classes .*with training samples: 1\); skipped: 1 hidden or system entries \(\.a\.png: 1\)"

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from ffdist.data.order import SampleOrder
-from ffdist.evaluation import evaluate
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.evaluation import evaluate
 from ffdist.pipeline.runner import serial_runner
 from ffdist.pipeline.schedule import evaluation
 from ffdist.pipeline.source import NegativePlan
@@ -20,8 +20,10 @@ def test_evaluation_through_stages_equals_the_whole_network(label):
         architecture, SampleOrder(0, 37, 5), NegativePlan("hybrid"), 0, [range(2), range(2, 3)], 1, "cpu"
     )
     runner = serial_runner(blueprint, {"train": images, "test": images}, labels, None)
-    blocks = [result for _, result in runner.run(evaluation("test", 37, 8), [])]
-    found = evaluate(blocks, labels, classes=4, predict_from=2)
+    blocks = list(runner.run(evaluation("test", 37, 8), []))
+    goodness = torch.cat([torch.cat(block.goodness) for block in blocks], 1)
+    predicted = torch.cat([block.predicted for block in blocks])
+    found = evaluate(goodness, predicted, labels, classes=4, predict_from=2)
 
     expected = Network(architecture).predict(images)
     assert found.readout_error == (expected.probabilities.argmax(1) != labels).double().mean().item()

@@ -9,14 +9,14 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ffdist import Architecture, ConfigError, Network, Run, load_config, train
-from ffdist.tracking.plots import plot_confusion, plot_fields, plot_goodness, plot_layers, plot_negatives
-from ffdist.tracking.timeline import read_timeline
+from ffdist.pipeline.timeline import read_timeline
+from ffdist.plotting.plots import plot_confusion, plot_fields, plot_goodness, plot_layers, plot_negatives
 
 TREE = {
     "data": {"name": "digits", "label": "append"},
     "model": {"layers": [40, 30]},
     "training": {"epochs": 3},
-    "tracking": {"every_minibatches": 28},
+    "tracking": {"log_every_minibatches": 28},
 }
 PICTURES = {"layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline"}
 
@@ -70,24 +70,24 @@ def test_what_is_no_finished_run_is_told(run, tmp_path):
         with pytest.raises(ConfigError, match=r"summary.json is missing or damaged"):
             Run.find(tmp_path / "half")
     for name in ("nothing", "x" * 300, "a\0b"):
-        with pytest.raises(ConfigError, match="a run is its folder"):
+        with pytest.raises(ConfigError, match="RUN must be the folder of a run"):
             Run.find(name, tmp_path)
 
 
 def test_images_of_another_shape_are_refused(run):
-    with pytest.raises(ConfigError, match=r"shape \[N, 1, 8, 8\], one or more \(given: torch.uint8, \[2, 3, 8, 8\]\)"):
+    with pytest.raises(ConfigError, match=r"shape \[N, 1, 8, 8\] with N > 0 \(given: torch.uint8, \[2, 3, 8, 8\]\)"):
         run.predict(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ConfigError, match=r"torch\.float32"):
         run.predict(torch.zeros(2, 64))
     for shape in ((2, 8, 8, 1), (64,), (0, 64)):
-        with pytest.raises(ConfigError, match="one or more"):
+        with pytest.raises(ConfigError, match="with N > 0"):
             run.predict(torch.zeros(shape, dtype=torch.uint8))
     images = run.dataset.images["test"][:3]
     expected = run.predict(images).label
     for same in (images.view(3, 1, 8, 8), images.view(3, 8, 8), images.numpy()):
         assert torch.equal(run.predict(same).label, expected)
     for labels in ([0, 1], [0, 1, 10], [0, 1, -1], [0.0, 1.0, 2.0]):
-        with pytest.raises(ConfigError, match="a whole number for each image, from 0 to below 10"):
+        with pytest.raises(ConfigError, match=r"labels must be integers in \[0, 10\), one per image"):
             run.evaluate(images, torch.tensor(labels))
 
 
@@ -116,7 +116,7 @@ def test_a_runner_that_is_none_is_refused(tmp_path):
         ("metrics.db", None, lambda run: run.metrics),
         ("metrics.db", "damaged" * 999, lambda run: run.metrics),
         ("timeline.json", "{", lambda run: run.plot()),
-        ("commits", None, lambda run: run.network),
+        ("checkpoints", None, lambda run: run.network),
     ],
 )
 def test_what_is_missing_or_damaged_is_named(run, file, content, use, tmp_path):
@@ -130,7 +130,7 @@ def test_what_is_missing_or_damaged_is_named(run, file, content, use, tmp_path):
     with pytest.raises(ConfigError, match=file) as told:
         use(Run.find(folder))
     assert "train" in str(told.value)
-    assert "--resume-from-older" not in str(told.value)
+    assert "--skip-damaged" not in str(told.value)
 
 
 def test_pictures_are_drawn_at_the_end_and_again(run, tmp_path):
@@ -165,7 +165,7 @@ def broken(*arguments):
 
 
 def test_a_plot_that_fails_is_named_and_the_others_are_drawn(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("ffdist.tracking.plots.plot_goodness", broken)
+    monkeypatch.setattr("ffdist.plotting.plots.plot_goodness", broken)
     with pytest.raises(ConfigError, match=r"^goodness\.png could not be drawn \(TypeError: set_text"):
         run.plot(tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == PICTURES - {"goodness"}
@@ -173,7 +173,7 @@ def test_a_plot_that_fails_is_named_and_the_others_are_drawn(run, tmp_path, monk
 
 def test_a_run_whose_plots_all_fail_is_finished(tmp_path, monkeypatch, capsys):
     for picture in PICTURES:
-        monkeypatch.setattr(f"ffdist.tracking.plots.plot_{picture}", broken)
+        monkeypatch.setattr(f"ffdist.plotting.plots.plot_{picture}", broken)
     run = train(TREE | {"training": {"epochs": 1}}, runner="serial", runs=tmp_path)
     said = capsys.readouterr().out
     assert said.count("warning: ") == said.count(".png could not be drawn (TypeError: set_text") == len(PICTURES)
@@ -226,7 +226,7 @@ def test_plots_show_samples_of_all_classes_of_sorted_data(tmp_path, monkeypatch)
             Image.new("L", (4, 4), 60 * shade + number).save(tmp_path / split / f"class_{shade}" / f"{number}.png")
     shown = []
     monkeypatch.setattr(
-        "ffdist.tracking.plots.plot_negatives", lambda _, labels, *more: shown.append(labels) or more[-1]
+        "ffdist.plotting.plots.plot_negatives", lambda _, labels, *more: shown.append(labels) or more[-1]
     )
     changes = ["data.name=image_folder", f"data.path={tmp_path}", "training.batch_size=8", "training.epochs=1"]
     config = load_config("digits", [*changes, "model.layers=[8]", "data.label=none", "negatives.kind=permuted"])
@@ -252,11 +252,11 @@ def test_pictures_call_classes_by_their_names(tmp_path):
 
 def test_the_timeline_tells_who_computed_and_waited_when(run):
     spans = read_timeline(run.folder)
-    assert {span.part for span in spans} == {"stage 1", "stage 2", "readout"}
-    assert {span.what for span in spans} >= {"compute", "wait"}
-    assert min(span.begun_s for span in spans) == 0
+    assert {span.actor for span in spans} == {"stage 1", "stage 2", "readout"}
+    assert {span.activity for span in spans} >= {"compute", "wait"}
+    assert min(span.start_s for span in spans) == 0
     for part in ("stage 1", "stage 2", "readout"):
-        own = sorted((span.begun_s, span.took_s) for span in spans if span.part == part)
+        own = sorted((span.start_s, span.duration_s) for span in spans if span.actor == part)
         assert all(begun + took < after + 1e-3 for (begun, took), (after, _) in pairwise(own))
     trace = json.loads((run.folder / "timeline.json").read_text())["traceEvents"]
     assert {event["ph"] for event in trace} == {"M", "X"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ffdist.data.folder import Folder
+from ffdist.storage.folder import Folder
 
 
 class FolderError(Exception):
@@ -47,7 +47,7 @@ def test_a_folder_is_listed_while_another_process_removes_from_it(folder, tmp_pa
 def test_who_may_read_a_folder_may_read_its_files(folder, tmp_path):
     (tmp_path / "kept" / "a").mkdir(parents=True)
     (tmp_path / "kept" / "a").chmod(0o750)
-    with folder.writing("a/b") as path:
+    with folder.atomic_write("a/b") as path:
         save_file({"weight": torch.zeros(1)}, path)
     assert (tmp_path / "kept" / "a" / "b").stat().st_mode & 0o777 == 0o640
 
@@ -64,7 +64,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_part(tmp_path):
     """With a limit on the size of files, a full disk's error comes from the real system, in a process of its own."""
     program = f"""
 import resource, signal
-from ffdist.data.folder import Folder
+from ffdist.storage.folder import Folder
 folder = Folder({str(tmp_path)!r}, RuntimeError)
 folder.put("a", b"one")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -19,9 +19,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ffdist import Run, read_network
-from ffdist.checkpoint import digest
+from ffdist.checkpoint.checkpoints import digest
 from ffdist.cli import main
-from ffdist.exported import save_network
+from ffdist.export.network import save_network
 from ffdist.tracking.server import default_uri
 
 SHORT = ["training.epochs=1", "model.layers=[20,10]"]
@@ -125,8 +125,8 @@ def parquet(**columns):
 TRAIN = [["train", "bad.yaml", *SERIAL], ["baseline", "bad.yaml"], ["negatives", "make", "bad.yaml"]]
 RESUME = [["train", "digits", *SHORT, *STORE, *SERIAL, "--resume", "stopped"]]
 FROM = [
-    ["train", "digits", *SHORT, *SERIAL, "--from", "finished"],
-    ["baseline", "digits", *SHORT, "--from", "finished"],
+    ["train", "digits", *SHORT, *SERIAL, "--init-from", "finished"],
+    ["baseline", "digits", *SHORT, "--init-from", "finished"],
 ]
 READOUT = [
     ["readout", "finished"],
@@ -172,44 +172,44 @@ CASES = {
         TRAIN,
         "training.learning_rate",
     ),
-    "config: a folder": (lambda: Path("bad.yaml").mkdir(), TRAIN, "a configuration is a YAML file"),
-    "config: nothing there": (nothing, TRAIN, "a configuration is a YAML file"),
-    "run: nothing there": (lambda: shutil.rmtree("finished"), [*FROM, *READOUT], "a run is its folder"),
-    "run: no configuration": (lambda: Path("stopped/config.yaml").unlink(), RESUME, "a run is its folder"),
+    "config: a folder": (lambda: Path("bad.yaml").mkdir(), TRAIN, "CONFIG must be a YAML file"),
+    "config: nothing there": (nothing, TRAIN, "CONFIG must be a YAML file"),
+    "run: nothing there": (lambda: shutil.rmtree("finished"), [*FROM, *READOUT], "RUN must be the folder of a run"),
+    "run: no configuration": (lambda: Path("stopped/config.yaml").unlink(), RESUME, "RUN must be the folder of a run"),
     "run: a damaged configuration": (write("finished/config.yaml", "data: ["), READOUT, "cannot be read as YAML"),
     "run: damaged figures": (cut("finished/summary.json"), READOUT, "summary.json is missing or damaged"),
     "run: finished already": (nothing, [["train", "digits", *SHORT, *SERIAL, "--resume", "finished"]], "is finished"),
     "run: damaged metrics": (write("stopped/metrics.db", "no database" * 999), RESUME, "metrics.db is damaged"),
-    "run: no tracking database": (lambda: Path("runs/mlflow.db").unlink(), RESUME, "cannot go on with run"),
+    "run: no tracking database": (lambda: Path("runs/mlflow.db").unlink(), RESUME, "cannot resume run"),
     "run: another one": (nothing, [[*RESUME[0], "training.alpha=3"]], "training.alpha: 1.0 then, 3.0 now"),
-    "commit: none": (lambda: shutil.rmtree("stopped/commits"), RESUME, "holds no whole commit"),
-    "commit: no manifest": (
-        lambda: [path.unlink() for path in Path().glob("finished/commits/*/manifest.json")],
+    "checkpoint: none": (lambda: shutil.rmtree("stopped/checkpoints"), RESUME, "contains no complete checkpoint"),
+    "checkpoint: no manifest": (
+        lambda: [path.unlink() for path in Path().glob("finished/checkpoints/*/manifest.json")],
         [*FROM, *READOUT],
-        "holds no whole commit",
+        "contains no complete checkpoint",
     ),
-    "commit: a cut manifest": (cut("stopped/commits/*/manifest.json"), RESUME, "manifest.json is damaged"),
-    "commit: a cut manifest of a finished run": (
-        cut("finished/commits/*/manifest.json"),
+    "checkpoint: a cut manifest": (cut("stopped/checkpoints/*/manifest.json"), RESUME, "manifest.json is damaged"),
+    "checkpoint: a cut manifest of a finished run": (
+        cut("finished/checkpoints/*/manifest.json"),
         [*FROM, *READOUT],
         "manifest.json is damaged",
     ),
-    "commit: a cut layer": (cut("stopped/commits/*/layer_1.safetensors"), RESUME, "layer_1.safetensors is cut"),
-    "commit: a cut layer of a finished run": (
-        cut("finished/commits/*/layer_2.safetensors"),
+    "checkpoint: a cut layer": (cut("stopped/checkpoints/*/layer_1.safetensors"), RESUME, "layer_1.* the wrong size"),
+    "checkpoint: a cut layer of a finished run": (
+        cut("finished/checkpoints/*/layer_2.safetensors"),
         [*FROM, *READOUT],
-        "layer_2.safetensors is cut",
+        "layer_2.safetensors has the wrong size",
     ),
-    "commit: code": (planted("stopped/commits/*/readout.safetensors"), RESUME, "is no file of tensors"),
-    "commit: code in a finished run": (
-        planted("finished/commits/*/readout.safetensors"),
+    "checkpoint: code": (planted("stopped/checkpoints/*/readout.safetensors"), RESUME, "is not a safetensors file"),
+    "checkpoint: code in a finished run": (
+        planted("finished/checkpoints/*/readout.safetensors"),
         [*FROM, *READOUT],
-        "is no file of tensors",
+        "is not a safetensors file",
     ),
     "store: nothing there": (lambda: shutil.rmtree("store"), SHOW[:1], "holds no negatives"),
     "store: a damaged manifest": (cut("store/manifest.json"), SHOW, "manifest.json is damaged"),
     "store: a damaged entry": (cut("store/epoch_0000/*.json"), SHOW, "is damaged"),
-    "store: a cut shard": (cut("store/epoch_0000/*.arrow"), SHOW, "is cut or grown"),
+    "store: a cut shard": (cut("store/epoch_0000/*.arrow"), SHOW, "has the wrong size"),
     "store: for another seed": (nothing, [[*SHOW[1], "seed=3"]], "holds other negatives than this run needs"),
     "parquet: ends early": (cut("birds/train.parquet"), PARQUET, "train.parquet"),
     "parquet: empty split": (lambda: Path("birds/test.parquet").unlink(), PARQUET, "test"),
@@ -294,12 +294,12 @@ READ = {
     "finished/summary.json": EVALUATE,
     "finished/timeline.json": PLOT,
     "finished/metrics.db": PLOT,
-    "finished/commits/*/manifest.json": EVALUATE,
-    "finished/commits/*/layer_1.safetensors": EVALUATE,
-    "finished/commits": EVALUATE,
+    "finished/checkpoints/*/manifest.json": EVALUATE,
+    "finished/checkpoints/*/layer_1.safetensors": EVALUATE,
+    "finished/checkpoints": EVALUATE,
     "stopped/metrics.db": RESUME[0],
     "stopped/.lock": RESUME[0],
-    "stopped/commits/*/position.safetensors": RESUME[0],
+    "stopped/checkpoints/*/position.safetensors": RESUME[0],
     "store/manifest.json": SHOW[0],
     "store/epoch_0000/shard_000000.json": SHOW[0],
     "store/epoch_0000/shard_000000.arrow": SHOW[0],
@@ -370,12 +370,16 @@ JSON = {
         CONTENT,
         [{"layers": value} for value in (3, [[]], ["a"], [10**9, 10**9], [{"grid": 3}], [])]
         + [{key: value} for key in ("shape", "classes", "rule", "thresholds") for value in (None, "a", [[]])]
-        + [{key: value} for key in ("label_scale", "center", "seed", "precision", "untrained") for value in (None, "a")]
+        + [
+            {key: value}
+            for key in ("label_scale", "subtract_mean", "seed", "precision", "untrained")
+            for value in (None, "a")
+        ]
         + [{"classes": value} for value in (0, 10**11, -(10**11))]
         + [{"untrained": value} for value in ([[1]], [10**11], list(range(10)))]
         + [{"layers": [{"grid": 10**11, "stride": 1, "field": 10**11, "units": 1}]}],
     ),
-    "finished/commits/*/manifest.json": (EVALUATE, CONTENT, [{"files": 3}, {"epoch": "a"}]),
+    "finished/checkpoints/*/manifest.json": (EVALUATE, CONTENT, [{"files": 3}, {"epoch": "a"}]),
     "store/epoch_0000/shard_000000.json": (SHOW[0], CONTENT, [{"epoch": "a"}, {"num_bytes": -1}, {"num_bytes": 2**60}]),
     "store/manifest.json": (SHOW[0], CONTENT, [{"facts": []}, {"config": []}, {"config": {"data": []}}]),
 }
@@ -410,7 +414,19 @@ def test_a_forged_database_is_refused(place, statement, command):
     refuse(command, statement)
 
 
-STOLEN = ["/etc/hostname", "../secret", "x/../../secret", "link", "pipe", "commits", "", ".", "\0", "a" * 300, "none"]
+STOLEN = [
+    "/etc/hostname",
+    "../secret",
+    "x/../../secret",
+    "link",
+    "pipe",
+    "checkpoints",
+    "",
+    ".",
+    "\0",
+    "a" * 300,
+    "none",
+]
 CALLS = [
     *(("artifact", json.dumps(name)) for name in STOLEN),
     *(("artifact", text) for text in ("3", "[]", "{", NESTED, "null")),

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from ffdist import ConfigError
+from ffdist.config.sections import Data
 from ffdist.data.inputs import read_inputs
-from ffdist.sections import Data
 
 GREY, COLOUR = (1, 4, 6), (3, 4, 6)
 DATA = Data(name="digits")
@@ -43,10 +43,10 @@ def test_what_is_unambiguous_is_converted(tmp_path):
 @pytest.mark.parametrize(
     ("image", "rule"),
     [
-        (an_image("RGB", color=(7, 8, 7)), "trained on grey images, and this one is in colour"),
+        (an_image("RGB", color=(7, 8, 7)), "trained on grayscale images, and this one is in color"),
         (an_image("LA", color=(7, 100)), "must not be transparent"),
-        (an_image("I;16"), "8 bits a channel"),
-        (an_image(size=(6, 6)), "4 x 6, and this one, 6 x 6, has other proportions"),
+        (an_image("I;16"), "8 bits per channel"),
+        (an_image(size=(6, 6)), "4 x 6, and this one, 6 x 6, has a different aspect ratio"),
     ],
 )
 def test_what_is_not_is_refused(image, rule, tmp_path):
@@ -62,19 +62,19 @@ def test_folders_and_parquet_tell_labels_where_there_are_some(tmp_path):
         an_image().save(tmp_path / "classes" / str(number) / "more" / "x.png")
     found = read_inputs([tmp_path / "classes"], DATA, GREY, 11)
     assert found.labels.tolist() == [1, 10, 2]
-    assert found.places[1] == str(tmp_path / "classes" / "10" / "more" / "x.png")
+    assert found.locations[1] == str(tmp_path / "classes" / "10" / "more" / "x.png")
     few = read_inputs([tmp_path / "classes"], DATA, GREY, 10)  # 10 is none of the classes
-    assert (few.labels, few.unlabelled) == (None, f"{tmp_path / 'classes' / '1' / 'more' / 'x.png'} has none")
+    assert (few.labels, few.label_problem) == (None, f"{tmp_path / 'classes' / '1' / 'more' / 'x.png'} has no label")
     (tmp_path / "classes" / "2").rename(tmp_path / "elsewhere")
     (tmp_path / "classes" / "2").symlink_to(tmp_path / "elsewhere")  # as training follows it
     assert read_inputs([tmp_path / "classes"], DATA, GREY, 11).labels.tolist() == [1, 10, 2]
     pq.write_table(pa.table({"image": [encoded.getvalue()] * 2, "label": [1, 2]}), tmp_path / "two.parquet")
     pq.write_table(pa.table({"image": [encoded.getvalue()]}), tmp_path / "one.parquet")
     found = read_inputs([tmp_path / "two.parquet"], DATA, GREY, 3)
-    assert (found.labels.tolist(), found.places[1]) == ([1, 2], f"{tmp_path / 'two.parquet'}, row 1")
+    assert (found.labels.tolist(), found.locations[1]) == ([1, 2], f"{tmp_path / 'two.parquet'}, row 1")
     both = read_inputs([tmp_path / "two.parquet", tmp_path / "one.parquet"], DATA, GREY, 3)
     assert (both.labels, len(both.images)) == (None, 3)
-    assert read_inputs([tmp_path / "two.parquet"], DATA, GREY, 2).unlabelled.endswith("two.parquet, row 1 has 2")
+    assert read_inputs([tmp_path / "two.parquet"], DATA, GREY, 2).label_problem.endswith("row 1 has label 2")
 
 
 def test_columns_of_parquet_are_found_among_others(tmp_path):
@@ -96,7 +96,7 @@ def test_columns_of_parquet_are_found_among_others(tmp_path):
 def test_names_of_any_bytes_can_be_printed(tmp_path):
     an_image().save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(tmp_path / os.fsdecode(b"\xe9t\xe9.png"))
-    (place,) = read_inputs([tmp_path], DATA, GREY, 3).places
+    (place,) = read_inputs([tmp_path], DATA, GREY, 3).locations
     assert place.encode().decode().endswith(".png")
 
 
@@ -113,7 +113,7 @@ def test_no_other_program_is_run_over_an_image(tmp_path):
 def test_nothing_and_what_is_not_there_are_told(tmp_path):
     with pytest.raises(ConfigError, match="there must be an image"):
         read_inputs([tmp_path], DATA, GREY, 3)
-    with pytest.raises(ConfigError, match="there is none"):
+    with pytest.raises(ConfigError, match="not found"):
         read_inputs([tmp_path / "x.png"], DATA, GREY, 3)
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(ConfigError, match=r"bad.png: the image cannot be decoded"):
@@ -159,7 +159,7 @@ def test_a_folder_may_hold_more_than_images(tmp_path):
     (tmp_path / "spark.parquet").mkdir()
     columns = {"image": [encoded.getvalue()], "id": [7], "label": [2]}
     pq.write_table(pa.table(columns), tmp_path / "spark.parquet" / "part-0.parquet")
-    places = read_inputs([tmp_path], DATA, GREY, 3).places
+    places = read_inputs([tmp_path], DATA, GREY, 3).locations
     assert [place.rpartition("/")[2] for place in places] == ["part-0.parquet, row 0", "x.png"]
     assert read_inputs([tmp_path / "spark.parquet"], DATA, GREY, 3).labels.tolist() == [2]
 
@@ -181,7 +181,7 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
         (tmp_path / name / "up").symlink_to(tmp_path)
     (tmp_path / "ant" / "other").symlink_to(tmp_path / "bee")
     found = read_inputs([tmp_path], DATA, GREY, 2, ["ant", "bee"])
-    assert [place.removeprefix(str(tmp_path)) for place in found.places] == ["/ant/x.png", "/bee/x.png"]
+    assert [place.removeprefix(str(tmp_path)) for place in found.locations] == ["/ant/x.png", "/bee/x.png"]
     assert found.labels.tolist() == [0, 1]
     assert len(read_inputs([tmp_path / "ant" / "up"], DATA, GREY, 2).images) == 2  # which is asked for
 
@@ -193,4 +193,4 @@ def test_words_are_labels_where_the_classes_have_their_names(tmp_path):
     pq.write_table(table, tmp_path / "words.parquet")
     assert read_inputs([tmp_path / "words.parquet"], DATA, GREY, 2, ["ant", "cat"]).labels.tolist() == [1, 0]
     unknown = read_inputs([tmp_path / "words.parquet"], DATA, GREY, 2, ["ant", "bee"])
-    assert (unknown.labels, unknown.unlabelled) == (None, f"{tmp_path / 'words.parquet'}, row 0 has 'cat'")
+    assert (unknown.labels, unknown.label_problem) == (None, f"{tmp_path / 'words.parquet'}, row 0 has label 'cat'")

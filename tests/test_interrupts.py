@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from ffdist.cli.words import told
-from ffdist.interrupts import STOP_SIGNALS, interrupts, stop_requests
+from ffdist.cli.options import report_errors
+from ffdist.signals import STOP_SIGNALS, interrupts, stop_requests
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, m
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("nowhere_at_all")
-    monkeypatch.setattr("ffdist.interrupts.IMPORTING_S", 1.0)
+    monkeypatch.setattr("ffdist.signals.IMPORT_DELAY_S", 1.0)
     with interrupts() as interrupted:
         signal.getsignal(number)(number, frames[0])
         assert not interrupted()
@@ -41,7 +41,7 @@ def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, m
 
 def test_what_a_library_makes_of_an_interrupt_is_told_as_one(capsys):
     def swallow():
-        with told():
+        with report_errors():
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
@@ -90,7 +90,7 @@ def test_one_request_may_arrive_twice_and_an_orderly_stop_has_a_limit(number):
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
-    monkeypatch.setattr("ffdist.interrupts.REPEAT_S", 0.0)
+    monkeypatch.setattr("ffdist.signals.DUPLICATE_S", 0.0)
     with stop_requests(600) as requested:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)

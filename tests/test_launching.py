@@ -228,7 +228,7 @@ def test_ray_up_and_submit(machines, ray_folder, tmp_path):
     heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # which a shell may have ignored
     with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeding, **more) as stopped:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("stopped/digits-*/commits/*/manifest.json")):
+        while not list(tmp_path.glob("stopped/digits-*/checkpoints/*/manifest.json")):
             assert stopped.poll() is None, stopped.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.5)

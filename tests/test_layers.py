@@ -6,7 +6,7 @@ from ffdist.ff.goodness import GOODNESS
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import METRICS, PEER_SMOOTHING, Dense, Rule
 from ffdist.ff.losses import LOSSES
-from ffdist.ff.update import Update
+from ffdist.ff.optimizers import Update
 
 B, D, H = 6, 11, 9
 
@@ -49,7 +49,7 @@ def reference(layer: Dense, rows):
     rule, rate = layer.rule, layer.rule.update.learning_rate
     parameters, means = [layer.weight.detach().clone(), layer.bias.detach().clone()], layer.mean_activity
     threshold = -layer.threshold if rule.goodness.startswith("minus") else layer.threshold
-    for turn in (["positive", "negative"] if rule.alternating else ["both"]) * rule.repeats:
+    for turn in (["positive", "negative"] if rule.alternating else ["both"]) * rule.updates_per_minibatch:
         weight, bias = (parameter.requires_grad_() for parameter in parameters)
         gained = value(rows, weight, bias, rule, threshold, turn)
         if turn != "negative":
@@ -61,9 +61,17 @@ def reference(layer: Dense, rows):
     return parameters
 
 
-PLAIN = Update(0.01, 0.0, smoothing=0.0)
+PLAIN = Update(0.01, 0.0, momentum=0.0)
 RULES = [
-    Rule(goodness, loss=loss, alpha=alpha, alternating=alternating, repeats=repeats, peer_strength=peers, update=PLAIN)
+    Rule(
+        goodness,
+        loss=loss,
+        alpha=alpha,
+        alternating=alternating,
+        updates_per_minibatch=repeats,
+        peer_strength=peers,
+        update=PLAIN,
+    )
     for goodness in [sign + goodness for goodness in GOODNESS for sign in ("", "minus_")]
     for loss in LOSSES
     for alpha, alternating, repeats, peers in [(1.0, False, 1, 0.03), (4.0, True, 2, 0.03), (0.5, False, 3, 0.0)]
@@ -95,16 +103,16 @@ def test_closed_form_gradient_equals_finite_differences():
 
 
 def test_update_follows_the_release():
-    """g <- 0.9 g + 0.1 gradient / batch; W <- W + gain * 0.01 * (g - 0.001 W); biases without decay."""
+    """g <- 0.9 g + 0.1 gradient / batch; W <- W + lr_scale * 0.01 * (g - 0.001 W); biases without decay."""
     layer, rows = a_layer(), some_rows()
     smoothed = [torch.zeros(H, D, dtype=torch.float64), torch.zeros(H, dtype=torch.float64)]
-    for gain in (1.0, 0.5):
+    for lr_scale in (1.0, 0.5):
         before = layer.weight.clone(), layer.bias.clone()
         moved = [(new - old) / 0.01 for old, new in zip(before, reference(layer, rows[: 2 * B]), strict=True)]
         smoothed = [0.9 * old + 0.1 * new for old, new in zip(smoothed, moved, strict=True)]
-        layer.train_minibatch(rows, batch=B, gain=gain)
-        torch.testing.assert_close(layer.weight, before[0] + gain * 0.01 * (smoothed[0] - 0.001 * before[0]))
-        torch.testing.assert_close(layer.bias, before[1] + gain * 0.01 * smoothed[1])
+        layer.train_minibatch(rows, batch=B, lr_scale=lr_scale)
+        torch.testing.assert_close(layer.weight, before[0] + lr_scale * 0.01 * (smoothed[0] - 0.001 * before[0]))
+        torch.testing.assert_close(layer.bias, before[1] + lr_scale * 0.01 * smoothed[1])
 
 
 def test_what_is_passed_on_is_computed_before_the_update():
@@ -118,7 +126,7 @@ def test_what_is_passed_on_is_computed_before_the_update():
 def test_a_layer_that_does_not_learn_passes_on_and_stays_as_it_is():
     layer, rows = a_layer(), some_rows()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    passed, metrics = layer.train_minibatch(rows, batch=B, gain=None)
+    passed, metrics = layer.train_minibatch(rows, batch=B, lr_scale=None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     learned, same_metrics = layer.train_minibatch(rows, batch=B)
     assert torch.equal(passed.activity, learned.activity)

@@ -4,10 +4,10 @@ import torch
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import Dense, Rule
 from ffdist.ff.local import Fields, Local, Map
-from ffdist.ff.update import Update
+from ffdist.ff.optimizers import Update
 
 B = 5
-UPDATE = Update(0.05, 0.01, smoothing=0.5)
+UPDATE = Update(0.05, 0.01, momentum=0.5)
 CASES = {
     "the paper's first layer": (Map(28, 28, 1, channels_first=True), Fields(4, 6, 10, 3), 0),
     "colour images": (Map(9, 9, 3, channels_first=True), Fields(3, 2, 4, 2), 0),

@@ -7,7 +7,7 @@ from ffdist.ff.classify import confusion_matrix, error
 from ffdist.ff.layers import Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
-from ffdist.ff.update import Update
+from ffdist.ff.optimizers import Update
 
 
 def a_network(**changes) -> Network:
@@ -59,7 +59,7 @@ def test_readout_sums_to_one_and_input_is_left_alone():
 
 def test_centred_images_differ_in_what_they_show_and_not_in_their_mean():
     dark, bright = some_images() // 2, some_images() // 2 + 100
-    network = a_network(label="append", center=True)
+    network = a_network(label="append", subtract_mean=True)
     for one, other in zip(network.predict(dark), network.predict(bright), strict=True):
         torch.testing.assert_close(one, other)
     rows = network.architecture.rows(dark, torch.ones(6, 4))
@@ -155,7 +155,7 @@ def test_a_network_for_inference_predicts_the_same_and_holds_weights_alone():
         Network.for_inference(whole.architecture, {key: tensors[key] for key in tensors if key != "readout.bias"})
 
 
-@pytest.mark.parametrize("optimizer", ["release", "adamw"])
+@pytest.mark.parametrize("optimizer", ["hinton", "adamw"])
 @pytest.mark.parametrize("layers", [(30, 20), (Fields(3, 2, 4, 5), Fields(2, 1, 2, 40), 10)])
 def test_sizes_are_those_of_the_tensors(layers, optimizer):
     label = "append" if isinstance(layers[0], int) else "everywhere"

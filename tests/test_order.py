@@ -4,8 +4,8 @@ from ffdist.data.order import SampleOrder, split
 
 
 def test_an_epoch_is_a_permutation_whose_rest_is_dropped():
-    order = SampleOrder(seed=0, samples=103, batch_size=10)
-    assert order.minibatches == 10
+    order = SampleOrder(seed=0, num_samples=103, batch_size=10)
+    assert order.num_minibatches == 10
     seen = order.indices(3, 0, 10).flatten()
     assert len(seen.unique()) == 100
     rest = [set(range(103)) - set(order.indices(epoch, 0, 10).flatten().tolist()) for epoch in range(3)]
@@ -13,11 +13,11 @@ def test_an_epoch_is_a_permutation_whose_rest_is_dropped():
 
 
 def test_minibatches_do_not_depend_on_how_they_are_asked_for():
-    order = SampleOrder(seed=5, samples=100, batch_size=10)
+    order = SampleOrder(seed=5, num_samples=100, batch_size=10)
     whole = order.indices(2, 0, 10)
     assert torch.equal(torch.cat([order.indices(2, first, 1) for first in range(10)]), whole)
     assert not torch.equal(order.indices(3, 0, 10), whole)
-    assert not torch.equal(SampleOrder(seed=6, samples=100, batch_size=10).indices(2, 0, 10), whole)
+    assert not torch.equal(SampleOrder(seed=6, num_samples=100, batch_size=10).indices(2, 0, 10), whole)
 
 
 def test_split_parts_by_the_seed():

@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from ffdist.config import ConfigError
-from ffdist.config_file import load_config
-from ffdist.launch import allocate
-from ffdist.prepare import prepare
-from ffdist.runtime.placement import READOUT_GPUS, decide, reserve
-from ffdist.sections import Pipeline
+from ffdist.config.loading import load_config
+from ffdist.config.sections import Pipeline
+from ffdist.errors import ConfigError
+from ffdist.runtime.placement import READOUT_GPU_FRACTION, decide, reserve
+from ffdist.training.launch import allocate
+from ffdist.training.prepare import prepare
 
 
 def decided(layers=4, resources=None, negative_actors=1, **settings):
@@ -20,13 +20,13 @@ def decided(layers=4, resources=None, negative_actors=1, **settings):
 
 def test_auto_is_one_stage_a_layer_on_processors():
     placement = decided()
-    assert (placement.stages, placement.device, placement.stage_gpus, placement.stage_cpus) == (4, "cpu", 0, 1)
+    assert (placement.num_stages, placement.device, placement.stage_gpus, placement.stage_cpus) == (4, "cpu", 0, 1)
 
 
 def test_auto_is_one_stage_a_gpu_where_there_are_fewer_gpus_than_layers():
     placement = decided(resources={"CPU": 16, "GPU": 2})
-    assert (placement.stages, placement.device, placement.stage_gpus) == (2, "cuda", 0.9)
-    assert decided(resources={"CPU": 16, "GPU": 8}).stages == 4
+    assert (placement.num_stages, placement.device, placement.stage_gpus) == (2, "cuda", 0.9)
+    assert decided(resources={"CPU": 16, "GPU": 8}).num_stages == 4
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_auto_is_one_stage_a_gpu_where_there_are_fewer_gpus_than_layers():
 def test_stages_share_gpus_evenly_and_leave_room_for_the_readout(stages, gpus, share):
     placement = decided(layers=6, stages=stages, resources={"CPU": 16, "GPU": gpus})
     assert placement.stage_gpus == pytest.approx(share)
-    assert placement.bundles(1)[stages] == {"GPU": READOUT_GPUS}
+    assert placement.bundles(1)[stages] == {"GPU": READOUT_GPU_FRACTION}
 
 
 def test_few_processors_are_shared_like_gpus():
@@ -54,7 +54,7 @@ def test_shares_fit_however_ray_rounds_them(layers, cpus):
     assert round(share, 4) == share
     several = decided(layers=layers, stages=layers, resources={"CPU": cpus, "GPU": 1}).stage_gpus
     assert round(several, 4) == several
-    assert layers * several + READOUT_GPUS <= 1
+    assert layers * several + READOUT_GPU_FRACTION <= 1
 
 
 def test_processors_are_used_where_that_was_asked_for():
@@ -68,7 +68,7 @@ def test_gpus_asked_for_and_not_there():
 
 def test_gpus_that_an_autoscaler_is_to_add():
     placement = decided(device="cuda", stages=2, resources={"CPU": 4, "autoscaler": 1})
-    assert (placement.device, placement.stages, placement.stage_gpus) == ("cuda", 2, 0.9)
+    assert (placement.device, placement.num_stages, placement.stage_gpus) == ("cuda", 2, 0.9)
     with pytest.raises(ConfigError, match=r"no GPU\); set pipeline\.stages to the number of GPUs that the autoscaler"):
         decided(device="cuda", resources={"CPU": 4, "autoscaler": 1})
 

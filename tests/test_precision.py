@@ -8,9 +8,9 @@ from contextlib import ExitStack
 import pytest
 
 from ffdist import load_config, train
-from ffdist.precision import Speed, choose
+from ffdist.runs.folder import checkpoints_of
 from ffdist.runtime.access import private_ray
-from ffdist.start import commits_of
+from ffdist.training.precision import Speed, choose
 
 FAST, EQUAL, SLOW = Speed("a CPU with AMX", 5.0), Speed("a CPU of 2024", 1.05), Speed("a CPU of 2019", 0.25)
 
@@ -51,8 +51,8 @@ def test_a_run_records_the_resolved_precision(runner, tmp_path, capsys):
     assert config.training.precision == "auto"
     run = train(config, runner=runner, runs=tmp_path)
     precision = run.summary["precision"]
-    commits = commits_of(config, run.folder)
-    manifest = commits.read_manifest(commits.names()[-1])
+    checkpoints = checkpoints_of(config, run.folder)
+    manifest = checkpoints.read_manifest(checkpoints.names()[-1])
     assert precision in ("float32", "bfloat16")
     assert run.config.training.precision == run.network.architecture.precision == precision
     assert manifest.config["training"]["precision"] == precision
@@ -75,7 +75,7 @@ def test_recovery_on_another_kind_of_processor_is_a_warning_and_recorded(tmp_pat
         first = cluster.add_node(**node, env_vars={"ATEN_CPU_CAPABILITY": "default"})
         with ThreadPoolExecutor(1) as thread:  # Ray starts nodes in the main thread only
             training = thread.submit(train, config, address=cluster.address, runs=tmp_path)
-            while not list(tmp_path.glob("*/commits/*/manifest.json")):
+            while not list(tmp_path.glob("*/checkpoints/*/manifest.json")):
                 assert not training.done(), training.result()
                 time.sleep(0.01)
             cluster.remove_node(first, allow_graceful=False)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ffdist.config import ConfigError
-from ffdist.config_file import load_config, parse_config
-from ffdist.prepare import build_architecture, prepare
+from ffdist.config.architecture import build_architecture
+from ffdist.config.loading import load_config, parse_config
+from ffdist.errors import ConfigError
+from ffdist.training.prepare import prepare
 
 LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
 
@@ -70,8 +71,8 @@ def test_images_in_colour_are_centred_unless_that_is_said():
         ((1, 4, 4), True, True),
         ((3, 4, 4), False, False),
     ):
-        config = parse_config({"data": data | {"center": asked}, "model": {"layers": [5]}}, "test")
-        assert build_architecture(config, shape, 3).center is center
+        config = parse_config({"data": data | {"subtract_mean": asked}, "model": {"layers": [5]}}, "test")
+        assert build_architecture(config, shape, 3).subtract_mean is center
 
 
 def test_a_long_chunk_is_as_long_as_the_epoch():

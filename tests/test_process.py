@@ -10,7 +10,7 @@ import textwrap
 CODE = """
 import json, locale, logging, os, random, signal, sys, threading
 import matplotlib, matplotlib.pyplot, mlflow, numpy, psutil, sklearn.datasets, sqlalchemy, torch  # set up themselves
-import ffdist.offline, ffdist.trainer
+import ffdist.training.offline_negatives, ffdist.training.trainer
 from ffdist import Run, load_config, train
 
 NAMES = ["", "mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy", "matplotlib", "torch", "filelock"]

@@ -2,18 +2,20 @@ import re
 
 import pytest
 
-from ffdist.tracking import progress
-from ffdist.tracking.progress import Display
+from ffdist.data.order import SampleOrder
+from ffdist.training import progress
+from ffdist.training.progress import Display
 
 
 @pytest.fixture
 def lines(monkeypatch, capsys):
     """What a display says, where the output is no terminal and a line is always due."""
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", -1.0)
-    display = Display(2, 10, 1)
+    display = Display(2, SampleOrder(0, 10, 1))
 
     def say(step, metrics):
-        display.update(step, metrics)
+        display.show(metrics)
+        display.update(step)
         return capsys.readouterr().out.strip()
 
     return say
@@ -34,8 +36,9 @@ def test_a_terminal_shows_a_bar_and_a_table_of_layers(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
     monkeypatch.setenv("COLUMNS", "100")
     layer = {"loss": 0.5, "goodness_positive": 1.31, "goodness_negative": 0.8, "pairwise_error": 0.1}
-    with Display(2, 10, 1) as display:
-        display.update(5, {f"layer_1/{name}": value for name, value in layer.items()})
+    with Display(2, SampleOrder(0, 10, 1)) as display:
+        display.show({f"layer_1/{name}": value for name, value in layer.items()})
+        display.update(5)
         display.say("[a line] that stays")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
     assert re.search(r"epoch 1/2 .* 25 %", shown)

@@ -8,11 +8,11 @@ B, C, WIDTHS = 7, 4, (5, 3)
 
 
 def test_update_is_the_gradient_of_the_cross_entropy_smoothed_and_decayed():
-    """g <- 0.9 g + 0.1 gradient / batch; W <- W + gain * 0.1 * (g - 0.003 W); biases without decay."""
+    """g <- 0.9 g + 0.1 gradient / batch; W <- W + lr_scale * 0.1 * (g - 0.003 W); biases without decay."""
     draw = torch.Generator().manual_seed(0)
     readout = Readout(sum(WIDTHS), C).double()
     smoothed = [torch.zeros(C, sum(WIDTHS)).double(), torch.zeros(C).double()]
-    for gain in (1.0, 0.5):
+    for lr_scale in (1.0, 0.5):
         activities = [torch.randn(B, width, generator=draw).double() for width in WIDTHS]
         labels = torch.randint(0, C, (B,), generator=draw)
         weight, bias = (parameter.detach().clone().requires_grad_() for parameter in (readout.weight, readout.bias))
@@ -21,9 +21,9 @@ def test_update_is_the_gradient_of_the_cross_entropy_smoothed_and_decayed():
         gradients = torch.autograd.grad(-loss, (weight, bias))
         smoothed = [0.9 * old + 0.1 * new for old, new in zip(smoothed, gradients, strict=True)]
 
-        _, metrics = readout.train_minibatch(activities, labels, gain=gain)
-        torch.testing.assert_close(readout.weight, weight + gain * 0.1 * (smoothed[0] - 0.003 * weight))
-        torch.testing.assert_close(readout.bias, bias + gain * 0.1 * smoothed[1])
+        _, metrics = readout.train_minibatch(activities, labels, lr_scale=lr_scale)
+        torch.testing.assert_close(readout.weight, weight + lr_scale * 0.1 * (smoothed[0] - 0.003 * weight))
+        torch.testing.assert_close(readout.bias, bias + lr_scale * 0.1 * smoothed[1])
         torch.testing.assert_close(metrics, torch.stack((loss.detach(), (logits.argmax(1) != labels).double().mean())))
 
 

@@ -10,13 +10,13 @@ import psutil
 import pytest
 
 from ffdist import load_config, train
-from ffdist.config import RunFailed
-from ffdist.failures import Failures, PartLost
+from ffdist.errors import ActorLost, RunFailed
+from ffdist.training.recoveries import Recoveries
 
 SHORT = [
-    *("model.layers=[60,50,40]", "training.epochs=150", "tracking.every_minibatches=20", "pipeline.stages=2"),
+    *("model.layers=[60,50,40]", "training.epochs=150", "tracking.log_every_minibatches=20", "pipeline.stages=2"),
     *("negatives.kind=hard_label", "negatives.prediction_delay=30", "checkpoint.every_minibatches=40"),
-    *("training.validation_samples=200", "training.evaluate_every=20", "tracking.artifacts=[]"),
+    *("training.validation_samples=200", "training.validate_every_epochs=20", "tracking.artifacts=[]"),
 ]
 ACTORS = ("StageActor", "ReadoutActor", "NegativeActor", "WriterActor")
 
@@ -32,11 +32,11 @@ def processes(actor: str) -> set[psutil.Process]:
 
 
 def newest(runs: Path) -> str:
-    return max((path.parent.name for path in runs.glob("*/commits/*/manifest.json")), default="")
+    return max((path.parent.name for path in runs.glob("*/checkpoints/*/manifest.json")), default="")
 
 
 def killed(runs: Path, actors: list[str]) -> None:
-    """Kills an actor of each class at some commit after the one before, once there are new processes."""
+    """Kills an actor of each class at some checkpoint after the one before, once there are new processes."""
 
     def kill() -> None:
         seen: set[psutil.Process] = set()
@@ -75,11 +75,11 @@ def test_patience_with_a_part_begins_when_it_has_started(ray_start_4_cpus):
 
     slow = ray.remote(num_cpus=0)(Slow).remote()
     names = {slow._actor_id.hex(): "the slow one"}
-    with pytest.raises(PartLost, match=r"the slow one did nothing for 0\.5 s \(of patience\)"):
+    with pytest.raises(ActorLost, match=r"the slow one did nothing for 0\.5 s \(of patience\)"):
         Collector(names, 0.5, "of patience")([slow.work.remote(0)])
     patient = Collector(names, 2.0, "of patience", [slow.__ray_ready__.remote()])
     assert patient([slow.work.remote(0)]) == [0]
-    with pytest.raises(PartLost, match=r"the slow one did nothing for 2 s"):
+    with pytest.raises(ActorLost, match=r"the slow one did nothing for 2 s"):
         patient([slow.work.remote(60)])
     ray.kill(slow)
 
@@ -87,13 +87,13 @@ def test_patience_with_a_part_begins_when_it_has_started(ray_start_4_cpus):
 def test_old_failures_are_forgotten(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    failures = Failures(1, 10.0)
+    recoveries = Recoveries(1, 10.0)
     for moment in (0, 11, 22):
         now[0] = moment
-        failures.take(PartLost("one"), 0)
+        recoveries.add(ActorLost("one"), 0)
     now[0] = 23
     with pytest.raises(RunFailed, match="one; 1 s later two; no more than 1"):
-        failures.take(PartLost("two"), 0)
+        recoveries.add(ActorLost("two"), 0)
 
 
 OUT_OF_MEMORY = (  # as Ray 2.60 writes it, shortened
@@ -122,7 +122,7 @@ def test_what_another_start_would_meet_again_ends_a_run_with_its_cause(ray_start
     def failure_of(actor, name, call) -> str:
         with pytest.raises(RunFailed) as failed:
             Collector({actor._actor_id.hex(): name}, 60.0, "of patience")([call(actor)])
-        assert not isinstance(failed.value, PartLost)
+        assert not isinstance(failed.value, ActorLost)
         return str(failed.value)
 
     make = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Stage).remote
@@ -130,8 +130,8 @@ def test_what_another_start_would_meet_again_ends_a_run_with_its_cause(ray_start
     text = failure_of(broken, "stage 1", lambda actor: actor.__ray_ready__.remote())
     assert text.startswith("stage 1 could not be started: ImportError: no module named user_kinds\n")
     for kind, said, cause in (
-        (ObjectStoreFullError, "the store is full", "object store full .*the store is full"),
-        (OutOfDiskError, "no space", "the disk full .*no space"),
+        (ObjectStoreFullError, "the store is full", "object store is full .*the store is full"),
+        (OutOfDiskError, "no space", "the disk .* is full .*no space"),
         (
             OutOfMemoryError,
             OUT_OF_MEMORY.format(id=whole._actor_id.hex()),
@@ -158,7 +158,7 @@ def test_a_stall_is_blamed_on_the_actor_that_the_others_wait_for(ray_start_4_cpu
     shards = [maker.work.remote(0), maker.work.remote(60)]
     report = stage.work.remote(0, *shards)
     collect = Collector({maker._actor_id.hex(): "negative actor 1", stage._actor_id.hex(): "stage 1"}, 1.0, "patience")
-    with pytest.raises(PartLost, match="negative actor 1 did nothing"):
+    with pytest.raises(ActorLost, match="negative actor 1 did nothing"):
         collect([report], True, shards)
     for actor in (maker, stage):
         ray.kill(actor)

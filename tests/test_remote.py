@@ -10,12 +10,12 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from ffdist import load_config, train
-from ffdist.config import RunFailed
-from ffdist.data import folder as folder_module
-from ffdist.data.folder import Folder
-from ffdist.data.store import Store
+from ffdist.data.negatives_store import Store
+from ffdist.errors import RunFailed
 from ffdist.ff.negatives import NegativesError
-from ffdist.start import commits_of
+from ffdist.runs.folder import checkpoints_of
+from ffdist.storage import folder as folder_module
+from ffdist.storage.folder import Folder
 
 ATTEMPTS = 3
 CONFLICT = b"<Error><Code>OperationAborted</Code><Message>try again</Message></Error>"
@@ -115,34 +115,36 @@ def test_an_operation_is_tried_again_and_a_wrong_uri_is_not(storage):
 
 def a_config(storage: Storage, name: str, *changes: str):
     uri = f"s3://runs/{name}{storage.uri}"
-    short = ["model.layers=[40,30]", "training.epochs=2", "checkpoint.every_minibatches=7", "checkpoint.keep=100"]
+    short = ["model.layers=[40,30]", "training.epochs=2", "checkpoint.every_minibatches=7", "checkpoint.keep_last=100"]
     return load_config("digits", [*short, f"checkpoint.uri={uri}", "pipeline.chunk_size=7", *changes])
 
 
 def test_a_run_goes_on_without_a_checkpoint_that_storage_did_not_take(storage, tmp_path, capsys):
-    config = a_config(storage, "skipped", "training.validation_samples=200", "training.evaluate_every=1")
+    config = a_config(storage, "skipped", "training.validation_samples=200", "training.validate_every_epochs=1")
     storage.fail("/0001-", ATTEMPTS * 2)
     run = train(config, runner="serial", runs=tmp_path)
     said = capsys.readouterr().out
     assert said.count("was skipped: ") == 2
-    names = commits_of(config, run.folder).names()
+    names = checkpoints_of(config, run.folder).names()
     assert len(names) == 6  # of 8
-    manifests = [commits_of(config, run.folder).read_manifest(name) for name in names]
-    assert all(manifest.best_commit in (None, *names) for manifest in manifests)
+    manifests = [checkpoints_of(config, run.folder).read_manifest(name) for name in names]
+    assert all(manifest.best_checkpoint in (None, *names) for manifest in manifests)
 
 
 def test_a_failed_removal_of_old_checkpoints_is_a_warning(storage, tmp_path, capsys):
-    config = a_config(storage, "pruned", "checkpoint.keep=1", "training.epochs=2")
+    config = a_config(storage, "pruned", "checkpoint.keep_last=1", "training.epochs=2")
     storage.fail("delete", 1)
     run = train(config, runner="serial", runs=tmp_path)
     assert capsys.readouterr().out.count("old checkpoints were not removed: ") == 1
-    assert len(commits_of(config, run.folder).names()) == 1
+    assert len(checkpoints_of(config, run.folder).names()) == 1
 
 
 def test_a_run_stops_when_storage_stays_away(storage, tmp_path):
     config = a_config(storage, "away", "training.epochs=3")
     storage.fail("/0001-", 10**9)
-    with pytest.raises(RunFailed, match=r"/0001-.* cannot be written .*the run stopped, and its last good commit is"):
+    with pytest.raises(
+        RunFailed, match=r"/0001-.* cannot be written .*the run stopped, and its last good checkpoint is"
+    ):
         train(config, runner="serial", runs=tmp_path)
 
 

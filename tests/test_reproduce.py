@@ -10,14 +10,15 @@ import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
-from ffdist.reproduce import _earlier, _past
+from ffdist.training.reproduce import _find_previous, _previous_runs
 
 SMALL = """
 data: {name: digits, label: LABEL}
 model: {layers: [60, 50]}
 negatives: {kind: KIND}
 training: {epochs: EPOCHS}
-tracking: {paper_error: 0.012, target_error: TARGET, artifacts: []}
+tracking: {artifacts: []}
+reference: {paper_error: 0.012, target_error: TARGET}
 """
 
 
@@ -48,7 +49,7 @@ def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path, 
     assert sorted(tmp_path.glob("runs/*/")) == made
     assert said.endswith(ffdist("results"))
     with monkeypatch.context() as patch:
-        patch.setattr("ffdist.tracking.results.is_interactive", lambda screen: True)
+        patch.setattr("ffdist.runs.results.is_interactive", lambda screen: True)
         table = ffdist("results")
         assert table.startswith("| run | ")
         assert ffdist(*reproduce, "unlabelled.yaml").endswith(table)
@@ -70,8 +71,8 @@ def test_what_starts_from_other_weights_reproduces_nothing(tmp_path, ffdist):
     train = ("train", "labelled.yaml", "--runner", "serial")
     ffdist(*train)
     (first,) = tmp_path.glob("runs/labelled-*")
-    ffdist(*train, "--from", str(first))
-    assert [folder for _, folder in _past(tmp_path / "runs")] == [first]
+    ffdist(*train, "--init-from", str(first))
+    assert [folder for _, folder in _previous_runs(tmp_path / "runs")] == [first]
     assert len(list(tmp_path.glob("runs/labelled-*"))) == 2
     assert ffdist("results").count("\nlabelled\t") == 2
 
@@ -81,25 +82,25 @@ def test_what_was_stopped_goes_on(tmp_path, ffdist):
     runs, how = tmp_path / "my runs", ("--runner", "serial", "--runs", "my runs")
     command = [sys.executable, "-m", "ffdist.cli", "train", "long.yaml", *how, "checkpoint.every_minibatches=10"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not list(runs.glob("long-*/commits/*/manifest.json")):
+    while not list(runs.glob("long-*/checkpoints/*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 130
-    config, folder = next(_past(runs))
+    config, folder = next(_previous_runs(runs))
     assert shlex.split(told)[-2:] == ["--resume", f"my runs/{folder.name}"]  # as a shell takes it
     with FileLock(folder / ".lock"):  # as another command that resumes it
-        assert _earlier(config, [(config, folder)], runs) is None
+        assert _find_previous(config, [(config, folder)], runs) is None
     (tmp_path / "kept").write_text("of the user")
     for make in (lambda path: path.symlink_to(tmp_path / "kept"), os.mkfifo):  # whoever wrote the folder chose it
         (folder / ".lock").unlink(missing_ok=True)
         make(folder / ".lock")
-        assert _earlier(config, [(config, folder)], runs) is None
+        assert _find_previous(config, [(config, folder)], runs) is None
         assert (tmp_path / "kept").read_text() == "of the user"
     (folder / ".lock").unlink()
     said = ffdist("reproduce", "long.yaml", *how)
-    assert "going on from" in said
+    assert "resuming from" in said
     assert [row["epochs"] for row in table_of(said)] == ["60"]
     assert len(list(runs.glob("long-*"))) == 1
 

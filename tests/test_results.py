@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from ffdist.tracking.results import result_rows, results_table
+from ffdist.runs.results import result_rows, results_table
 
 LOCAL = "[{'kind': 'local', 'grid': 4, 'stride': 6, 'field': 10, 'units': 128}, 500]"
 
@@ -16,7 +16,7 @@ def a_run(name, seed, goodness, readout, *, train_s=60.0, **changes):
         "negatives.kind": "hard_label",
         "negatives.store": "None",
         "training.epochs": "40",
-        "tracking.paper_error": "0.0136",
+        "reference.paper_error": "0.0136",
     } | {key.replace("__", "."): value for key, value in changes.items()}
     metrics = {"test/goodness_error": goodness, "test/readout_error": readout, "train_s": train_s}
     metrics = {key: value for key, value in metrics.items() if value is not None}
@@ -50,7 +50,7 @@ def test_columns_that_say_nothing_are_left_out():
 
 
 def test_a_target_is_for_goodness_or_without_labels_for_a_readout():
-    target = {"tracking__target_error": "0.02"}
+    target = {"reference__target_error": "0.02"}
     goodness = [a_run("a-20261122-101010", seed, error, 0.01, **target) for seed, error in enumerate((0.01, 0.02, 0.9))]
     unlabelled = a_run("u-20261122-101010", 0, None, 0.03, data__label="none", **target)
     (first, second) = cells(*goodness, unlabelled)
@@ -68,13 +68,13 @@ def test_what_decides_the_result_makes_another_row():
 def test_settings_of_a_later_version_that_are_left_alone_make_no_other_row():
     (row,) = cells(
         a_run("a-20261122-101010", 0, 0.1, 0.2),
-        a_run("a-20261122-101011", 1, 0.1, 0.2, training__optimizer="release", model__threshold="units"),
+        a_run("a-20261122-101011", 1, 0.1, 0.2, training__optimizer="hinton", model__threshold="units"),
     )
     assert "2 seeds" in row["by goodness"]
 
 
 def test_without_labels_there_is_a_fitted_readout_and_no_goodness():
-    run = a_run("u-20261122-101010", 0, None, 0.02, train_s=None, model__layers=LOCAL, tracking__paper_error="None")
+    run = a_run("u-20261122-101010", 0, None, 0.02, train_s=None, model__layers=LOCAL, reference__paper_error="None")
     run.data.metrics["test/fitted_readout_error"] = 0.0123
     del run.data.params["data.jitter"]  # tracked by a version that had none
     (row,) = cells(run)

@@ -15,7 +15,7 @@ def a_schedule(**changes):
         "chunk_size": 2,
         "validation_samples": 3,
         "test_samples": 4,
-        "evaluate_every": 2,
+        "validate_every_epochs": 2,
     }
     return list(schedule(**(shape | changes), evaluation_block=2))
 
@@ -38,12 +38,12 @@ def test_chunks_cover_every_minibatch_once_at_every_size():
         chunks = [order for order in a_schedule(chunk_size=chunk_size) if isinstance(order, Train)]
         steps = [order.step + minibatch for order in chunks for minibatch in range(order.num_minibatches)]
         assert steps == list(range(15))
-        assert {(order.epoch, order.gain) for order in chunks} == {(0, 1), (1, 1), (2, 1 / 3)}
+        assert {(order.epoch, order.lr_scale) for order in chunks} == {(0, 1), (1, 1), (2, 1 / 3)}
 
 
 def test_greedy_layers_learn_one_after_the_other_each_with_its_own_fall_of_the_rate():
     chunks = [order for order in a_schedule(greedy_layers=2) if isinstance(order, Train)]
-    by_epoch = sorted({(order.epoch, order.layer, order.gain) for order in chunks})
+    by_epoch = sorted({(order.epoch, order.layer, order.lr_scale) for order in chunks})
     assert by_epoch == [(0, 0, 1), (1, 0, 1), (2, 0, 1 / 3), (3, 1, 1), (4, 1, 1), (5, 1, 1 / 3)]
     assert [order.step for order in chunks if order.first == 0] == [5 * epoch for epoch in range(6)]
     assert a_schedule(greedy_layers=2)[-3] == Snapshot(Position(6), 30)

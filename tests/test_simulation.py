@@ -6,11 +6,11 @@ from tempfile import NamedTemporaryFile
 
 import pytest
 
-from ffdist.chaos.simulation import Broken, simulate
-from ffdist.checkpoint import Commits
+from ffdist.chaos.simulation import ScheduleFailed, simulate
+from ffdist.checkpoint.checkpoints import Checkpoints
 from ffdist.pipeline.source import Drawn, HardLabels
-from ffdist.tracking.averages import Averages
 from ffdist.tracking.outbox import Outbox
+from ffdist.training.metrics import Metrics
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -30,7 +30,7 @@ class Recorder:
         self.written.append(file)
 
     @contextmanager
-    def writing(self, name):
+    def atomic_write(self, name):
         with NamedTemporaryFile() as file:
             path = Path(file.name)
             yield path
@@ -38,7 +38,7 @@ class Recorder:
 
 
 def manifest_first(monkeypatch):
-    finish = Commits.finish
+    finish = Checkpoints.finish
 
     def broken(self, *args, **facts):
         folder, written = self.folder, []
@@ -51,11 +51,11 @@ def manifest_first(monkeypatch):
             folder.put(name, content)
         return manifest
 
-    monkeypatch.setattr(Commits, "finish", broken)
+    monkeypatch.setattr(Checkpoints, "finish", broken)
 
 
 def pruned_before_saved(monkeypatch):
-    finish = Commits.finish
+    finish = Checkpoints.finish
 
     def broken(self, *args, **facts):
         for name in self.names():
@@ -63,7 +63,7 @@ def pruned_before_saved(monkeypatch):
             self.folder.remove(name)
         return finish(self, *args, **facts)
 
-    monkeypatch.setattr(Commits, "finish", broken)
+    monkeypatch.setattr(Checkpoints, "finish", broken)
 
 
 def labels_under_way_forgotten(monkeypatch):
@@ -75,7 +75,7 @@ def labels_that_wait_forgotten(monkeypatch):
 
 
 def half_an_average_forgotten(monkeypatch):
-    monkeypatch.setattr(Averages, "restore", lambda self, state: None)
+    monkeypatch.setattr(Metrics, "state", lambda self: {})
 
 
 def points_sent_again(monkeypatch):
@@ -104,6 +104,7 @@ def points_sent_again(monkeypatch):
 def test_a_broken_recovery_is_found_within_200(monkeypatch, break_it):
     break_it(monkeypatch)
     with pytest.raises(
-        Broken, match=r"schedule \d+ of seed 0 is broken: .*`ffdist chaos --simulated \d+ --seed 0` repeats it"
+        ScheduleFailed,
+        match=r"schedule \d+ of seed 0 failed: .*run `ffdist chaos --simulated \d+ --seed 0` to reproduce it",
     ):
         simulate(200, seed=0)

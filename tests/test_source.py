@@ -3,24 +3,24 @@
 import pytest
 import torch
 
+from ffdist.data.negatives_store import Store
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
-from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import Drawn, HardLabels, NegativePlan, NegativeSource, Shard, Source
 
 SHAPE, CLASSES = (1, 4, 4), 5
-ORDER = SampleOrder(seed=2, samples=43, batch_size=4)
+ORDER = SampleOrder(seed=2, num_samples=43, batch_size=4)
 LABELS = torch.arange(43) % CLASSES
 IMAGES = {"train": torch.randint(1, 256, (43, 16), dtype=torch.uint8, generator=generator(0, "images"))}
 
 
 def chunks(epochs: int, chunk_size: int):
     for epoch in range(epochs):
-        for first in range(0, ORDER.minibatches, chunk_size):
-            count = min(chunk_size, ORDER.minibatches - first)
-            yield Train(epoch, first, count, epoch * ORDER.minibatches + first, 1.0)
+        for first in range(0, ORDER.num_minibatches, chunk_size):
+            count = min(chunk_size, ORDER.num_minibatches - first)
+            yield Train(epoch, first, count, epoch * ORDER.num_minibatches + first, 1.0)
 
 
 def drawn_at(step: int) -> torch.Tensor:
@@ -135,8 +135,8 @@ def test_jitter_shifts_each_sample_alike_in_all_its_rows_and_afresh_every_epoch(
 
 def test_a_chunk_across_shards_gets_the_negatives_of_its_own_samples():
     order = SampleOrder(0, 2 * SHARD_SAMPLES + 100, 1000)
-    labels = torch.arange(order.samples) % 7
-    images = {"train": torch.zeros(order.samples, 1, dtype=torch.uint8)}
+    labels = torch.arange(order.num_samples) % 7
+    images = {"train": torch.zeros(order.num_samples, 1, dtype=torch.uint8)}
     architecture = Architecture((1, 1, 1), 7, (3,), label="append", predict_from=1)
     plan = NegativePlan("fixed")
     source = Source(architecture, order, "cpu", plan, 0, images, labels)

@@ -10,9 +10,9 @@ import torch
 from ffdist.data.order import SampleOrder
 from ffdist.ff.layers import Rule
 from ffdist.ff.network import Architecture
-from ffdist.ff.update import OPTIMIZERS, Update
+from ffdist.ff.optimizers import OPTIMIZERS, Update
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.device import Graphs, Overlapped
+from ffdist.pipeline.executor import CudaGraphs, OverlappedExecutor
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import NegativePlan, Shard
 from ffdist.pipeline.stage import ReadoutStage, Stage, _Clock
@@ -99,14 +99,14 @@ def read_out(device: str) -> list[torch.Tensor]:
 def test_steps_between_copies_are_those_one_by_one(label, layers):
     """On a processor, where streams are none and copies wait; graphs need a GPU."""
     overlapped = a_stage(label, layers, "cpu")
-    overlapped._take_steps = Overlapped("cpu", made_there=0 in layers)
+    overlapped._execute = OverlappedExecutor("cpu", inputs_on_device=0 in layers)
     pairs = zip(trained(a_stage(label, layers, "cpu"), label), trained(overlapped, label), strict=True)
     assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
 
 
 def test_steps_of_the_readout_between_copies_are_those_one_by_one(monkeypatch):
     here = read_out("cpu")
-    monkeypatch.setattr("ffdist.pipeline.stage.taking", partial(Overlapped, made_there=False))
+    monkeypatch.setattr("ffdist.pipeline.stage.make_executor", partial(OverlappedExecutor, inputs_on_device=False))
     assert all(torch.equal(one, other) for one, other in zip(here, read_out("cpu"), strict=True))
 
 
@@ -123,7 +123,7 @@ def test_graphs_change_no_bit(label, layers, monkeypatch):
         return trained(a_stage(label, layers, device), label) if layers else read_out(device)
 
     graphs = made("cuda")
-    monkeypatch.setattr(Graphs, "__call__", lambda self, step, parts, way: step(parts, way))
+    monkeypatch.setattr(CudaGraphs, "__call__", lambda self, step, parts, mode: step(parts, mode))
     for captured, direct, processor in zip(graphs, made("cuda"), made("cpu"), strict=True):
         assert torch.equal(captured.nan_to_num(), direct.nan_to_num())
         torch.testing.assert_close(captured, processor, rtol=0.05, atol=0.05, equal_nan=True)
@@ -141,11 +141,11 @@ def test_graphs_that_are_garbage_spoil_no_capture():
     stage = a_stage("overwrite", range(2), "cuda")
     step, captures = stage._step, []
 
-    def amid_garbage(parts, way):
+    def amid_garbage(parts, mode):
         if torch.cuda.is_current_stream_capturing():
             gc.set_threshold(1)
             captures.append([[] for _ in range(1000)])
-        return step(parts, way)
+        return step(parts, mode)
 
     stage._step = amid_garbage
     try:
@@ -160,7 +160,7 @@ def test_the_bytes_in_flight_bound_what_a_snapshot_takes(optimizer):
     rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
     architecture = Architecture((1, 100, 100), 3, (60, 50), rule=rule)
     order, plan = SampleOrder(0, 5, 5), NegativePlan("wrong_label")
-    blueprint = Blueprint(architecture, order, plan, 0, [range(2)], 1, "cpu").paced(1, 1)
+    blueprint = Blueprint(architecture, order, plan, 0, [range(2)], 1, "cpu").with_pace(1, 1)
     snapshot = Stage(architecture, range(2), order, 1, "cpu").state()
     size = sum(tensor.nbytes for tensors in snapshot.values() for tensor in tensors.values())
     assert blueprint.state_bytes == size + sum(tensor.nbytes for tensor in architecture.readout().state_dict().values())
@@ -171,7 +171,9 @@ def test_the_bytes_in_flight_bound_what_a_snapshot_takes(optimizer):
 def test_stages_are_freed_at_once(overlapped, monkeypatch):
     """They held themselves: a GPU's memory waited for the garbage collector, and a second run found none."""
     if overlapped:
-        monkeypatch.setattr("ffdist.pipeline.stage.taking", lambda _, **made: Overlapped("cpu", made_there=True))
+        monkeypatch.setattr(
+            "ffdist.pipeline.stage.make_executor", lambda _, **made: OverlappedExecutor("cpu", inputs_on_device=True)
+        )
     stage = a_stage("overwrite", range(2), "cpu")
     trained(stage, "overwrite")
     readout = ReadoutStage(

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from ffdist.data.store import Store
+from ffdist.data.negatives_store import Store
 from ffdist.ff.negatives import NegativesError
 
 FACTS = {"kind": "hybrid", "options": {"blurs": 6}, "seed": 0}
@@ -95,14 +95,14 @@ def moved(folder):
 
 DAMAGES = {
     "missing": (lambda folder: (folder / "epoch_0003/shard_000001.arrow").unlink(), 1, "shard_000001.arrow is missing"),
-    "truncated": (damaged("shard_000001.arrow", lambda content: content[:-9]), 1, "shard_000001.arrow is cut"),
+    "truncated": (damaged("shard_000001.arrow", lambda content: content[:-9]), 1, "1.arrow has the wrong size"),
     "altered": (
         damaged("shard_000001.arrow", lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:]),
         1,
-        "shard_000001.arrow is not what was written there",
+        "shard_000001.arrow is corrupted",
     ),
-    "foreign": (foreign, 1, "shard_000001.arrow belongs to another place or store"),
-    "moved": (moved, 2, "shard_000002.arrow belongs to another place or store"),
+    "foreign": (foreign, 1, "shard_000001.arrow belongs to another shard or store"),
+    "moved": (moved, 2, "shard_000002.arrow belongs to another shard or store"),
     "no Arrow file": (no_arrow_file, 1, "shard_000001.arrow holds no negatives"),
     "entry cut": (damaged("shard_000001.json", lambda content: content[:-9]), 1, "shard_000001.json is damaged"),
     "entry of wrong types": (

@@ -25,8 +25,8 @@ from mlflow.protos.databricks_pb2 import (
     UNAUTHENTICATED,
 )
 
-from ffdist.sections import Tracking
-from ffdist.tracking import sending
+from ffdist.config.sections import Tracking
+from ffdist.tracking import sync as sending
 from ffdist.tracking import tracker as module
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.server import TRAINING_VIEW, default_uri, tracking_uri
@@ -149,7 +149,7 @@ def test_only_what_can_never_succeed_is_dropped(tmp_path, code, is_kept):
     for send in (sending.send_points, partial(sending.send_calls, uri="")):
         with pytest.raises(MlflowException) if is_kept else nullcontext():
             send(Client(), outbox, "")
-    assert (outbox.num_waiting, outbox.num_calls, len(outbox.rejected())) == ((1, 1, 0) if is_kept else (0, 0, 2))
+    assert (outbox.num_pending, outbox.num_calls, len(outbox.rejected())) == ((1, 1, 0) if is_kept else (0, 0, 2))
 
 
 def test_two_senders_of_one_folder_double_nothing(runs):
@@ -162,7 +162,7 @@ def test_two_senders_of_one_folder_double_nothing(runs):
 
     def send(_):
         try:
-            return sending.send_run(MlflowClient(tracker.uri), folder, tracker.uri).points
+            return sending.send_run(MlflowClient(tracker.uri), folder, tracker.uri).num_points
         except Timeout:
             return "locked"
 
@@ -187,13 +187,13 @@ def test_a_folder_stays_locked_while_something_is_sent_from_it(runs, monkeypatch
 def test_uploads_of_other_runs_delay_no_run(runs, monkeypatch):
     other, folder, free, begun = a_folder(runs, "other"), a_folder(runs, "own"), threading.Event(), threading.Event()
     with closing(Outbox(other / OUTBOX, 10**6)) as outbox:
-        outbox.note(uri=default_uri(runs), run_id="some", left="KILLED")
+        outbox.set_facts(uri=default_uri(runs), run_id="some", left="KILLED")
 
     def send_run(*arguments):
         begun.set()
         free.wait(60)
 
-    monkeypatch.setattr(module, "LEFTOVERS_S", 0.1)
+    monkeypatch.setattr(module, "LEFTOVERS_TIMEOUT_S", 0.1)
     monkeypatch.setattr(sending, "send_run", send_run)
     try:
         with a_tracker(runs) as tracker:
@@ -220,12 +220,12 @@ def test_a_folder_with_nothing_left_is_not_opened_for_writing(runs):
 
 def test_waiting_points_are_not_counted_at_every_metric(tmp_path, monkeypatch):
     outbox, counted = Outbox(tmp_path / OUTBOX, 10**6), []
-    count = Outbox.num_waiting.fget
-    monkeypatch.setattr(Outbox, "num_waiting", property(lambda outbox: counted.append(1) or count(outbox)))
+    count = Outbox.num_pending.fget
+    monkeypatch.setattr(Outbox, "num_pending", property(lambda outbox: counted.append(1) or count(outbox)))
     for step in range(100):
         outbox.add({"loss": 1.0}, step)
     assert not counted
-    assert outbox.num_waiting == 100
+    assert outbox.num_pending == 100
 
 
 def test_points_are_kept_however_threads_add_and_send_them(tmp_path):
@@ -233,17 +233,17 @@ def test_points_are_kept_however_threads_add_and_send_them(tmp_path):
 
     def send() -> None:
         while not ended.is_set():
-            outbox.mark_sent(outbox.waiting(1000))
+            outbox.mark_sent(outbox.pending_points(1000))
 
     with ThreadPoolExecutor(1) as other:
         other.submit(send)
         for step in range(3000):
             outbox.add({"loss": 1.0, "error": 0.5}, step)
-            while outbox.num_waiting > 300:
+            while outbox.num_pending > 300:
                 time.sleep(0.001)
         ended.set()
-    assert not outbox.thinned
-    assert outbox._waiting == outbox.num_waiting
+    assert not outbox.has_dropped_points
+    assert outbox._num_pending == outbox.num_pending
     assert len(outbox.history()["loss"]) == 3000
 
 
@@ -366,10 +366,10 @@ def test_the_log_levels_of_other_packages_stay(runs):
 
 
 def test_a_run_is_tracked_without_system_metrics(runs, monkeypatch):
-    def System():
+    def SystemMonitor():
         raise ImportError("another MLflow has no such module")
 
-    monkeypatch.setattr(module, "System", System)
+    monkeypatch.setattr(module, "SystemMonitor", SystemMonitor)
     with a_tracker(runs) as tracker:
         tracker.begin(a_folder(runs, "no system"), {})
         tracker.log_metrics({"loss": 1.0}, 1)

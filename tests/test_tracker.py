@@ -12,9 +12,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ffdist.config import ConfigError
+from ffdist.config.sections import Tracking
+from ffdist.errors import ConfigError
 from ffdist.ff.network import Architecture, Network
-from ffdist.sections import Tracking
 from ffdist.tracking import tracker as module
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.server import check_server, default_uri, tracking_uri
@@ -107,7 +107,7 @@ def test_a_deleted_experiment_is_told_and_nothing_is_written(template, tmp_path)
 def test_an_interrupt_while_the_database_is_made_leaves_none_that_is_broken(tmp_path):
     """Killed among MLflow's migrations, a database half made kept every later run from starting."""
     program = (
-        "from ffdist.sections import Tracking; from ffdist.tracking.server import default_uri\n"
+        "from ffdist.config.sections import Tracking; from ffdist.tracking.server import default_uri\n"
         "from ffdist.tracking.tracker import Tracker\n"
         f"import pathlib; runs = pathlib.Path({str(tmp_path)!r})\n"
         "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker: tracker.begin(runs, {})"
@@ -185,7 +185,7 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_when_it_is_back
 
 def test_a_run_whose_driver_was_killed_is_marked_by_the_next(template):
     program = (
-        "from ffdist.sections import Tracking; from ffdist.tracking.server import default_uri\n"
+        "from ffdist.config.sections import Tracking; from ffdist.tracking.server import default_uri\n"
         "from ffdist.tracking.tracker import Tracker\n"
         f"import os, pathlib, signal; runs = pathlib.Path({str(template)!r}); (runs / 'killed').mkdir()\n"
         "with Tracker(default_uri(runs), Tracking(), runs=runs) as tracker:\n"
@@ -246,8 +246,8 @@ def test_a_full_outbox_keeps_every_other_point(tmp_path):
     outbox = Outbox(tmp_path / OUTBOX, limit_bytes=100 * 100)
     for step in range(300):
         outbox.add({"loss": step / 2, "error": 0.1}, step)
-    assert outbox.thinned
-    assert outbox.num_waiting <= 100
+    assert outbox.has_dropped_points
+    assert outbox.num_pending <= 100
     steps = [step for step, _ in outbox.history()["loss"]]
     assert (steps[0], steps[-1]) == (0, 299)
     assert all(value == step / 2 for step, value in outbox.history()["loss"])

@@ -4,12 +4,17 @@ from mlflow import MlflowClient
 
 from ffdist import ConfigError, Run, load_config, read_network, train
 from ffdist.data.datasets import load_dataset
-from ffdist.start import commits_of
+from ffdist.runs.folder import checkpoints_of
 from ffdist.tracking.server import default_uri
 
 NO_ARTIFACTS = "tracking.artifacts=[]"
 SHORT = [
-    *("model.layers=[40,30]", "training.epochs=6", "training.validation_samples=200", "training.evaluate_every=1"),
+    *(
+        "model.layers=[40,30]",
+        "training.epochs=6",
+        "training.validation_samples=200",
+        "training.validate_every_epochs=1",
+    ),
     NO_ARTIFACTS,
 ]
 
@@ -21,13 +26,13 @@ def run(tmp_path_factory):
     return config, train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
 
 
-def test_the_best_commit_is_kept_beside_the_newest(run):
+def test_the_best_checkpoint_is_kept_beside_the_newest(run):
     config, finished = run
-    best, commits = finished.summary["best_commit"], commits_of(config, finished.folder)
-    errors = {name: commits.read_manifest(name).validation_error for name in commits.names()}
+    best, checkpoints = finished.summary["best_checkpoint"], checkpoints_of(config, finished.folder)
+    errors = {name: checkpoints.read_manifest(name).validation_error for name in checkpoints.names()}
     kept = list(errors)
     assert kept[-1] == "0006-000000"
-    assert best == commits.path(kept[0]) != commits.path(kept[-1])
+    assert best == checkpoints.path(kept[0]) != checkpoints.path(kept[-1])
     assert errors[kept[0]] == min(errors.values())
 
 
@@ -50,17 +55,17 @@ def test_a_checkpoint_is_named_and_chosen(run, tmp_path, ffdist):
     _, finished = run
     runs, best = ["--runs", finished.folder.parent], finished.summary["checkpoint"]
     said = {which: ffdist("evaluate", finished.folder, "--checkpoint", which) for which in ("best", "last", best)}
-    assert f"checkpoint: best, {finished.folder}/commits/{best}" in said["best"] == said[best]
-    assert f"checkpoint: last, {finished.folder}/commits/0006-000000" in said["last"]
+    assert f"checkpoint: best, {finished.folder}/checkpoints/{best}" in said["best"] == said[best]
+    assert f"checkpoint: last, {finished.folder}/checkpoints/0006-000000" in said["last"]
     assert ffdist("evaluate", finished.folder) == said["best"]
-    assert f"best, last or the name of one (given: x, {finished.folder}/commits has: {best}, " in ffdist(
+    assert f"best, last or the name of one (given: x, {finished.folder}/checkpoints has: {best}, " in ffdist(
         "evaluate", finished.folder, "--checkpoint", "x", code=2
     )
     start = ["train", "digits", "model.layers=[40,30]", "--runner", "serial", "training.epochs=1", NO_ARTIFACTS, *runs]
     assert "give" in ffdist("plot", finished.folder, "--checkpoint", "last", code=2)
-    assert "belongs to --from RUN" in ffdist(*start, "--checkpoint", "last", code=2)
+    assert "--checkpoint needs --init-from RUN" in ffdist(*start, "--checkpoint", "last", code=2)
     for which, options in (("best", []), ("last", ["--checkpoint", "last"])):
-        said = ffdist(*start, "training.learning_rate=0", "--from", finished.folder, *options)
+        said = ffdist(*start, "training.learning_rate=0", "--init-from", finished.folder, *options)
         assert f"starting from checkpoint: {which}, " in said
         assert "(last)" in said  # of the new run, which is not validated
         assert "is far worse than the readout" in said  # as its layers have never learned
@@ -68,11 +73,11 @@ def test_a_checkpoint_is_named_and_chosen(run, tmp_path, ffdist):
 
 def test_the_last_line_names_the_checkpoint(run, tmp_path, capsys):
     _, finished = run
-    assert finished.summary["best_commit"].endswith(finished.summary["checkpoint"])
+    assert finished.summary["best_checkpoint"].endswith(finished.summary["checkpoint"])
     config = load_config("xor", ["training.epochs=1", NO_ARTIFACTS])
     short = train(config, runner="serial", runs=tmp_path)
     assert "checkpoint      0001-000000 (last)" in capsys.readouterr().out
-    assert (short.summary["checkpoint"], short.summary["best_commit"]) == ("0001-000000", None)
+    assert (short.summary["checkpoint"], short.summary["best_checkpoint"]) == ("0001-000000", None)
     with pytest.raises(ConfigError, match="no best checkpoint, because the run was not validated"):
         _ = Run.find(short.folder, checkpoint="best").network
 
@@ -91,10 +96,10 @@ def test_a_readout_is_fitted_where_a_folder_is_named_like_markup(tmp_path, ffdis
     run = train(config, runner="serial", runs=tmp_path / "m[" / "x]")
     assert f"fitted to the layers of {run.folder} (" in ffdist("readout", run.folder)
     monkeypatch.setattr("ffdist.host_memory.available_bytes", lambda: 9)
-    assert "what a readout is fitted to must fit into" in ffdist("readout", run.folder, code=2)
+    assert "the activities that a readout is fitted to must fit into" in ffdist("readout", run.folder, code=2)
 
 
-def test_a_commit_is_a_network_that_predicts_as_the_run_says(run):
+def test_a_checkpoint_is_a_network_that_predicts_as_the_run_says(run):
     config, finished = run
     dataset = load_dataset(config.data, seed=0, validation_samples=200)
     network = finished.network
@@ -145,7 +150,7 @@ RULES = [
     "training.optimizer=adam training.learning_rate=0.002 model.normalization=none data.label_scale=10",
     "training.loss=symmetric training.alpha=0.3 training.learning_rate=0.05",
     "training.optimizer=adamw training.learning_rate=0.002 model.threshold=[units,100,100]",
-    "training.updates=alternating training.repeats=2 training.learning_rate=0.005",
+    "training.updates=alternating training.updates_per_minibatch=2 training.learning_rate=0.005",
 ]
 
 
@@ -169,7 +174,7 @@ def test_a_model_or_a_timeline_that_fails_costs_no_plot(tmp_path, monkeypatch, c
         raise OSError("the disk is full")
 
     monkeypatch.setattr("ffdist.tracking.tracker.save_network", fail)
-    monkeypatch.setattr("ffdist.tracking.timeline.Timeline.write", fail)
+    monkeypatch.setattr("ffdist.pipeline.timeline.Timeline.write", fail)
     run = train(load_config("xor", ["training.epochs=1"]), runner="serial", runs=tmp_path)
     told = capsys.readouterr().out
     assert "warning: the model could not be kept (OSError: the disk is full)" in told

@@ -8,21 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ffdist.checkpoint import CommitError, CommitWriter, commit_name, weights_sha256
+from ffdist.checkpoint.checkpoints import CheckpointError, CheckpointWriter, checkpoint_name, weights_sha256
+from ffdist.config.sections import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
-from ffdist.data.folder import Folder
+from ffdist.data.negatives_store import Store
 from ffdist.data.order import SampleOrder
-from ffdist.data.store import Store
 from ffdist.ff.layers import RELEASE, Rule
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture
-from ffdist.ff.update import Update
+from ffdist.ff.optimizers import Update
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.partition import partition
-from ffdist.pipeline.runner import Runner, serial_runner, torch_threads
-from ffdist.pipeline.schedule import Evaluate, Train, schedule
+from ffdist.pipeline.runner import Evaluated, Runner, SnapshotTaken, Trained, serial_runner, torch_threads
+from ffdist.pipeline.schedule import schedule
 from ffdist.pipeline.source import NegativePlan
-from ffdist.sections import Data, Pipeline
+from ffdist.storage.folder import Folder
 
 EPOCHS, BATCH_SIZE = 2, 50
 MANY = {"train": 12_030, "validation": 200, "test": 360}
@@ -60,7 +60,7 @@ def a_blueprint(
     store=None,
     rule=RELEASE,
     thresholds=(),
-    center=False,
+    subtract_mean=False,
     device="cpu",
 ) -> Blueprint:
     architecture = Architecture(
@@ -73,10 +73,10 @@ def a_blueprint(
         predict_from=2,
         rule=rule,
         thresholds=thresholds,
-        center=center,
+        subtract_mean=subtract_mean,
     )
     plan = NegativePlan(
-        kind, num_parts=actors, ahead=2, prediction_delay=32 if kind == "hard_label" else None, store=store
+        kind, num_actors=actors, prefetch_chunks=2, prediction_delay=32 if kind == "hard_label" else None, store=store
     )
     cut = partition(architecture.weights, stages)
     return Blueprint(architecture, an_order(digits), plan, jitter, cut, measure_every=5, device=device)
@@ -86,24 +86,25 @@ def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greed
     metrics, readout, goodness, predicted, states = [], [], [], [], []
     shape = {
         "epochs": EPOCHS,
-        "minibatches": an_order(digits).minibatches,
+        "minibatches": an_order(digits).num_minibatches,
         "chunk_size": chunk_size,
         "greedy_layers": greedy_layers,
         "validation_samples": 200,
         "test_samples": 360,
-        "evaluate_every": 1,
+        "validate_every_epochs": 1,
         "evaluation_block": 64,
     }
-    for order, result in runner.run(schedule(**shape), schedule(**shape)):
-        if isinstance(order, Train):
-            metrics.append(torch.cat([report.metrics for report in result.stages], 1))
-            readout.append(result.readout.metrics)
-        elif isinstance(order, Evaluate):
-            goodness.append(torch.cat(result.goodness))
-            predicted.append(result.predicted)
-        else:
-            files = Path(folder, commit_name(order.position))
-            states.append({name.split(".")[0]: load_file(files / name) for name in result(True).files})
+    for event in runner.run(schedule(**shape), schedule(**shape)):
+        match event:
+            case Trained():
+                metrics.append(torch.cat([report.metrics for report in event.stages], 1))
+                readout.append(event.readout.metrics)
+            case Evaluated():
+                goodness.append(torch.cat(event.goodness))
+                predicted.append(event.predicted)
+            case SnapshotTaken(snapshot, written):
+                files = Path(folder, checkpoint_name(snapshot.position))
+                states.append({name.split(".")[0]: load_file(files / name) for name in written(True).files})
     return Results(torch.cat(metrics), torch.cat(readout), torch.cat(goodness, 1), torch.cat(predicted), states)
 
 
@@ -111,7 +112,7 @@ def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, 
     blueprint = a_blueprint(digits, stages, precision, **changes)
     with torch_threads(threads), TemporaryDirectory() as folder:
         runner = serial_runner(
-            blueprint, digits.images, digits.labels["train"], CommitWriter(Folder(folder, CommitError))
+            blueprint, digits.images, digits.labels["train"], CheckpointWriter(Folder(folder, CheckpointError))
         )
         return results(runner, digits, chunk_size, folder, greedy)
 
@@ -156,7 +157,7 @@ KINDS = [
 @on_each_device
 @pytest.mark.parametrize(("kind", "label", "layers"), KINDS)
 def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digits, kind, label, layers, device):
-    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1, "center": True, "device": device}
+    changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1, "subtract_mean": True, "device": device}
     truth = serial(digits, **changes)
     for stages, chunk_size, actors in [(1, 1, 1), (2, 7, 2), (3, 32, 3)]:
         assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
@@ -169,10 +170,10 @@ RULES = {
     "minus mean of squares": {"rule": Rule("minus_mean_of_squares", loss="margin"), "thresholds": (1.0,) * 3},
     "softmax": {"rule": Rule("softmax"), "thresholds": (5.0,) * 3, "kind": "permuted", "label": "none"},
     "symmetric": {"rule": Rule("mean_of_squares", loss="symmetric", alpha=4.0), "kind": "all_wrong"},
-    "alternating": {"rule": Rule(alternating=True, repeats=2), "layers": MIXED, "label": "everywhere"},
+    "alternating": {"rule": Rule(alternating=True, updates_per_minibatch=2), "layers": MIXED, "label": "everywhere"},
     "sgd": {"rule": Rule(update=Update(0.01, 0.01, optimizer="sgd"))},
     "adam": {"rule": Rule(update=Update(0.01, 0.01, optimizer="adam")), "layers": CLIPPED, "label": "everywhere"},
-    "adamw": {"rule": Rule(update=ADAMW, repeats=2), "kind": "hard_label"},
+    "adamw": {"rule": Rule(update=ADAMW, updates_per_minibatch=2), "kind": "hard_label"},
     "greedy": {"rule": Rule(update=ADAMW), "greedy": 3, "kind": "hard_label"},
 }
 
@@ -199,7 +200,7 @@ ACTORS = {
         2,
         7,
         3,
-        {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "center": True},
+        {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "subtract_mean": True},
     ),
     "an optimizer of torch, layer after layer": (3, 5, 4, {"rule": Rule(update=ADAMW), "greedy": 3}),
     "many negatives for one positive": (2, 5, 4, {"kind": "all_wrong", "label": "everywhere", "layers": CLIPPED}),
@@ -217,8 +218,8 @@ def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, wind
     pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=window, threads_per_stage=threads)
     images, labels = digits.images, digits.labels["train"]
     with (
-        reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_parts)) as group,
-        ray_runner(blueprint, group, pipeline, images, labels, Folder(str(tmp_path), CommitError)) as runner,
+        reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_actors)) as group,
+        ray_runner(blueprint, group, pipeline, images, labels, Folder(str(tmp_path), CheckpointError)) as runner,
     ):
         spread = results(runner, digits, chunk_size, str(tmp_path), greedy)
     assert_equal(serial(digits, **changes, threads=threads, greedy=greedy), spread)
@@ -239,7 +240,7 @@ def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp
     from ffdist.runtime.placement import Placement, reserve
     from ffdist.runtime.runner import ray_runner
 
-    store, commits = Store(str(tmp_path / "store")) if kind == "hybrid" else None, str(tmp_path / "commits")
+    store, checkpoints = Store(str(tmp_path / "store")) if kind == "hybrid" else None, str(tmp_path / "checkpoints")
     changes = {"kind": kind, "layers": (20, 15, 10), "jitter": 1, "precision": "float32"}
     truth = serial(many, chunk_size=25, **changes)
     for _ in range(2):  # made, then read
@@ -252,10 +253,10 @@ def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp
                 Pipeline(chunk_size=7),
                 many.images,
                 many.labels["train"],
-                Folder(commits, CommitError),
+                Folder(checkpoints, CheckpointError),
             ) as runner,
         ):
-            assert_equal(truth, results(runner, many, 7, commits))
+            assert_equal(truth, results(runner, many, 7, checkpoints))
         if store is None:
             break
         assert len(list(store.entries())) == EPOCHS * 3

@@ -17,10 +17,10 @@ from PIL import Image
 
 from ffdist import load_config, read_network, train
 from ffdist.cli import main
-from ffdist.exported import save_network
+from ffdist.export.network import save_network
 from ffdist.ff.local import Fields
 from ffdist.ff.network import Architecture, Network
-from ffdist.using import export_network
+from ffdist.runs.export import export_network
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_classes_go_by_their_names(tmp_path, ffdist, monkeypatch):
     found = pq.read_table(tmp_path / "found.parquet")
     assert found.column_names[:3] == header[:3]
     assert found["name"].to_pylist() == [row[1] for row in rows]
-    monkeypatch.setattr("ffdist.using.is_interactive", lambda screen: True)
-    monkeypatch.setattr("ffdist.screen.is_interactive", lambda screen: True)
+    monkeypatch.setattr("ffdist.runs.inference.is_interactive", lambda screen: True)
+    monkeypatch.setattr("ffdist.console.is_interactive", lambda screen: True)
     shown = ffdist("predict", folder, "--input", tmp_path / "pets" / "test")
     shown = [line.split(maxsplit=2) for line in shown.splitlines() if ".png" in line]
     assert all(f"{name}: " in told for _, name, told in shown)
@@ -172,7 +172,7 @@ def test_who_has_loaded_a_model_still_has_all_of_ffdist(run, tmp_path, ffdist):
 def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
     told = f"\ntest error {run.summary['test_goodness_error']:.2%} by goodness"
     said = ffdist("evaluate", run.folder)
-    assert said.startswith(f"checkpoint: last, {run.folder}/commits/0012-000000{told}")
+    assert said.startswith(f"checkpoint: last, {run.folder}/checkpoints/0012-000000{told}")
     assert len(said.splitlines()) == 2  # no progress bar where nobody looks
     images, labels = run.dataset.images["test"], run.dataset.labels["test"]
     for label in range(10):
@@ -303,10 +303,10 @@ def test_a_run_is_used_with_its_own_data_wherever_that_is(tmp_path, ffdist):
         said = ffdist(*command, folder, "data.path=moved")
         assert command != ["evaluate"] or error in said
     assert error in ffdist("evaluate", folder, "--data", "moved/test")
-    assert "only the place of its data can change" in ffdist("evaluate", folder, "data.label=append", code=2)
+    assert "only the location of the data can be changed" in ffdist("evaluate", folder, "data.label=append", code=2)
     for split in ("test", "train"):
         Image.new("L", (4, 4), 99).save(tmp_path / "moved" / split / "class_0" / "0.png")
         for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
             said = ffdist(*command, folder, "data.path=moved", code=2)
-            assert f"was {split}ed on other samples than {tmp_path}/moved holds now" in said
+            assert f"was {split}ed on other samples than {tmp_path}/moved contains now" in said
     assert "of 48 samples" in ffdist("evaluate", folder, "--data", "moved/test")

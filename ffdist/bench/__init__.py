@@ -1,1 +1,1 @@
-"""What a run costs, measured against what the machine can do."""
+"""Benchmarks: the speed of a run relative to what the machine can do. A developer tool; only `cli` imports it."""

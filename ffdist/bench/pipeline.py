@@ -1,4 +1,4 @@
-"""Throughput of a configuration's training in steady state, against one process and against the machine itself."""
+"""Throughput of training in steady state, relative to a single process and to the capacity of the machine."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,61 +9,60 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from ffdist.bench.stretch import Stretch, Trainer, copies
-from ffdist.checkpoint import CommitError
-from ffdist.config import Config
-from ffdist.data.folder import Folder
-from ffdist.launch import Placed, allocate, assign_layers, machine, measure
+from ffdist.bench.stretch import Measurement, Trainer, start_copies
+from ffdist.checkpoint.checkpoints import CheckpointError
+from ffdist.config.schema import Config
 from ffdist.pipeline.costs import Costs
 from ffdist.pipeline.runner import Runner
 from ffdist.pipeline.schedule import Evaluate, evaluation, evaluation_block
-from ffdist.precision import resolve, with_precision
-from ffdist.prepare import Prepared, prepare
 from ffdist.runtime.cluster import Resources
+from ffdist.storage.folder import Folder
+from ffdist.training.launch import PlacedPipeline, allocate, assign_layers, machine, measure
+from ffdist.training.precision import resolve, with_precision
+from ffdist.training.prepare import Prepared, prepare
 
-ROUNDS = 3
-"""Rounds for the configuration's own stages; other numbers of stages get one."""
+NUM_ROUNDS = 3
+"""Number of rounds for the configured number of stages; other numbers of stages are measured in one round."""
 
 
 def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
-    """Measures a configuration over Ray with its own stages, and then with every other number of them, less closely.
+    """Measures a configuration over Ray with its number of stages, and then with every other number of stages.
 
     Args:
-        config: What to train.
-        seconds: Length of a measured stretch.
-        say: Is told what is going on.
+        config: Configuration to train.
+        seconds: Duration of each measurement.
+        say: Gets a text about the progress.
 
     Returns:
-        Figures by name: samples per second, ratios, shares in [0, 1], seconds and bytes. Those of other numbers of
-        stages have `stages_N/` before their names.
+        Figures by name: samples per second, ratios, fractions in [0, 1], seconds and bytes. The names of figures for
+        other numbers of stages start with `stages_N/`.
     """
-    found, prepared, layers = dict[str, float](), prepare(config), len(config.model.layers)
+    figures, prepared, layers = dict[str, float](), prepare(config), len(config.model.layers)
     with ExitStack() as stack:
         say("starting Ray")
-        joined = stack.enter_context(machine("ray", "local"))
-        resources = joined()
-        with allocate("ray", prepared, config, resources) as place:
-            precision, costs = resolve(config.training.precision, measure(place, prepared, config))
+        resources = stack.enter_context(machine("ray", "local"))()
+        with allocate("ray", prepared, config, resources) as allocation:
+            precision, costs = resolve(config.training.precision, measure(allocation, prepared, config))
         say(precision.reason or f"precision: {precision.value}")
         config, prepared = with_precision(config, prepared, precision.value)
-        with started(config, prepared, resources, costs) as (trainer, placed):
+        with start_pipeline(config, prepared, resources, costs) as (trainer, placed):
             trainer.train(0.0)
-            found["start_s"] = trainer.start_s
-            cores, own = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
-            say(f"starting a copy of the network on each of {cores} cores")
+            figures["start_s"] = trainer.start_s
+            num_cores, num_stages = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
+            say(f"starting a copy of the network on each of {num_cores} cores")
             data = prepared.dataset.images, prepared.dataset.labels["train"]
-            asked = stack.enter_context(copies(cores, placed.blueprint, *data))
+            connections = stack.enter_context(start_copies(num_cores, placed.blueprint, *data))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
-            found |= _compare(trainer, asked, seconds, ROUNDS, say, test) | _largest_memory()
+            figures |= _compare(trainer, connections, seconds, NUM_ROUNDS, say, test) | _max_memory()
             if placed.predicted_samples_per_s:
-                found["predicted_over_ray"] = placed.predicted_samples_per_s / found["ray_samples_per_s"]
+                figures["predicted_over_ray"] = placed.predicted_samples_per_s / figures["ray_samples_per_s"]
         for stages in range(1, layers + 1):
-            if stages != own:
-                with started(_with_stages(config, stages), prepared, resources, costs) as (trainer, _):
-                    figures = _compare(trainer, asked, seconds, 1, say)
-                found |= {f"stages_{stages}/{name}": value for name, value in figures.items()}
-    return found
+            if stages != num_stages:
+                with start_pipeline(_with_stages(config, stages), prepared, resources, costs) as (trainer, _):
+                    ratios = _compare(trainer, connections, seconds, 1, say)
+                figures |= {f"stages_{stages}/{name}": value for name, value in ratios.items()}
+    return figures
 
 
 def _with_stages(config: Config, stages: int) -> Config:
@@ -72,14 +71,16 @@ def _with_stages(config: Config, stages: int) -> Config:
 
 
 @contextmanager
-def started(
+def start_pipeline(
     config: Config, prepared: Prepared, resources: Resources, costs: Costs | None
-) -> Iterator[tuple[Trainer, Placed]]:
-    """Starts a pipeline whose commits are thrown away, for the length of a `with` block."""
+) -> Iterator[tuple[Trainer, PlacedPipeline]]:
+    """Starts a pipeline for the duration of a `with` block; its checkpoints are deleted at the end."""
     with (
-        allocate("ray", prepared, config, resources) as place,
-        TemporaryDirectory() as commits,
-        (placed := assign_layers(place, prepared, config, costs)).start(Folder(commits, CommitError)) as pipeline,
+        allocate("ray", prepared, config, resources) as allocation,
+        TemporaryDirectory() as checkpoints,
+        (placed := assign_layers(allocation, prepared, config, costs)).start(
+            Folder(checkpoints, CheckpointError)
+        ) as pipeline,
     ):
         assert isinstance(pipeline, Runner)
         yield Trainer(pipeline), placed
@@ -87,92 +88,92 @@ def started(
 
 def _compare(
     trainer: Trainer,
-    asked: Sequence[Connection],
+    connections: Sequence[Connection],
     seconds: float,
-    count: int,
+    num_rounds: int,
     say: Callable[[str], None],
     test: Sequence[Evaluate] = (),
 ) -> dict[str, float]:
-    """Returns the ratios of one pipeline's speed, in the median of `count` rounds in which all take turns.
+    """Returns throughputs and their ratios: medians over `num_rounds` interleaved rounds.
 
-    Where there is something to evaluate, what interrupts the training is measured, too.
+    If `test` is not empty, the cost of checkpoints, epoch boundaries and evaluation is measured, too.
     """
     rounds: list[dict[str, float]] = []
-    for number in range(1, count + 1):
-        say(f"{len(trainer.blueprint.stage_layers)} stages, round {number} of {count}")
-        alone = _ask(asked[:1], 1, seconds)
-        together = _ask(asked, 1, seconds)
-        wide = _ask(asked[:1], len(asked), seconds)
-        stretch = trainer.train(seconds)
+    for number in range(1, num_rounds + 1):
+        say(f"{len(trainer.blueprint.stage_layers)} stages, round {number} of {num_rounds}")
+        one_thread = _measure_copies(connections[:1], 1, seconds)
+        all_copies = _measure_copies(connections, 1, seconds)
+        all_threads = _measure_copies(connections[:1], len(connections), seconds)
+        training = trainer.train(seconds)
         rounds.append(
             {
-                "serial_1_thread_samples_per_s": alone,
-                "serial_all_threads_samples_per_s": wide,
-                "copies_samples_per_s": together,
-                "ray_samples_per_s": stretch.samples_per_s,
-                "machine_capacity": together / alone,
-                "speedup_over_serial_1_thread": stretch.samples_per_s / alone,
-                "speedup_over_serial_all_threads": stretch.samples_per_s / wide,
-                "pipeline_efficiency": stretch.samples_per_s / together,
-                **_shares(stretch),
+                "serial_1_thread_samples_per_s": one_thread,
+                "serial_all_threads_samples_per_s": all_threads,
+                "copies_samples_per_s": all_copies,
+                "ray_samples_per_s": training.samples_per_s,
+                "machine_capacity": all_copies / one_thread,
+                "speedup_over_serial_1_thread": training.samples_per_s / one_thread,
+                "speedup_over_serial_all_threads": training.samples_per_s / all_threads,
+                "pipeline_efficiency": training.samples_per_s / all_copies,
+                **_time_fractions(training),
             }
         )
         if test:
-            committing, ending = trainer.train(seconds, commit=True), trainer.train(seconds, boundary=True)
+            checkpointing, boundary = trainer.train(seconds, checkpoint=True), trainer.train(seconds, boundary=True)
             evaluating = trainer.train(seconds, evaluation=test)
             rounds[-1] |= {
-                "committing_over_not": committing.samples_per_s / stretch.samples_per_s,
-                "epoch_boundary_over_not": ending.samples_per_s / stretch.samples_per_s,
-                "busy_evaluating_over_not": evaluating.busy_fraction / stretch.busy_fraction,
+                "checkpointing_over_not": checkpointing.samples_per_s / training.samples_per_s,
+                "epoch_boundary_over_not": boundary.samples_per_s / training.samples_per_s,
+                "busy_evaluating_over_not": evaluating.busy_fraction / training.busy_fraction,
                 "evaluation_s": evaluating.evaluation_s,
             }
-    return {name: median(one[name] for one in rounds) for name in rounds[0]}
+    return {name: median(figures[name] for figures in rounds) for name in rounds[0]}
 
 
-def _ask(asked: Sequence[Connection], threads: int, seconds: float) -> float:
-    """Has networks train side by side; returns the samples per second of all of them together."""
-    for connection in asked:
+def _measure_copies(connections: Sequence[Connection], threads: int, seconds: float) -> float:
+    """Trains copies of the network in parallel; returns the sum of their samples per second."""
+    for connection in connections:
         connection.send((threads, seconds))
-    return float(sum(connection.recv() for connection in asked))
+    return float(sum(connection.recv() for connection in connections))
 
 
-def _shares(stretch: Stretch) -> dict[str, float]:
-    """Returns where the time of the stages went; what is not computing is that of the stage that computes most."""
-    stages = [[chunk.stages[stage] for chunk in stretch.chunks] for stage in range(len(stretch.chunks[0].stages))]
+def _time_fractions(training: Measurement) -> dict[str, float]:
+    """Returns how the time was spent; waiting and serialization are those of the stage with the most computation."""
+    stages = [[chunk.stages[stage] for chunk in training.chunks] for stage in range(len(training.chunks[0].stages))]
     compute_s = [sum(report.compute_s for report in stage) for stage in stages]
-    wait_s, packing_s, queued_s = (
+    wait_s, serialization_s, queued_s = (
         [sum(getattr(report, part) for report in stage) for stage in stages]
-        for part in ("wait_s", "packing_s", "queued_s")
+        for part in ("wait_s", "serialization_s", "queued_s")
     )
-    chief = compute_s.index(max(compute_s))
-    whole_s = compute_s[chief] + wait_s[chief]
+    slowest = compute_s.index(max(compute_s))
+    total_s = compute_s[slowest] + wait_s[slowest]
     return {
-        "stage_imbalance": 1 - fmean(compute_s) / compute_s[chief],
-        "wait_fraction": max(0.0, wait_s[chief] - packing_s[chief] - queued_s[chief]) / whole_s,
-        "serialization_fraction": packing_s[chief] / whole_s,
-        "queued_fraction": queued_s[chief] / whole_s,
-        "driver_cpu_fraction": stretch.driver_cpu_fraction,
-        "busy_fraction": stretch.busy_fraction,
+        "stage_imbalance": 1 - fmean(compute_s) / compute_s[slowest],
+        "wait_fraction": max(0.0, wait_s[slowest] - serialization_s[slowest] - queued_s[slowest]) / total_s,
+        "serialization_fraction": serialization_s[slowest] / total_s,
+        "queued_fraction": queued_s[slowest] / total_s,
+        "driver_cpu_fraction": training.driver_cpu_fraction,
+        "busy_fraction": training.busy_fraction,
     }
 
 
-def actors_memory() -> Iterator[tuple[str, int, int]]:
-    """Yields the kind of each actor on this machine, and the memory that is its own alone and all of it, in bytes."""
+def read_actor_memory() -> Iterator[tuple[str, int, int]]:
+    """Yields the kind, the unique and the resident memory of each actor on this machine, in bytes."""
     for process in psutil.Process().children(recursive=True):
         try:
             name, memory = process.cmdline()[0], process.memory_full_info()
         except (psutil.Error, IndexError):
             continue
-        kind = name.removeprefix("ray::").split(".")[0]  # of `ray::StageActor.train`, say
+        kind = name.removeprefix("ray::").split(".")[0]  # such as `ray::StageActor.train`
         if kind.endswith("Actor"):
             yield kind.removesuffix("Actor").lower(), memory.uss, memory.rss
 
 
-def _largest_memory() -> dict[str, float]:
-    """Returns the memory of each kind of actor, the largest of its kind."""
-    found = dict[str, float]()
-    for kind, *sizes in actors_memory():
-        for how, size in zip(("unique", "resident"), sizes, strict=True):
-            key = f"{kind}_{how}_bytes"
-            found[key] = max(found.get(key, 0), size)
-    return found
+def _max_memory() -> dict[str, float]:
+    """Returns the largest memory of the actors of each kind."""
+    maxima = dict[str, float]()
+    for kind, *sizes in read_actor_memory():
+        for memory, size in zip(("unique", "resident"), sizes, strict=True):
+            key = f"{kind}_{memory}_bytes"
+            maxima[key] = max(maxima.get(key, 0), size)
+    return maxima

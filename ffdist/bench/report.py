@@ -1,18 +1,18 @@
-"""What the benchmarks found, as a table that reads well in a terminal and in Markdown."""
+"""Prints the results of benchmarks as a table that is readable in a terminal and valid Markdown."""
 
 
-def print_figures(found: dict[str, float]) -> None:
-    """Prints figures by name; a name with a `/` is a column of its own, under what stands before it."""
-    columns = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
-    lines = [["", *(column or "own" for column in columns)], ["---"] * (len(columns) + 1)]
-    for figure in dict.fromkeys(name.rpartition("/")[2] for name in found):
-        cells = [found.get(f"{column}/{figure}" if column else figure) for column in columns]
-        lines.append([figure, *("" if value is None else _in_words(figure, value) for value in cells)])
+def print_figures(figures: dict[str, float]) -> None:
+    """Prints a table of figures. The part of a name before the last `/` is the column, the rest is the row."""
+    columns = list(dict.fromkeys(name.rpartition("/")[0] for name in figures))
+    lines = [["", *(column or "configured" for column in columns)], ["---"] * (len(columns) + 1)]
+    for figure in dict.fromkeys(name.rpartition("/")[2] for name in figures):
+        cells = [figures.get(f"{column}/{figure}" if column else figure) for column in columns]
+        lines.append([figure, *("" if value is None else _format(figure, value) for value in cells)])
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def _in_words(figure: str, value: float) -> str:
-    """Returns a figure with the unit that its name ends in; ratios and shares have none."""
+def _format(figure: str, value: float) -> str:
+    """Formats a figure with the unit that the end of its name implies; ratios and fractions have none."""
     if figure.endswith("_bytes"):
         return f"{value / 1e6:,.0f} MB"
     if figure.endswith(("samples_per_s", "weights")):

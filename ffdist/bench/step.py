@@ -1,8 +1,7 @@
-"""One layer's update against its floor; needs torch alone: `python -m ffdist.bench.step cuda` runs wherever torch does.
+"""Time of one layer's update relative to a lower bound, the floor. `python -m ffdist.bench.step cuda` needs only torch.
 
-The floor is the time of the bare matrix products of the same shapes and type, and that of the bytes that an update must
-move: weights, smoothed gradients and the compute copy, where there is one, each read and written once, at the rate at
-which the same thread copies memory.
+The floor is the time of the matrix products alone, plus the time to read and write the weights, their momentum and, if
+the compute type is not float32, their copy in the compute type once, at the rate of a large copy on the same device.
 """
 
 import sys
@@ -15,55 +14,55 @@ import torch
 
 from ffdist.ff.layers import Dense, Layer
 from ffdist.ff.local import Fields, Local, Map
-from ffdist.pipeline.device import Graphs, Way
+from ffdist.pipeline.executor import CudaGraphs, StepMode
 from ffdist.pipeline.runner import keep_memory
 
 UNITS = {"cpu": (500, 1000, 2000, 4000), "cuda": (2000, 8000)}
 BATCHES = {"cpu": (50, 100, 250, 1000), "cuda": (128, 512, 1024, 4096)}
 PRECISIONS = "float32", "bfloat16"
-FIELDS = {  # of the paper's local layers (section 3.2)
+FIELDS = {  # local layers of the paper (section 3.2)
     "local_4x4x128": (Map(28, 28, 1, channels_first=True), Fields(4, 6, 10, 128)),
     "local_3x3x220": (Map(4, 4, 128), Fields(3, 1, 2, 220)),
     "local_2x2x512": (Map(3, 3, 220), Fields(2, 1, 2, 512)),
 }
-COPIED = 2**26
-"""Numbers in the copy that measures the memory; more than any cache holds."""
-CHIEF = "dense_2000", 100, "bfloat16"
-"""The step whose share is the one without a name."""
-ROUNDS, ROUND_S = 5, 0.1
-"""Rounds in which a step and its floor take turns, and the least time of each."""
+COPY_VALUES = 2**26
+"""Number of float32 values in the copy that measures the memory bandwidth; too many for any cache."""
+MAIN_STEP = "dense_2000", 100, "bfloat16"
+"""The step whose fraction is also reported as `step_floor_fraction`, without a suffix."""
+NUM_ROUNDS, ROUND_S = 5, 0.1
+"""Number of interleaved rounds of a step and its floor, and the minimum duration of each."""
 
 
 class Step(NamedTuple):
-    """What one update takes."""
+    """Times of one update."""
 
     layer: str
     batch: int
     precision: str
     products_s: float
-    """The bare matrix products."""
+    """Time of the matrix products alone."""
     copy_s: float
-    """Moving the bytes that must be moved."""
+    """Time to read and write the parameters once."""
     step_s: float
-    """The whole update."""
+    """Time of the whole update."""
 
     @property
     def fraction(self) -> float:
-        """How close it comes to its floor."""
+        """Time of the floor divided by the time of the update."""
         return (self.products_s + self.copy_s) / self.step_s
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that cannot be measured.
+    """Checks that a device can be measured.
 
     Raises:
-        ValueError: It is none of torch's that there are widths for, or not there.
+        ValueError: The device is neither a CPU nor a CUDA device, or torch cannot use it.
     """
-    asked, there = torch.device(device), torch.cuda.device_count()
-    if asked.type not in UNITS:
+    parsed, num_gpus = torch.device(device), torch.cuda.device_count()
+    if parsed.type not in UNITS:
         raise ValueError(f"a step is measured on cpu or cuda (device: {device})")
-    if asked.type == "cuda" and (asked.index or 0) >= there:
-        raise ValueError(f"{device} needs a GPU that torch can use, and it finds {there or 'none'}; measure cpu")
+    if parsed.type == "cuda" and (parsed.index or 0) >= num_gpus:
+        raise ValueError(f"{device} needs a GPU that torch can use (GPUs: {num_gpus or 'none'}); use cpu")
 
 
 def measure_steps(
@@ -72,75 +71,75 @@ def measure_steps(
     units: Sequence[int] = (),
     batches: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """Measures one thread's update of dense layers, each as wide as its input, and of the paper's local ones.
+    """Measures the update of dense layers with as many inputs as units, and of the paper's local layers, on one thread.
 
     Args:
-        device: Where, as torch names it.
-        units: Widths of the dense layers; without any, those that suit the device.
-        batches: Samples a minibatch, each in a positive, a negative and a neutral row; likewise.
+        device: Device, as torch names it.
+        units: Widths of the dense layers; empty for the default of the device.
+        batches: Minibatch sizes, in samples, each with a positive, a negative and a neutral row; likewise.
     """
     torch.set_num_threads(1)
     keep_memory()
     kind = torch.device(device).type
     units, batches = units or UNITS[kind], batches or BATCHES[kind]
-    byte_s = _byte_s(device)
+    byte_s = _measure_byte_s(device)
     for precision in PRECISIONS:
         settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0)}
         layers: dict[str, Layer] = {f"dense_{width}": Dense(width, width, **settings) for width in units}
-        layers |= {name: Local(below, fields, **settings) for name, (below, fields) in FIELDS.items()}
+        layers |= {name: Local(input_map, fields, **settings) for name, (input_map, fields) in FIELDS.items()}
         for name, layer in layers.items():
             layer.to(device).refresh()
             for batch in batches:
                 yield _measure(name, layer, batch, precision, byte_s, device)
 
 
-def _byte_s(device: str) -> float:
-    """Returns the time to read or write a byte."""
-    numbers = torch.zeros(COPIED, device=device)
-    target = torch.zeros_like(numbers)
-    return _seconds([lambda: target.copy_(numbers)], device)[0] / (2 * numbers.nbytes)
+def _measure_byte_s(device: str) -> float:
+    """Returns the time to read or write one byte, in seconds."""
+    source = torch.zeros(COPY_VALUES, device=device)
+    target = torch.zeros_like(source)
+    return _median_times([lambda: target.copy_(source)], device)[0] / (2 * source.nbytes)
 
 
 def _measure(name: str, layer: Layer, batch: int, precision: str, byte_s: float, device: str) -> Step:
     width = FIELDS[name][0].values if name in FIELDS else layer.weight.shape[1]
-    dtype, (*places, units, fan_in) = layer.compute_dtype, layer.weight.shape
+    dtype, (*grid, units, fan_in) = layer.compute_dtype, layer.weight.shape
 
-    def numbers(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    weight, inputs = numbers(*layer.weight.shape), numbers(*places, 3 * batch, fan_in)
-    direction, trained = numbers(*places, 2 * batch, units), numbers(*places, 2 * batch, fan_in)
-    rows = numbers(3 * batch, width)
+    weight, inputs = random(*layer.weight.shape), random(*grid, 3 * batch, fan_in)
+    direction, trained_inputs = random(*grid, 2 * batch, units), random(*grid, 2 * batch, fan_in)
+    rows = random(3 * batch, width)
 
     def products() -> None:
         torch.matmul(inputs, weight.mT)
-        torch.matmul(direction.mT, trained)
+        torch.matmul(direction.mT, trained_inputs)
 
-    def train(parts: Sequence[torch.Tensor], way: Way) -> list[torch.Tensor]:
-        passed, metrics = layer.train_minibatch(parts[0], batch=batch, gain=way.gain)
-        return [passed.activity, metrics]
+    def train(tensors: Sequence[torch.Tensor], mode: StepMode) -> list[torch.Tensor]:
+        output, metrics = layer.train_minibatch(tensors[0], batch=batch, lr_scale=mode.lr_scale)
+        return [output.activity, metrics]
 
-    take = Graphs()
+    graphs = CudaGraphs()
 
     def step() -> None:
-        take(train, (rows,), Way(1.0))
+        graphs(train, (rows,), StepMode(1.0))
 
-    products_s, step_s = _seconds([products, step], device)
-    moved = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))
-    return Step(name, batch, precision, products_s, moved * byte_s, step_s)
+    products_s, step_s = _median_times([products, step], device)
+    num_bytes = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))
+    return Step(name, batch, precision, products_s, num_bytes * byte_s, step_s)
 
 
-def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
-    """Returns the median time of each, taking turns."""
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS + 1):
-        for run, found in zip(runs, times, strict=True):
+def _median_times(functions: Sequence[Callable[[], object]], device: str) -> list[float]:
+    """Returns the median duration of each function over interleaved rounds, in seconds."""
+    durations: list[list[float]] = [[] for _ in functions]
+    for _ in range(NUM_ROUNDS + 1):
+        for function, function_durations in zip(functions, durations, strict=True):
             count, start = 0, _now(device)
             while (end := _now(device)) - start < ROUND_S:
-                run()
+                function()
                 count += 1
-            found.append((end - start) / count)
-    return [median(found[1:]) for found in times]  # the first warms up
+            function_durations.append((end - start) / count)
+    return [median(function_durations[1:]) for function_durations in durations]  # the first round is a warmup
 
 
 def _now(device: str) -> float:
@@ -150,31 +149,31 @@ def _now(device: str) -> float:
 
 
 def print_steps(steps: Iterable[Step]) -> dict[str, float]:
-    """Prints steps as they come, and then the share of each that its floor takes, in Markdown.
+    """Prints a Markdown table of the steps while they are measured, and then one of their fractions.
 
     Returns:
-        Those shares, by name.
+        The fractions by name.
     """
-    found, shares = {}, dict[tuple[str, str], dict[int, float]]()
+    figures, fractions = {}, dict[tuple[str, str], dict[int, float]]()
     print("| layer | minibatch | precision | products | copying | update | floor / update |\n" + "| --- " * 7 + "|")
     for step in steps:
         times = " | ".join(f"{1000 * seconds:.2f} ms" for seconds in (step.products_s, step.copy_s, step.step_s))
         print(f"| {step.layer} | {step.batch} | {step.precision} | {times} | {step.fraction:.2f} |", flush=True)
-        found["/".join(("step_floor_fraction", *map(str, step[:3])))] = step.fraction
-        if step[:3] == CHIEF:
-            found["step_floor_fraction"] = step.fraction
-        shares.setdefault((step.layer, step.precision), {})[step.batch] = step.fraction
-    batches = " | ".join(str(batch) for batch in next(iter(shares.values()), ()))
+        figures["/".join(("step_floor_fraction", *map(str, step[:3])))] = step.fraction
+        if step[:3] == MAIN_STEP:
+            figures["step_floor_fraction"] = step.fraction
+        fractions.setdefault((step.layer, step.precision), {})[step.batch] = step.fraction
+    batches = " | ".join(str(batch) for batch in next(iter(fractions.values()), ()))
     print(f"\n| floor / update | precision | {batches} |\n" + "| --- " * (2 + batches.count("|") + 1) + "|")
-    for names, by_batch in shares.items():
-        print("| " + " | ".join((*names, *(f"{share:.2f}" for share in by_batch.values()))) + " |")
-    return found
+    for names, by_batch in fractions.items():
+        print("| " + " | ".join((*names, *(f"{fraction:.2f}" for fraction in by_batch.values()))) + " |")
+    return figures
 
 
 if __name__ == "__main__":
-    chosen = "".join(sys.argv[1:]) or "cpu"
+    device = "".join(sys.argv[1:]) or "cpu"
     try:
-        check_device(chosen)
+        check_device(device)
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
-    print_steps(measure_steps(chosen))
+    print_steps(measure_steps(device))

@@ -1,4 +1,4 @@
-"""Stretches of training in steady state, here or in processes of their own."""
+"""Measures training in steady state, in this process or in child processes."""
 
 import multiprocessing
 import time
@@ -13,152 +13,154 @@ from torch import Tensor
 
 from ffdist import IMPORTED_AT
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.runner import Runner, Trained, keep_memory, serial_runner, torch_threads
-from ffdist.pipeline.schedule import Evaluate, Order, Position, Snapshot, Train, schedule
+from ffdist.pipeline.runner import Evaluated, Runner, SnapshotTaken, Trained, keep_memory, serial_runner, torch_threads
+from ffdist.pipeline.schedule import Command, Evaluate, Position, Snapshot, Train, schedule
 
-ENDLESS = 10**6
-"""Epochs of a training that ends only because it is told to."""
+MAX_EPOCHS = 10**6
+"""Number of epochs in the schedule; more than any measurement needs."""
 
 
-class Stretch(NamedTuple):
-    """What was measured of a stretch."""
+class Measurement(NamedTuple):
+    """Measurements of an interval of training in steady state."""
 
     samples_per_s: float
     driver_cpu_fraction: float
-    """Processor time of the process that drives the pipeline, as a share of one core."""
+    """CPU time of the driver, as a fraction of one core."""
     busy_fraction: float
-    """Share of the machine's processors that were at work."""
+    """Fraction of the machine's CPU time that was not idle."""
     evaluation_s: float
-    """Time from the last chunk before an evaluation to its end; 0 where there was none."""
+    """Time from the last chunk before the evaluation to its end; 0 without an evaluation."""
     chunks: list[Trained]
+    """Chunks that were completed in the interval."""
 
 
 class Trainer:
-    """Trains stretch after stretch on one pipeline.
+    """Trains on one pipeline, and measures one interval after another.
 
     Args:
-        pipeline: To train on.
+        pipeline: Pipeline to train on.
     """
 
     def __init__(self, pipeline: Runner) -> None:
         self.blueprint = pipeline.blueprint
         self._pipeline, self._order, self._epoch = pipeline, pipeline.blueprint.order, 0
-        self._in_flight = pipeline.blueprint.max_in_flight  # until so many chunks are through, nothing is steady
+        self._num_warmup = pipeline.blueprint.max_in_flight  # chunks before the steady state
         self.start_s = 0.0
         """Time from the import of ffdist to the end of the first chunk."""
 
     def train(
-        self, seconds: float, *, commit: bool = False, evaluation: Sequence[Evaluate] = (), boundary: bool = False
-    ) -> Stretch:
-        """Trains until so many seconds are measured, and a chunk in them.
+        self, seconds: float, *, checkpoint: bool = False, evaluation: Sequence[Evaluate] = (), boundary: bool = False
+    ) -> Measurement:
+        """Trains, and measures at least one chunk.
 
         Args:
-            seconds: How many; where there is an evaluation, after its end.
-            commit: Whether a commit is made as they begin.
-            evaluation: What is evaluated as they begin.
-            boundary: Whether an epoch ends soon after they begin.
+            seconds: Duration of the interval; with an evaluation, the duration after its end.
+            checkpoint: Whether a checkpoint is taken at the start of the interval.
+            evaluation: Blocks that are evaluated at the start of the interval.
+            boundary: Whether an epoch ends soon after the start of the interval.
         """
         deadline, ends, chunks = float("inf"), list[tuple[float, float, float, float, int]](), list[Trained]()
         written, evaluation_s = None, 0.0
-        steady_after = self.blueprint.chunk_size * self._in_flight
-        first_minibatch = max(0, self._order.minibatches - 2 * steady_after) if boundary else 0
+        warmup_minibatches = self.blueprint.chunk_size * self._num_warmup
+        first_minibatch = max(0, self._order.num_minibatches - 2 * warmup_minibatches) if boundary else 0
 
-        def orders() -> Iterator[Order]:
-            due = True
-            for order in takewhile(lambda _: time.perf_counter() < deadline, self._orders(first_minibatch)):
-                if due and len(ends) >= self._in_flight:
-                    due = False
-                    if commit:
-                        yield Snapshot(Position(order.epoch, order.first), order.step)
+        def commands() -> Iterator[Command]:
+            is_pending = True
+            for chunk in takewhile(lambda _: time.perf_counter() < deadline, self._chunks(first_minibatch)):
+                if is_pending and len(ends) >= self._num_warmup:
+                    is_pending = False
+                    if checkpoint:
+                        yield Snapshot(Position(chunk.epoch, chunk.first), chunk.step)
                     yield from evaluation
-                yield order
+                yield chunk
 
-        for order, result in self._pipeline.run(orders(), self._orders(first_minibatch)):
+        for event in self._pipeline.run(commands(), self._chunks(first_minibatch)):
             now = time.perf_counter()
-            if isinstance(order, Evaluate):
-                if order.last:
-                    evaluation_s, deadline = now - ends[-1][0], now + seconds
-            elif isinstance(order, Train) and isinstance(result, Trained):
-                self.start_s = self.start_s or process_age_s()
-                self._epoch = order.epoch + 1
-                chunks.append(result)
-                ends.append((now, time.process_time(), *_processor_s(), order.num_minibatches))
-                if len(ends) == self._in_flight and not evaluation:
-                    deadline = now + seconds
-            elif callable(result):
-                written = result  # or still being written, beside what follows
+            match event:
+                case Evaluated(block):
+                    if block.last:
+                        evaluation_s, deadline = now - ends[-1][0], now + seconds
+                case Trained(chunk):
+                    self.start_s = self.start_s or process_age_s()
+                    self._epoch = chunk.epoch + 1
+                    chunks.append(event)
+                    ends.append((now, time.process_time(), *_cpu_times(), chunk.num_minibatches))
+                    if len(ends) == self._num_warmup and not evaluation:
+                        deadline = now + seconds
+                case SnapshotTaken():
+                    written = event.written  # the files are written while training continues
         if written:
             written(True)
-        first = self._in_flight - 1
+        first = self._num_warmup - 1
         last = max(first + 1, sum(end <= deadline for end, *_ in ends) - 1)
-        took_s, work_s, busy_s, all_s = (ends[last][part] - ends[first][part] for part in range(4))
+        wall_s, driver_s, busy_s, total_s = (ends[last][index] - ends[first][index] for index in range(4))
         minibatches = sum(count for *_, count in ends[first + 1 : last + 1])
-        return Stretch(
-            samples_per_s=minibatches * self._order.batch_size / took_s,
-            driver_cpu_fraction=work_s / took_s,
-            busy_fraction=busy_s / all_s if all_s else 0.0,
+        return Measurement(
+            samples_per_s=minibatches * self._order.batch_size / wall_s,
+            driver_cpu_fraction=driver_s / wall_s,
+            busy_fraction=busy_s / total_s if total_s else 0.0,
             evaluation_s=evaluation_s,
             chunks=chunks[first + 1 : last + 1],
         )
 
-    def _orders(self, first_minibatch: int) -> Iterator[Train]:
-        orders = schedule(
-            epochs=ENDLESS,
-            minibatches=self._order.minibatches,
+    def _chunks(self, first_minibatch: int) -> Iterator[Train]:
+        commands = schedule(
+            epochs=MAX_EPOCHS,
+            minibatches=self._order.num_minibatches,
             chunk_size=self.blueprint.chunk_size,
             validation_samples=0,
             test_samples=0,
-            evaluate_every=ENDLESS,
+            validate_every_epochs=MAX_EPOCHS,
             evaluation_block=1,
             start=Position(self._epoch, first_minibatch),
         )
-        return (order for order in orders if isinstance(order, Train))
+        return (command for command in commands if isinstance(command, Train))
 
 
 def process_age_s() -> float:
-    """Returns the time since this process imported ffdist, which a command does first of all.
+    """Returns the time since this process imported ffdist, which is the first step of every command.
 
-    The kernel's start of the process is that of the shell that replaced itself by it (`exec`), however long it had run.
+    The start time of the process may be much earlier: a shell that runs a command by `exec` keeps its start time.
     """
     return time.monotonic() - IMPORTED_AT
 
 
-def _processor_s() -> tuple[float, float]:
-    """Returns the time that all processors of the machine were at work, and all of their time, as the kernel counts."""
+def _cpu_times() -> tuple[float, float]:
+    """Returns the busy time and the total time of all CPUs of the machine, in seconds."""
     times = psutil.cpu_times()
-    all_s = sum(times) - times.guest - times.guest_nice  # those are counted twice
-    return all_s - times.idle - times.iowait, all_s
+    total_s = sum(times) - times.guest - times.guest_nice  # user and nice include them
+    return total_s - times.idle - times.iowait, total_s
 
 
 @contextmanager
-def copies(number: int, *network: Any) -> Iterator[list[Connection]]:
-    """Starts copies of a whole network, each in a process of its own, for the length of a `with` block.
+def start_copies(num_copies: int, *network: Any) -> Iterator[list[Connection]]:
+    """Starts copies of a whole network in child processes, for the duration of a `with` block.
 
     Args:
-        number: How many.
-        *network: As `_serve` takes it.
+        num_copies: Number of child processes, one copy each.
+        *network: Arguments of `_serve` after the connection.
 
     Yields:
-        Ways to ask each for a stretch, by sending `(threads, seconds)`, and to receive its samples per second.
+        Connections to the processes. Each takes `(threads, seconds)`, and returns samples per second.
     """
-    processes = multiprocessing.get_context("spawn")
-    pipes = [processes.Pipe() for _ in range(number)]
-    started = [processes.Process(target=_serve, args=(there, *network), daemon=True) for _, there in pipes]
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(num_copies)]
+    processes = [context.Process(target=_serve, args=(child, *network), daemon=True) for _, child in pipes]
     try:
-        for process in started:
+        for process in processes:
             process.start()
-        yield [here for here, _ in pipes]
+        yield [parent for parent, _ in pipes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.join()
 
 
-def _serve(asked: Connection, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
-    """Trains as asked, on one network with images and labels as `serial_runner` takes them."""
+def _serve(connection: Connection, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
+    """Trains one network and measures it, once per request; images and labels are those of `serial_runner`."""
     keep_memory()
     trainer = Trainer(serial_runner(blueprint, images, labels, None))
     while True:
-        threads, seconds = asked.recv()
+        threads, seconds = connection.recv()
         with torch_threads(threads):
-            asked.send(trainer.train(seconds).samples_per_s)
+            connection.send(trainer.train(seconds).samples_per_s)

@@ -1,1 +1,1 @@
-"""Faults, real and simulated, and the proof that runs end as if there had been none."""
+"""Fault injection, real and simulated: checks that faults change no weights or metrics. Only `cli` imports it."""

@@ -1,6 +1,6 @@
-"""Two hosts on one machine: network namespaces, and a relay between them that can delay, drop and limit packets.
+"""Two hosts on one machine: network namespaces, and a relay that can delay and drop packets and limit the bandwidth.
 
-As a script, this file is the relay. It needs the standard library only, and starts in a fraction of a second.
+As a script, this file is the relay. It imports only the standard library, so it starts in a fraction of a second.
 """
 
 import ctypes
@@ -22,8 +22,9 @@ CLONE_NEWNET = 0x40000000
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 MTU = 1500
 QUEUE_BYTES = 256_000
-"""Bytes that a link buffers before it drops packets, as a switch does."""
+"""Size of the buffer of a link, which drops packets if it is full, as a switch does."""
 ADDRESSES = ("10.211.0.1", "10.211.0.2")
+"""IP addresses of the two hosts."""
 
 
 class Link(NamedTuple):
@@ -31,12 +32,12 @@ class Link(NamedTuple):
 
     delay_s: float = 0.0
     loss: float = 0.0
-    """Fraction of packets; 1 is a partition."""
+    """Fraction of packets that are dropped; 1 is a partition."""
     bytes_per_s: float = 1e9
 
 
 class Network:
-    """Two hosts. Within a `with` block, this thread and the processes that it starts are on the first.
+    """Two linked hosts. Within a `with` block, this thread and the processes that it starts run on the first host.
 
     Raises:
         OSError: The machine does not permit network namespaces or has no TUN devices.
@@ -53,30 +54,30 @@ class Network:
         self._hosts = [f"/proc/{self._relay.pid}/fd/{file}" for file in namespaces]
 
     def __enter__(self) -> "Network":
-        self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        _enter(self._hosts[0])
+        self._original_namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        _enter_namespace(self._hosts[0])
         return self
 
     def __exit__(self, *error: object) -> None:
-        _enter(f"/proc/self/fd/{self._outside}")
-        os.close(self._outside)
+        _enter_namespace(f"/proc/self/fd/{self._original_namespace}")
+        os.close(self._original_namespace)
         self.close()
 
     def close(self) -> None:
-        """Ends the relay. The hosts end with it and their last process."""
+        """Ends the relay. A host exists until the relay and the last process on the host have ended."""
         self._relay.communicate()
 
     @contextmanager
     def second_host(self) -> Iterator[None]:
-        """Within a `with` block, processes start on the second host."""
-        _enter(self._hosts[1])
+        """Starts processes on the second host within a `with` block."""
+        _enter_namespace(self._hosts[1])
         try:
             yield
         finally:
-            _enter(self._hosts[0])
+            _enter_namespace(self._hosts[0])
 
     def set_link(self, link: Link) -> tuple[int, int]:
-        """Changes the link; returns how many packets the one before it has delivered and dropped."""
+        """Changes the link; returns the numbers of packets that the previous link delivered and dropped."""
         assert self._relay.stdin
         self._relay.stdin.write(json.dumps(link) + "\n")
         self._relay.stdin.flush()
@@ -91,7 +92,7 @@ class Network:
         return list(answer)
 
 
-def _enter(namespace: str) -> None:
+def _enter_namespace(namespace: str) -> None:
     file = os.open(namespace, os.O_RDONLY)
     try:
         _call("setns", file, CLONE_NEWNET)
@@ -100,13 +101,13 @@ def _enter(namespace: str) -> None:
 
 
 def _call(name: str, *args: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)  # os.unshare and os.setns came with Python 3.12
+    libc = ctypes.CDLL(None, use_errno=True)  # os.unshare and os.setns need Python 3.12
     if getattr(libc, name)(*args):
         raise OSError(f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
 def _make_host(address: str) -> tuple[int, int]:
-    """Moves this process to a new namespace; returns a file that keeps the namespace, and its TUN device."""
+    """Moves this process to a new namespace; returns file descriptors of the namespace and its TUN device."""
     _call("unshare", CLONE_NEWNET)
     tun = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"tun0", IFF_TUN | IFF_NO_PI))
@@ -116,7 +117,7 @@ def _make_host(address: str) -> tuple[int, int]:
 
 
 class _Direction:
-    """Packets from one device to the other."""
+    """Forwards packets from one TUN device to the other."""
 
     def __init__(self, source: int, target: int) -> None:
         self.source, self._target = source, target
@@ -124,7 +125,7 @@ class _Direction:
         self._bytes, self._free_at = 0, 0.0
         self.delivered = self.dropped = 0
 
-    def take(self, link: Link) -> None:
+    def receive(self, link: Link) -> None:
         packet, now = os.read(self.source, 65536), time.monotonic()
         if random.random() < link.loss or self._bytes > QUEUE_BYTES:
             self.dropped += 1
@@ -134,7 +135,7 @@ class _Direction:
         self._bytes += len(packet)
 
     def deliver(self) -> float | None:
-        """Delivers what is due; returns the seconds until more is."""
+        """Delivers the packets that are due; returns the seconds until the next one, or None if there is none."""
         while self._packets:
             due, packet = self._packets[0]
             if (wait_s := due - time.monotonic()) > 0:
@@ -147,7 +148,10 @@ class _Direction:
 
 
 def relay() -> None:
-    """Relays packets until standard input ends. Each line of it is a `Link`, answered by the counts of the last one."""
+    """Relays packets until standard input ends.
+
+    Each input line is a new `Link`. The answer is the numbers of packets that the previous link delivered and dropped.
+    """
     try:
         (first, first_tun), (second, second_tun) = map(_make_host, ADDRESSES)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -167,7 +171,7 @@ def relay() -> None:
                 direction.delivered = direction.dropped = 0
         for direction in directions:
             if direction.source in ready:
-                direction.take(link)
+                direction.receive(link)
 
 
 if __name__ == "__main__":

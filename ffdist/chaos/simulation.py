@@ -1,8 +1,8 @@
-"""Recovery tried on simulated parts, thousands of times: the driver, its commits and its books are the real ones.
+"""Tests of recovery with simulated actors; the driver, its checkpoints and its outbox of metrics are real.
 
-As the driver's order is everything, parts may be simple: they fold what reaches them into a hash. All of a cluster runs
-in this process, one call at a time, in an order that a seed decides, and the seed decides as well where a part dies or
-stops, and at which call or write the driver dies, to be started anew.
+A schedule is one run with faults. The actors only hash their inputs, because that shows whether the driver sent the
+right calls in the right order. They run in this process, one call at a time. A seed determines the order of the calls,
+where an actor dies or hangs, and at which call or write the driver dies; another driver then resumes the run.
 """
 
 import time
@@ -15,64 +15,68 @@ from typing import NamedTuple
 import torch
 
 from ffdist.chaos.simulated import (
-    BATCH,
-    CLASSES,
-    Cluster,
+    BATCH_SIZE,
+    NUM_CLASSES,
     DriverDied,
-    Fate,
-    FrailFolder,
-    Maker,
-    Part,
-    Readout,
+    FaultInjector,
+    FaultyFolder,
+    SimulatedCluster,
+    SimulatedNegativeSource,
+    SimulatedReadout,
+    SimulatedStage,
     WriterDied,
 )
-from ffdist.checkpoint import Commits, CommitWriter, weights_sha256
-from ffdist.config import Config, ConfigError, RunFailed
-from ffdist.config_file import parse_config
+from ffdist.checkpoint.checkpoints import Checkpoints, CheckpointWriter, weights_sha256
+from ffdist.config.architecture import build_architecture
+from ffdist.config.loading import parse_config
+from ffdist.config.schema import Config
+from ffdist.console import track
 from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
-from ffdist.failures import Failures
-from ffdist.loop import Loop
-from ffdist.pipeline.blueprint import Blueprint, Parts
+from ffdist.errors import ConfigError, RunFailed
+from ffdist.pipeline.blueprint import Actors, Blueprint
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Runner
 from ffdist.pipeline.source import NegativePlan
 from ffdist.pipeline.stage import layer_name
-from ffdist.prepare import Prepared, build_architecture
-from ffdist.recovery import run_to_the_end
-from ffdist.screen import track
-from ffdist.start import Start, resume
-from ffdist.tracking.averages import is_learned
 from ffdist.tracking.outbox import OUTBOX, Outbox, Point
+from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.loop import Loop
+from ffdist.training.metrics import Metrics, is_learned
+from ffdist.training.prepare import Prepared
+from ffdist.training.recoveries import Recoveries
+from ffdist.training.resume import Start, start_from_checkpoint
 
-LAYERS, DELAY, TRAINING, HELD_OUT = 3, 5, 15, 3
-MOST_FAULTS, MOST_LIVES = 6, 50
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a disk is slower, and safe from these deaths anyway
+NUM_LAYERS, PREDICTION_DELAY, NUM_TRAINING, NUM_HELD_OUT = 3, 5, 15, 3
+MAX_FAULTS, MAX_DRIVERS = 6, 50
+"""Limits of a schedule."""
+MEMORY_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # faster than a disk
 SETTINGS = {
     "data": {"name": "digits", "label": "append"},
-    "model": {"layers": [2] * LAYERS},
-    "negatives": {"kind": "hard_label", "prediction_delay": DELAY},
-    "training": {"epochs": 2, "batch_size": BATCH, "validation_samples": HELD_OUT, "evaluate_every": 1},
-    "checkpoint": {"every_minibatches": 3, "every_s": None, "keep": 2},
-    "tracking": {"every_minibatches": 2},
+    "model": {"layers": [2] * NUM_LAYERS},
+    "negatives": {"kind": "hard_label", "prediction_delay": PREDICTION_DELAY},
+    "training": {"epochs": 2, "batch_size": BATCH_SIZE, "validation_samples": NUM_HELD_OUT, "validate_every_epochs": 1},
+    "checkpoint": {"every_minibatches": 3, "every_s": None, "keep_last": 2},
+    "tracking": {"log_every_minibatches": 2},
 }
 
 
-class Broken(AssertionError):
-    """A schedule did not end as if nothing had happened; the text has the seed that repeats it."""
+class ScheduleFailed(AssertionError):
+    """Faults stopped a run or changed its result; the text has the command that reproduces it."""
 
 
-class End(NamedTuple):
-    """What a schedule ends with."""
+class RunResult(NamedTuple):
+    """The result of a run."""
 
     weights_sha256: str
     metrics: dict[str, list[tuple[int, float]]]
-    """In the run's own books."""
-    on_server: dict[str, list[tuple[int, float]]]
+    """Metrics in the outbox."""
+    server_metrics: dict[str, list[tuple[int, float]]]
+    """Metrics on the tracking server."""
 
 
 class Outcome(NamedTuple):
-    """What many schedules came to."""
+    """Counts of a simulation in which no schedule failed."""
 
     schedules: int
     faults: int
@@ -80,165 +84,155 @@ class Outcome(NamedTuple):
 
 
 def simulate(schedules: int, seed: int) -> Outcome:
-    """Runs schedules, each with faults of its own, and holds the end of each to that of one without.
+    """Runs a number of schedules, and compares the result of each with that of a run without faults.
 
     Raises:
-        Broken: The first that ends otherwise.
+        ScheduleFailed: A schedule failed; the schedules after it were not run.
     """
-    truth, _ = run_schedule(seed, faults=0)
-    start, faults = time.perf_counter(), 0
+    reference, _ = run_schedule(seed, max_faults=0)
+    start, num_faults = time.perf_counter(), 0
     for number in track(range(schedules), "simulating"):
         try:
-            end, told = run_schedule(seed * 1_000_000 + number, faults=MOST_FAULTS)
-            wrong = [name for name, one, other in zip(End._fields, end, truth, strict=True) if one != other]
-            if wrong:
-                raise Broken(f"it ends with other {', '.join(wrong)}, after {'; '.join(told)}")
+            result, faults = run_schedule(seed * 1_000_000 + number, max_faults=MAX_FAULTS)
+            differing = [field for field in RunResult._fields if getattr(result, field) != getattr(reference, field)]
+            if differing:
+                raise ScheduleFailed(f"{', '.join(differing)} differ after these faults: {'; '.join(faults)}")
         except Exception as error:
-            again = f"ffdist chaos --simulated {number + 1} --seed {seed}"
-            raise Broken(f"schedule {number} of seed {seed} is broken: {error}; `{again}` repeats it") from error
-        faults += len(told)
-    return Outcome(schedules, faults, time.perf_counter() - start)
+            command = f"ffdist chaos --simulated {number + 1} --seed {seed}"
+            raise ScheduleFailed(
+                f"schedule {number} of seed {seed} failed: {error}; run `{command}` to reproduce it"
+            ) from error
+        num_faults += len(faults)
+    return Outcome(schedules, num_faults, time.perf_counter() - start)
 
 
-def run_schedule(seed: int, faults: int) -> tuple[End, list[str]]:
-    """Runs one, from its first driver to the one that comes to the end.
+def run_schedule(seed: int, max_faults: int) -> tuple[RunResult, list[str]]:
+    """Runs one driver after another until the run is completed.
 
     Returns:
-        Its end, and the faults that struck.
+        The result of the run, and the injected faults.
 
     Raises:
-        Broken: It came to no end, or to one that a user would have to deal with.
+        ScheduleFailed: The run failed with an error, or was not completed.
     """
-    fate, server = Fate(seed, faults), dict[Point, None]()
-    with TemporaryDirectory(prefix="ffdist-simulation-", dir=MEMORY) as name:
+    injector, server = FaultInjector(seed, max_faults), dict[Point, None]()
+    with TemporaryDirectory(prefix="ffdist-simulation-", dir=MEMORY_FOLDER) as name:
         folder = Path(name)
         try:
-            for _ in range(MOST_LIVES):
+            for _ in range(MAX_DRIVERS):
                 try:
-                    end = _live(folder, fate, server)
+                    result = _run_driver(folder, injector, server)
                 except DriverDied:
                     continue
-                if end:
-                    return end, fate.told
+                if result:
+                    return result, injector.faults
         except (ConfigError, RunFailed) as error:
-            raise Broken(f"it ends with: {error}; after {'; '.join(fate.told)}") from error
-    raise Broken(f"it does not end, after {'; '.join(fate.told)}")
+            raise ScheduleFailed(f"{error}; faults: {'; '.join(injector.faults)}") from error
+    raise ScheduleFailed(f"not completed by {MAX_DRIVERS} drivers; faults: {'; '.join(injector.faults)}")
 
 
-def _live(folder: Path, fate: Fate, server: dict[Point, None]) -> End | None:
-    """Lives a driver's life; returns the run's end, or None where it was asked to stop before."""
-    config = parse_config(SETTINGS | {"pipeline": {"chunk_size": fate.draw.randint(1, DELAY)}}, "simulation")
-    prepared = _prepared(config)
-    commits = Commits(FrailFolder(str(folder / "commits"), fate, DriverDied))
-    names = commits.names()
-    if max(names, default="") < fate.committed:
-        raise Broken(f"commit {fate.committed} is lost, after {'; '.join(fate.told)}")
-    start = resume(config, prepared, folder, from_older=False) if names else Start({})
-    with closing(_Books(folder, fate, server)) as books:
-        asked_to_stop = _Stop(fate)
-        loop = run_to_the_end(
-            _pipelines(config, prepared, folder, fate),
-            lambda start: Loop(config, prepared, commits, start, books, _Silent(), dict, lambda event, step: None),  # type: ignore[arg-type]
-            commits,
-            start,
-            Failures(MOST_LIVES, 1e9),
-            asked_to_stop,
-            lambda text: None,
-        )
+def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]) -> RunResult | None:
+    """Starts or resumes the run; returns its result, or None if a stop was requested."""
+    chunk_size = injector.rng.randint(1, PREDICTION_DELAY)
+    config = parse_config(SETTINGS | {"pipeline": {"chunk_size": chunk_size}}, "simulation")
+    prepared = _prepare(config)
+    checkpoints = Checkpoints(FaultyFolder(str(folder / "checkpoints"), injector, DriverDied))
+    names = checkpoints.names()
+    if max(names, default="") < injector.newest_checkpoint:
+        raise ScheduleFailed(f"checkpoint {injector.newest_checkpoint} is lost; faults: {'; '.join(injector.faults)}")
+    start = start_from_checkpoint(config, prepared, folder, skip_damaged=False) if names else Start({})
+    with closing(_Tracker(folder, injector, server)) as tracker:
+        should_stop = _StopRequest(injector)
+        recoveries = Recoveries(MAX_DRIVERS, 1e9)
+        metrics = Metrics(config.tracking.log_every_minibatches, BATCH_SIZE, tracker.log_metrics)
+        checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id="simulated", say=_discard)
+        loop = Loop(config, prepared, checkpointer, recoveries, [metrics], _discard)
+        loop.run(_make_pipelines(config, prepared, folder, injector), start, should_stop)
         if loop.stopped:
             return None
-        books.send()
-        _, state = commits.read(commits.names()[-1])
-        found: dict[str, list[tuple[int, float]]] = {}
+        tracker.send()
+        _, state = checkpoints.read(checkpoints.names()[-1])
+        server_metrics: dict[str, list[tuple[int, float]]] = {}
         for point in sorted(server, key=lambda point: (point.name, point.step)):
-            found.setdefault(point.name, []).append((point.step, point.value))
-        return End(weights_sha256(state), books.history(), found)
+            server_metrics.setdefault(point.name, []).append((point.step, point.value))
+        return RunResult(weights_sha256(state), tracker.history(), server_metrics)
 
 
-def _prepared(config: Config) -> Prepared:
-    sizes = {"train": TRAINING, "validation": HELD_OUT, "test": HELD_OUT}
+def _discard(text: str) -> None:
+    """Prints nothing."""
+
+
+def _prepare(config: Config) -> Prepared:
+    sizes = {"train": NUM_TRAINING, "validation": NUM_HELD_OUT, "test": NUM_HELD_OUT}
     images = {split: torch.zeros(size, 4, dtype=torch.uint8) for split, size in sizes.items()}
-    labels = {split: torch.arange(size) % CLASSES for split, size in sizes.items()}
-    dataset = Dataset(images, labels, CLASSES, (1, 2, 2))
-    order = SampleOrder(config.seed, TRAINING, BATCH)
-    plan = NegativePlan("hard_label", prediction_delay=DELAY, num_parts=2, ahead=2)
-    return Prepared(dataset, order, build_architecture(config, dataset.shape, CLASSES), plan)
+    labels = {split: torch.arange(size) % NUM_CLASSES for split, size in sizes.items()}
+    dataset = Dataset(images, labels, NUM_CLASSES, (1, 2, 2))
+    order = SampleOrder(config.seed, NUM_TRAINING, BATCH_SIZE)
+    plan = NegativePlan("hard_label", prediction_delay=PREDICTION_DELAY, num_actors=2, prefetch_chunks=2)
+    return Prepared(dataset, order, build_architecture(config, dataset.shape, NUM_CLASSES), plan)
 
 
-def _pipelines(
-    config: Config, prepared: Prepared, folder: Path, fate: Fate
+def _make_pipelines(
+    config: Config, prepared: Prepared, folder: Path, injector: FaultInjector
 ) -> Iterator[AbstractContextManager[Runner]]:
     while True:
-        yield _pipeline(config, prepared, folder, fate)
+        yield _make_pipeline(config, prepared, folder, injector)
 
 
 @contextmanager
-def _pipeline(config: Config, prepared: Prepared, folder: Path, fate: Fate) -> Iterator[Runner]:
-    """Makes a pipeline of however many stages."""
-    order, plan, cluster = prepared.order, prepared.negatives, Cluster(fate)
-    cut = partition([1.0] * LAYERS, fate.draw.randint(1, LAYERS))
-    parts = Parts(
-        negatives=[Maker() for _ in range(plan.num_parts)],
-        stages=[Part([layer_name(i) for i in layers], order, DELAY if 0 in layers else None) for layers in cut],
-        readout=Readout(["readout"], order),
-        writer=CommitWriter(FrailFolder(str(folder / "commits"), fate, WriterDied)),
+def _make_pipeline(config: Config, prepared: Prepared, folder: Path, injector: FaultInjector) -> Iterator[Runner]:
+    """Creates a pipeline with a random number of stages."""
+    order, plan, cluster = prepared.order, prepared.negatives, SimulatedCluster(injector)
+    stage_layers = partition([1.0] * NUM_LAYERS, injector.rng.randint(1, NUM_LAYERS))
+    actors = Actors(
+        negatives=[SimulatedNegativeSource() for _ in range(plan.num_actors)],
+        stages=[
+            SimulatedStage([layer_name(i) for i in layers], order, PREDICTION_DELAY if 0 in layers else None)
+            for layers in stage_layers
+        ],
+        readout=SimulatedReadout(["readout"], order),
+        writer=CheckpointWriter(FaultyFolder(str(folder / "checkpoints"), injector, WriterDied)),
     )
-    blueprint = Blueprint(prepared.architecture, order, plan, 0, cut, 1, "cpu")
-    blueprint = blueprint.paced(config.pipeline.chunk_size, fate.draw.randint(1, 5))
-    yield Runner(blueprint, parts, call=cluster.call, collect=cluster.collect)
+    blueprint = Blueprint(prepared.architecture, order, plan, 0, stage_layers, 1, "cpu")
+    blueprint = blueprint.with_pace(config.pipeline.chunk_size, injector.rng.randint(1, 5))
+    yield Runner(blueprint, actors, call=cluster.call, collect=cluster.collect)
 
 
-class _Stop:
-    """Asks a driver to stop, as Ctrl-C does, where fate wants it."""
+class _StopRequest:
+    """Requests a stop, as Ctrl-C does, at a random time."""
 
-    def __init__(self, fate: Fate) -> None:
-        self._fate, self._asked = fate, False
+    def __init__(self, injector: FaultInjector) -> None:
+        self._injector, self._is_requested = injector, False
 
     def __call__(self) -> bool:
-        self._asked = self._asked or self._fate.strikes("asked to stop")
-        return self._asked
+        self._is_requested = self._is_requested or self._injector.inject("stop requested")
+        return self._is_requested
 
 
-class _Books:
-    """A tracker whose outbox is real, and whose server is a dict that merges points as MLflow's does."""
+class _Tracker:
+    """A tracker with a real outbox; its server is a dict that merges equal points, as MLflow does."""
 
-    def __init__(self, folder: Path, fate: Fate, server: dict[Point, None]) -> None:
-        self.run_id, self._fate, self._server = "simulated", fate, server
+    def __init__(self, folder: Path, injector: FaultInjector, server: dict[Point, None]) -> None:
+        self._injector, self._server = injector, server
         self._outbox = Outbox(folder / OUTBOX, 10**9)
         self._outbox.add_sent(server)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         learned = {name: value for name, value in metrics.items() if is_learned(name)}
         self._outbox.add(learned, step)
-        if self._fate.draw.random() < 0.3:
+        if self._injector.rng.random() < 0.3:
             self.send()
 
     def send(self) -> None:
-        """Sends what waits; the driver may die when the server has it and the outbox does not know."""
-        points = self._outbox.waiting(1000)
+        """Sends points that were not sent yet; the driver may die before the outbox marks them as sent."""
+        points = self._outbox.pending_points(1000)
         self._server.update(dict.fromkeys(points))
-        if self._fate.strikes("the driver dies between sending and noting it"):
+        if self._injector.inject("the driver dies before it marks points as sent"):
             raise DriverDied
         self._outbox.mark_sent(points)
-
-    def draw(self, plot: object) -> None:
-        pass  # nobody looks at plots here
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         return self._outbox.history()
 
     def close(self) -> None:
         self._outbox.close()
-
-
-class _Silent:
-    """A display that shows nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def doing(self, what: str) -> None:
-        pass
-
-    def update(self, step: int, metrics: dict[str, float] | None = None) -> None:
-        pass

@@ -1,4 +1,4 @@
-"""`python -m ffdist.cli` is `ffdist`."""
+"""Runs `ffdist` as `python -m ffdist.cli`."""
 
 from ffdist.cli import main
 

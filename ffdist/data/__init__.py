@@ -1,1 +1,4 @@
-"""Where samples come from, and in which order they are seen."""
+"""Datasets: reading and validation, the order of samples, and the negatives store.
+
+Imports neither ray nor mlflow, nor `pipeline` and the packages that use it.
+"""

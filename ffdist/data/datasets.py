@@ -1,4 +1,4 @@
-"""Bytes and labels in: every dataset becomes uint8 images `[N, D]` and int64 labels `[N]` per split."""
+"""Loading of datasets as uint8 images `[N, D]` and int64 labels `[N]` per split."""
 
 import hashlib
 import os
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffdist.config import ConfigError
+from ffdist.config.sections import Data
 from ffdist.data import order
-from ffdist.data.files import and_skipped
-from ffdist.data.splits import Origin, Splits, read_image_folder, read_parquet
-from ffdist.sections import Data
+from ffdist.data.listing import skip_suffix
+from ffdist.data.readers import Origin, Splits, read_image_folder, read_parquet
+from ffdist.errors import ConfigError
 
 DIGITS_TEST_SAMPLES = 360
-"""A fifth of scikit-learn's digits, which come without a test set; always the same."""
+"""Size of the fixed test set: a fifth of scikit-learn's digits, which have no test set of their own."""
 
 XOR_REPEATS = 250
-"""Times that each of the four cases of XOR is in its training set."""
+"""Number of copies of each of the four XOR cases in the training set."""
 
-MOVED_BYTES = 2**24
-"""Images that are moved together; they are copied on the way."""
-SHOWN = 10
-"""Class names that one line has room for."""
+COPY_BYTES = 2**24
+"""Size of the temporary buffer for moving training images in memory."""
+MAX_LISTED_CLASSES = 10
+"""Maximum number of class names in a one-line description."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,19 @@ class Dataset:
     """Images and labels by split: `train`, `validation` (may be empty) and `test`."""
 
     images: dict[str, Tensor]
-    """uint8 `[N, D]`, channel after channel, row after row."""
+    """uint8 `[N, D]`: images of layout `[channels, height, width]`, flattened."""
     labels: dict[str, Tensor]
     """int64 `[N]`, in [0, classes)."""
     classes: int
+    """Number of classes."""
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
     names: tuple[str, ...] = ()
-    """Of the classes, where they have some; one without samples goes by its number."""
+    """Class names, or empty if the dataset has none. A class beyond the named ones is named by its number."""
     name: str = ""
     """`data.name` of the configuration."""
     origin: Origin = Origin()  # noqa: RUF009, immutable
-    """Where it was read from."""
+    """Files and columns that the dataset was read from."""
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -55,7 +56,7 @@ class Dataset:
         return _classes_without_samples(self.labels["train"], self.classes)
 
     def sha256(self, split: str) -> str:
-        """Digests the images and labels of a split."""
+        """Returns the SHA-256 digest of the images and labels of a split, in hexadecimal."""
         if split not in self._digests:
             digest = hashlib.sha256(f"{self.shape} {self.classes}".encode())
             for tensor in (self.images[split], self.labels[split]):
@@ -65,7 +66,7 @@ class Dataset:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was read, for the summary of a run."""
+        """Description of the dataset as JSON data, for the summary of a run."""
         channels, height, width = self.shape
         return {
             "name": self.name,
@@ -83,46 +84,46 @@ class Dataset:
             "notes": list(self.origin.notes),
         }
 
-    def in_words(self) -> str:
-        """Returns the same in one line."""
+    def describe(self) -> str:
+        """Returns `facts` as one line of text."""
         facts, parts = self.facts, [self.name]
         if facts["files"]:
-            parts.append(_counts(facts["files"], "files"))
+            parts.append(_format_counts(facts["files"], "files"))
         if facts["columns"]:
             parts.append(f"images in column {facts['columns']['image']}, labels in column {facts['columns']['label']}")
         channels, height, width = self.shape
-        parts.append(_counts(facts["samples"], "samples"))
+        parts.append(_format_counts(facts["samples"], "samples"))
         parts.append(f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}")
-        parts.append(f"{self.classes} classes{': ' * bool(self.names)}{_listed(self.names)}")
-        for split, words in (("train", "training"), ("test", "test")):
+        parts.append(f"{self.classes} classes{': ' * bool(self.names)}{_join(self.names)}")
+        for split, adjective in (("train", "training"), ("test", "test")):
             if empty := facts["classes_without_samples"][split]:
-                named = _listed([self.names[number] if self.names else str(number) for number in empty])
-                parts.append(f"classes without {words} samples: {len(empty)} of {self.classes} ({named})")
-        unknown = torch.isin(self.labels["test"], torch.tensor(self.untrained, dtype=torch.int64)).sum().item()
-        if unknown:
-            parts.append(f"test samples of classes without training samples, which count as wrong: {unknown:,}")
-        text = "; ".join([*parts, *self.origin.notes]) + and_skipped(self.origin.skipped)
-        return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+                names = _join([self.names[number] if self.names else str(number) for number in empty])
+                parts.append(f"classes without {adjective} samples: {len(empty)} of {self.classes} ({names})")
+        num_unknown = torch.isin(self.labels["test"], torch.tensor(self.untrained, dtype=torch.int64)).sum().item()
+        if num_unknown:
+            parts.append(f"test samples of classes without training samples, which count as wrong: {num_unknown:,}")
+        text = "; ".join([*parts, *self.origin.notes]) + skip_suffix(self.origin.skipped)
+        return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset:
-    """Reads a dataset whole and checks it.
+    """Reads a dataset into memory and validates it.
 
     Args:
-        config: Which one, and from where.
-        seed: Decides which training samples are held out.
-        validation_samples: How many are.
+        config: Name, location and options of the dataset.
+        seed: Seed of the random split into training and validation samples.
+        validation_samples: Number of training samples to hold out for validation.
 
     Raises:
-        ConfigError: It is missing, damaged or does not fit together; the text names file, row and rule.
+        ConfigError: The dataset is missing, damaged or inconsistent. The message names the file, row and rule.
     """
     readers = {"xor": _xor, "digits": _digits, "parquet": read_parquet, "image_folder": read_image_folder}
     images, labels, names, origin = readers.get(config.name, _torchvision)(config)
-    samples = len(labels["train"])
-    if validation_samples >= samples:
+    num_samples = len(labels["train"])
+    if validation_samples >= num_samples:
         raise ConfigError(
-            f"training.validation_samples must leave something to train on "
-            f"(validation_samples: {validation_samples}, training samples: {samples})"
+            f"training.validation_samples must be smaller than the training set "
+            f"(validation_samples: {validation_samples}, training samples: {num_samples})"
         )
     classes = config.classes or len(names) or int(labels["train"].max()) + 1
     channels, height, width = images["train"].shape[1:]
@@ -137,10 +138,10 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
         config.name,
         origin,
     )
-    if (trained := classes - len(dataset.untrained)) < 2:
+    if (num_trained := classes - len(dataset.untrained)) < 2:
         raise ConfigError(
             f"training needs samples of at least two classes (data: {config.path or config.name}, classes with "
-            f"training samples: {trained}){and_skipped(origin.skipped)}"
+            f"training samples: {num_trained}){skip_suffix(origin.skipped)}"
         )
     return dataset
 
@@ -148,40 +149,40 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
 def _check_shape(config: Data, classes: int, channels: int, height: int, width: int) -> None:
     if config.label == "overwrite" and classes >= channels * height * width:
         raise ConfigError(
-            f"data.label=overwrite puts {classes} label values in place of the first pixels, and an image has only "
-            f"{channels * height * width}; set data.label to append"
+            f"data.label=overwrite replaces the first pixels of an image by {classes} label values, but an image has "
+            f"only {channels * height * width}; set data.label to append"
         )
     if config.jitter >= min(height, width):
         raise ConfigError(
-            f"data.jitter must be smaller than the images (jitter: {config.jitter}, images: {height} x {width}); a "
-            f"larger shift leaves nothing of them"
+            f"data.jitter must be smaller than the images (jitter: {config.jitter}, images: {height} x {width}); "
+            f"otherwise a shift can move the whole image out of view"
         )
 
 
 def _hold_out(
-    images: Tensor, labels: Tensor, seed: int, held_out: int
+    images: Tensor, labels: Tensor, seed: int, num_validation: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Parts a training set in two. Its images are moved within their own memory, because a copy would double it."""
-    rest, validation = order.split(seed, len(labels), held_out)
-    taken = images[validation], labels[validation]
-    count = max(1, MOVED_BYTES // images[0].nbytes)
-    if held_out:
-        for start in range(0, len(rest), count):  # `rest` ascends: nothing is written over before it is read
-            rows = rest[start : start + count]
+    """Splits a training set in two. Compacts the training images in place, because a copy would double their memory."""
+    train, validation = order.split(seed, len(labels), num_validation)
+    validation_set = images[validation], labels[validation]
+    num_rows = max(1, COPY_BYTES // images[0].nbytes)
+    if num_validation:
+        for start in range(0, len(train), num_rows):  # `train` is sorted: no row is overwritten before it is read
+            rows = train[start : start + num_rows]
             images[start : start + len(rows)] = images[rows]
-    return (images[: len(rest)], labels[rest]), taken
+    return (images[: len(train)], labels[train]), validation_set
 
 
 def _classes_without_samples(labels: Tensor, classes: int) -> tuple[int, ...]:
     return tuple((torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist())
 
 
-def _counts(numbers: dict[str, int], what: str) -> str:
-    return f"{what}: {', '.join(f'{number:,} {split}' for split, number in numbers.items())}"
+def _format_counts(counts: dict[str, int], unit: str) -> str:
+    return f"{unit}: {', '.join(f'{count:,} {split}' for split, count in counts.items())}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_LISTED_CLASSES]) + ", ..." * (len(names) > MAX_LISTED_CLASSES)
 
 
 def _xor(config: Data) -> Splits:
@@ -205,19 +206,21 @@ def _digits(config: Data) -> Splits:
 
 
 def _torchvision(config: Data) -> Splits:
-    from torchvision import datasets  # takes a second, and only these need it
+    from torchvision import datasets  # imported here because it takes a second
 
-    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[config.name]
+    dataset_class = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[
+        config.name
+    ]
     root = config.root or _default_root()
     images, labels = {}, {}
     for split in ("train", "test"):
         try:
-            dataset = kind(str(root), train=split == "train", download=True)  # found files are not fetched again
+            dataset = dataset_class(str(root), train=split == "train", download=True)  # skips existing files
         except (OSError, RuntimeError, ValueError, AssertionError, HTTPException) as error:
             raise ConfigError(
                 f"{config.name} is not in {root} in torchvision's layout and could not be downloaded there "
-                f"({' '.join(str(error).split())[:200]}); set data.root or FFDIST_DATA to a folder that has it "
-                f"({kind.__name__}/raw/... for MNIST's kind), or run once where there is a network"
+                f"({' '.join(str(error).split())[:200]}); set data.root or FFDIST_DATA to a folder that contains it "
+                f"({dataset_class.__name__}/raw/... for the MNIST family), or run once with network access"
             ) from error
         pixels = torch.as_tensor(dataset.data)
         images[split] = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
@@ -230,5 +233,5 @@ def _default_root() -> Path:
         return Path(root)
     try:
         return Path.home() / ".cache" / "ffdist"
-    except RuntimeError as error:  # such as a container's user that has no entry in passwd
+    except RuntimeError as error:  # for example, a container's user without an entry in passwd
         raise ConfigError(f"the home folder is unknown ({error}); set HOME, data.root or FFDIST_DATA") from error

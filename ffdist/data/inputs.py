@@ -1,4 +1,4 @@
-"""Images that a finished network is to look at: files, folders and Parquet files, brought to its shape."""
+"""Input images for evaluation and inference, read from files, folders and Parquet files, in the network's shape."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,96 +10,88 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ffdist.config import ConfigError
-from ffdist.data.files import (
-    FORMAT,
-    Skipped,
-    and_skipped,
-    describe_skipped,
-    extension,
-    is_parquet,
-    list_files,
-    skip,
-)
-from ffdist.data.images import Sample, decode, is_grey, is_image, pixels
-from ffdist.data.parquet import has_images, open_table, rows
-from ffdist.paths import kind_of, printable
-from ffdist.screen import track
-from ffdist.sections import Data
+from ffdist.config.sections import Data
+from ffdist.console import track
+from ffdist.data.images import Sample, decode, is_grayscale, is_image, to_tensor
+from ffdist.data.listing import FORMAT, Skipped, describe_skipped, extension, is_parquet, list_files, skip, skip_suffix
+from ffdist.data.parquet import has_images, open_table, read_rows
+from ffdist.errors import ConfigError
+from ffdist.storage.paths import kind_of, printable
 
 
 class Inputs(NamedTuple):
-    """Images and where they stand."""
+    """Input images, with their labels if all of them are known."""
 
     images: Tensor
     """uint8 `[N, channels, height, width]`."""
     labels: Tensor | None
-    """True labels `[N]`, where all are known."""
-    places: list[str]
-    """A file, or a file and row."""
-    unlabelled: str = ""
-    """Where the first of them is whose label is not known, and what stands there."""
+    """int64 `[N]`, or None if any label is missing or invalid."""
+    locations: list[str]
+    """File, or file and row, of each image."""
+    label_problem: str = ""
+    """Why `labels` is None."""
     skipped: str = ""
-    """Which files of the folders were not read, and why."""
-    meaning: str = ""
-    """Where the labels stand, and what they are."""
+    """Files that were skipped, and why."""
+    label_source: str = ""
+    """Where the labels come from, for example "folder names (files: 10)"."""
 
 
 @dataclass
 class _Notes:
-    """What is found out while images are read."""
+    """Observations collected while images are read."""
 
     skipped: Skipped = field(default_factory=dict)
-    meanings: Counter[str] = field(default_factory=Counter)
-    """Number of files by what their labels are."""
-    problem: str = ""
-    """Why the first file without known labels has none."""
+    label_sources: Counter[str] = field(default_factory=Counter)
+    """Number of files by source of the labels."""
+    label_problem: str = ""
+    """Why the first file without usable labels has none."""
 
 
 def read_inputs(
     paths: Sequence[Path], config: Data, shape: tuple[int, int, int], classes: int, names: Sequence[str] = ()
 ) -> Inputs:
-    """Reads images and brings them to the shape that a network was trained on.
+    """Reads images and converts them to the shape that a network was trained on.
 
-    Where the shape is another, an image is resized as in training (`data.image_size`) or to the same proportions; grey
-    becomes colour, and colour that is grey in every pixel becomes grey.
+    Images of another size are resized if training resized them (`data.image_size`) or if the aspect ratio is the same.
+    Grayscale images are converted to color, and color images to grayscale if every pixel is gray.
 
     Args:
-        paths: Image files, Parquet files and folders of either. A folder that has one for each class, by its name where
-            classes have names, else by its number, and no images elsewhere, tells the labels. So does a column of a
-            Parquet file, called as in `config` or `label`, of names; or of numbers, where classes go by those.
-        config: Columns of Parquet files, and whether training resized.
+        paths: Image files, Parquet files and folders of either. Labels are the names of the top-level subfolders, if
+            all images are in subfolders named after a class (or its number, for classes without names). In a Parquet
+            file, they are the column named in `config` or `label`: class names, or numbers for classes without names.
+        config: Columns of Parquet files, and whether training resized images.
         shape: Channels, height and width.
-        classes: Number of them.
-        names: Theirs, where they have some.
+        classes: Number of classes.
+        names: Class names, or empty.
 
     Raises:
-        ConfigError: Names the file or row that cannot be brought to it, and the rule.
+        ConfigError: An image cannot be read or converted. The message names the file or row, and the rule.
     """
-    images, labels, places, notes = list[Tensor](), list[int | None](), list[str](), _Notes()
+    images, labels, locations, notes = list[Tensor](), list[int | None](), list[str](), _Notes()
     for sample in track(_samples(paths, config, classes, names, notes), "reading images"):
-        images.append(pixels(_fitted(decode(sample), sample.place, shape, resize=config.image_size is not None)))
+        image = _convert(decode(sample), sample.location, shape, resize=config.image_size is not None)
+        images.append(to_tensor(image))
         labels.append(sample.label)
-        places.append(sample.place)
+        locations.append(sample.location)
     if not images:
         raise ConfigError(
-            f"there must be an image to look at (none in: {', '.join(map(printable, paths))}"
-            f"{and_skipped(notes.skipped)})"
+            f"there must be an image to classify (none in: {', '.join(map(printable, paths))}"
+            f"{skip_suffix(notes.skipped)})"
         )
     skipped = describe_skipped(notes.skipped)
-    for place, label in zip(places, labels, strict=True):
+    for location, label in zip(locations, labels, strict=True):
         if not (isinstance(label, int) and 0 <= label < classes):
-            unlabelled = notes.problem or f"{place} has {'none' if label is None else repr(label)}"
-            return Inputs(torch.stack(images), None, places, unlabelled, skipped)
-    meaning = ", ".join(f"{meaning} (files: {count:,})" for meaning, count in notes.meanings.items())
-    return Inputs(torch.stack(images), torch.tensor(labels), places, skipped=skipped, meaning=meaning)
+            problem = f"{location} has {'no label' if label is None else f'label {label!r}'}"
+            return Inputs(torch.stack(images), None, locations, notes.label_problem or problem, skipped)
+    source = ", ".join(f"{source} (files: {count:,})" for source, count in notes.label_sources.items())
+    return Inputs(torch.stack(images), torch.tensor(labels), locations, skipped=skipped, label_source=source)
 
 
 def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
     """Writes columns to a Parquet file.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: The file cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -122,9 +114,7 @@ def _samples(
         elif kind == "file":
             yield Sample(path, None, printable(path))
         else:
-            raise ConfigError(
-                f"{printable(path)} must be an image, a Parquet file or a folder of either; there is none"
-            )
+            raise ConfigError(f"{printable(path)} must be an image, a Parquet file or a folder of either (not found)")
 
 
 def _samples_of_folder(
@@ -135,46 +125,46 @@ def _samples_of_folder(
     for table in tables:
         yield from _samples_of_table(table, config, names, notes)
     images = [(file, printable(file.relative_to(folder).parts[0])) for file in files if is_image(file)]
-    order = list(names) or _numbers(classes)
-    known = all(file.parent != folder and name in order for file, name in images)
-    if known and images:
-        notes.meanings["names of folders"] += len(images)
+    class_names = list(names) or _default_names(classes)
+    has_labels = all(file.parent != folder and name in class_names for file, name in images)
+    if has_labels and images:
+        notes.label_sources["folder names"] += len(images)
     for file, name in images:
-        yield Sample(file, order.index(name) if known else None, printable(file))
+        yield Sample(file, class_names.index(name) if has_labels else None, printable(file))
     skip(notes.skipped, FORMAT, *(extension(file) for file in files if not is_image(file) and file not in tables))
 
 
 def _samples_of_table(file: Path, config: Data, names: Sequence[str], notes: _Notes) -> Iterator[Sample]:
-    """Yields the samples of a Parquet file, without labels where it is not certain which column holds them or how."""
-    table, problem = open_table(file, config, labelled=False), ""
-    what = "numbers" if table.kind == "integers" and not (names and table.names) else "names"
+    """Yields the samples of a Parquet file, without labels if the label column or its encoding is ambiguous."""
+    table, problem = open_table(file, config, require_labels=False), ""
+    encoding = "numbers" if table.label_type == "integers" and not (names and table.names) else "names"
     if table.label is None:
-        problem = f"which column of {printable(file)} holds the labels is not known, of {sorted(table.columns)}"
-    elif what == "numbers" and names and list(names) != _numbers(len(names)):
-        problem = f"the column {table.label} of {printable(file)} holds numbers, and the classes have names"
+        problem = f"the label column of {printable(file)} is ambiguous (columns: {sorted(table.columns)})"
+    elif encoding == "numbers" and names and list(names) != _default_names(len(names)):
+        problem = f"the column {table.label} of {printable(file)} holds numbers, but the classes have names"
     else:
-        notes.meanings[f"column {table.label}, {what} of classes"] += 1
-    notes.problem = notes.problem or problem
-    yield from rows(table._replace(label=None) if problem else table, names)
+        notes.label_sources[f"column {table.label}, class {encoding}"] += 1
+    notes.label_problem = notes.label_problem or problem
+    yield from read_rows(table._replace(label=None) if problem else table, names)
 
 
-def _numbers(classes: int) -> list[str]:
-    """Returns the names of classes that have none."""
+def _default_names(classes: int) -> list[str]:
     return [str(number) for number in range(classes)]
 
 
-def _fitted(image: Image.Image, place: str, shape: tuple[int, int, int], *, resize: bool) -> Image.Image:
+def _convert(image: Image.Image, location: str, shape: tuple[int, int, int], *, resize: bool) -> Image.Image:
     channels, height, width = shape
-    if channels == 1 and not is_grey(image):
+    if channels == 1 and not is_grayscale(image):
         raise ConfigError(
-            f"{place}: the network was trained on grey images, and this one is in colour; write it in grey"
+            f"{location}: the network was trained on grayscale images, and this one is in color; convert it to "
+            f"grayscale"
         )
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size == (width, height):
         return image
     if not resize and image.width * height != image.height * width:
         raise ConfigError(
-            f"{place}: the network was trained on images of {height} x {width}, and this one, {image.height} x "
-            f"{image.width}, has other proportions; cut it to them"
+            f"{location}: the network was trained on images of {height} x {width}, and this one, {image.height} x "
+            f"{image.width}, has a different aspect ratio; crop it"
         )
     return image.resize((width, height), Image.Resampling.BILINEAR)

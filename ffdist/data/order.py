@@ -1,4 +1,4 @@
-"""Which sample is in which minibatch: pure arithmetic of the seed and the epoch."""
+"""Order of the training samples, a pure function of the seed and the epoch."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,51 +9,51 @@ from torch import Tensor
 from ffdist.ff.keyed import generator
 
 SHARD_SAMPLES = 5000
-"""Samples whose negatives are made together; fixed, because draws are keyed by the shard."""
+"""Samples per shard, for which negatives are generated together. Fixed, because random draws are keyed by shard."""
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The order of a training set.
+    """Order in which an epoch visits the training samples: a permutation, divided into minibatches.
 
-    An epoch is a permutation cut into whole minibatches; the rest that fills none is dropped, another rest each epoch.
+    The remainder that does not fill a minibatch is dropped. It differs from epoch to epoch.
     """
 
     seed: int
-    samples: int
+    num_samples: int
     """Size of the training set."""
     batch_size: int
 
     @property
-    def minibatches(self) -> int:
-        """Minibatches an epoch."""
-        return self.samples // self.batch_size
+    def num_minibatches(self) -> int:
+        """Number of minibatches per epoch."""
+        return self.num_samples // self.batch_size
 
     def indices(self, epoch: int, first: int, count: int) -> Tensor:
-        """Returns the samples of `count` minibatches from minibatch `first` of an epoch on `[count, B]`, int64."""
+        """Returns the samples of minibatches `[first, first + count)` of an epoch, int64 `[count, B]`."""
         start = first * self.batch_size
         return self.permutation(epoch)[start : start + count * self.batch_size].view(count, -1)
 
     def permutation(self, epoch: int) -> Tensor:
-        """Returns the whole order of an epoch `[samples]`, int64; never to be written to."""
-        return _permutation(self.seed, epoch, self.samples)
+        """Returns all samples in the order of an epoch, int64 `[num_samples]`. Do not modify it: it is cached."""
+        return _permutation(self.seed, epoch, self.num_samples)
 
     def shards(self, first: int, count: int) -> range:
-        """Returns the numbers of the shards in which `count` minibatches from minibatch `first` of an epoch on lie."""
+        """Returns the numbers of the shards that contain minibatches `[first, first + count)` of an epoch."""
         start, stop = first * self.batch_size, (first + count) * self.batch_size
         return range(start // SHARD_SAMPLES, -(-stop // SHARD_SAMPLES))
 
     def shard(self, epoch: int, number: int) -> Tensor:
-        """Returns the samples of a shard `[n]`: `SHARD_SAMPLES` consecutive ones of the epoch's order, or the rest."""
+        """Returns the samples of a shard, int64 `[n]` with n = `SHARD_SAMPLES`, or fewer for the last shard."""
         return self.permutation(epoch)[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES]
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, samples: int) -> Tensor:
-    return torch.randperm(samples, generator=generator(seed, "order", epoch))
+def _permutation(seed: int, epoch: int, num_samples: int) -> Tensor:
+    return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
 
 
-def split(seed: int, samples: int, held_out: int) -> tuple[Tensor, Tensor]:
-    """Parts a training set in two by the seed: `[samples - held_out]` to train on and `[held_out]`, both ascending."""
-    shuffled = torch.randperm(samples, generator=generator(seed, "split"))
-    return shuffled[held_out:].sort().values, shuffled[:held_out].sort().values
+def split(seed: int, num_samples: int, num_validation: int) -> tuple[Tensor, Tensor]:
+    """Splits the samples at random. Returns the sorted indices of the training and the validation samples, int64."""
+    shuffled = torch.randperm(num_samples, generator=generator(seed, "split"))
+    return shuffled[num_validation:].sort().values, shuffled[:num_validation].sort().values

@@ -1,3 +1,3 @@
 """The Forward-Forward algorithm, with torch alone."""
 
-MOST_CLASSES = 256
+MAX_CLASSES = 256

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, squared_length
 from ffdist.ff.losses import LOSSES
-from ffdist.ff.update import LAYER_UPDATE, Learner, Update
+from ffdist.ff.optimizers import LAYER_UPDATE, Learner, Update
 
 MEASURED = ("active_fraction", "weight_rms")
 """What takes a pass over all activities or weights, and so is only measured now and then."""
@@ -35,8 +35,8 @@ class Rule:
     """Sharpness of the loss, which is taken of `alpha` times the margin."""
     alternating: bool = False
     """Whether positive and negative rows make an update each, one after the other, in place of one of both."""
-    repeats: int = 1
-    """Times that a minibatch is learned from before the next."""
+    updates_per_minibatch: int = 1
+    """Number of updates on a minibatch before the next one."""
     peer_strength: float = 0.03
     """Pull of each unit's mean activity towards the mean of the layer, which revives dead units; 0 turns it off."""
     update: Update = LAYER_UPDATE
@@ -177,7 +177,7 @@ class Layer(Learner, ABC):
         *,
         batch: int,
         negatives: int = 1,
-        gain: float | None = 1.0,
+        lr_scale: float | None = 1.0,
         measure: bool = False,
     ) -> tuple[Passed, Tensor]:
         """Passes a minibatch on and learns from it, all passes at the same weights.
@@ -187,7 +187,7 @@ class Layer(Learner, ABC):
                 Those others, such as the neutral ones, only pass.
             batch: Number of samples B.
             negatives: Negative rows of each sample; each weighs its share of one.
-            gain: Factor on the learning rate; None leaves the layer as it is.
+            lr_scale: Factor on the learning rate; None leaves the layer as it is.
             measure: Whether to take MEASURED as well.
 
         Returns:
@@ -212,8 +212,8 @@ class Layer(Learner, ABC):
                 self.weight.square().mean().sqrt() if measure else unmeasured,
             )
         ).float()
-        if gain is not None:
-            self._learn(inputs, look, pull, batch, gain)
+        if lr_scale is not None:
+            self._learn(inputs, look, pull, batch, lr_scale)
         return passed, metrics
 
     def _loss(self, goodness: Tensor, batch: int) -> tuple[Tensor, Tensor]:
@@ -225,7 +225,7 @@ class Layer(Learner, ABC):
             pull[batch:] /= len(pull) // batch - 1
         return loss, pull
 
-    def _learn(self, inputs: Tensor, look: _Look, pull: Tensor, batch: int, gain: float) -> None:
+    def _learn(self, inputs: Tensor, look: _Look, pull: Tensor, batch: int, lr_scale: float) -> None:
         """Makes the updates of a minibatch, the first by what was seen already.
 
         The gradient with respect to the total input is that of the loss by way of the goodness (on positive rows
@@ -233,7 +233,7 @@ class Layer(Learner, ABC):
         the ReLU does not stop; of the mean over samples.
         """
         turns = [slice(0, batch), slice(batch, None)] if self.rule.alternating else [slice(0, None)]
-        for number, turn in enumerate(turns * self.rule.repeats):
+        for number, turn in enumerate(turns * self.rule.updates_per_minibatch):
             if number:
                 look = self._look(self._activity(inputs))
                 _, pull = self._loss(look.goodness, batch)
@@ -243,7 +243,7 @@ class Layer(Learner, ABC):
                 strength = self.rule.peer_strength / batch
                 direction[:batch] += strength * (self.mean_activity.mean() - self.mean_activity)
             gradient = self._gradient(direction.to(self.compute_dtype), inputs[turn])
-            self.ascend(gradient, direction.sum(0), gain=gain, copy=self._copy)
+            self.ascend(gradient, direction.sum(0), lr_scale=lr_scale, copy=self._copy)
             self._renew()
             self._copied_version = self._weight_version
 

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffdist.ff import MOST_CLASSES
+from ffdist.ff import MAX_CLASSES
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.goodness import NORMALIZATIONS, squared_length
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import LABELS, neutral, one_hot
 from ffdist.ff.layers import RELEASE, Dense, Layer, Rule
 from ffdist.ff.local import Fields, Local, Map
+from ffdist.ff.optimizers import READOUT_UPDATE, Update
 from ffdist.ff.readout import Readout
-from ffdist.ff.update import READOUT_UPDATE, Update
 
 ROWS = 4000
 """Rows that pass through the layers together when it predicts."""
@@ -36,8 +36,8 @@ class Architecture:
     """How the input shows the label, a key of `LABELS`, or `none`."""
     label_scale: float = 1.0
     """Value that stands for the label, as pixels count from 0 to 1."""
-    center: bool = False
-    """Whether every image's mean is taken off its pixels."""
+    subtract_mean: bool = False
+    """Whether to subtract each image's own mean."""
     predict_from: int = 2
     """First layer, counted from 1, that goodness and readout look at when they predict."""
     seed: int = 0
@@ -87,8 +87,8 @@ class Architecture:
             )
         if self.label not in (*LABELS, "none"):
             raise ValueError(f"label must be one of {', '.join(LABELS)}, none (label: {self.label})")
-        if not 1 <= self.classes <= MOST_CLASSES:
-            raise ValueError(f"classes must be from 1 to {MOST_CLASSES} (classes: {self.classes})")
+        if not 1 <= self.classes <= MAX_CLASSES:
+            raise ValueError(f"classes must be from 1 to {MAX_CLASSES} (classes: {self.classes})")
         if not set(self.untrained) < set(range(self.classes)):
             raise ValueError(f"untrained must be some of the {self.classes} classes (untrained: {self.untrained})")
         if self.precision not in ("float32", "bfloat16"):
@@ -204,7 +204,7 @@ class Architecture:
             Normalized rows `[..., D']`, in the compute type.
         """
         rows = images.to(torch.float32) / 255
-        if self.center:  # of whole numbers, whose sum is the same in any order
+        if self.subtract_mean:  # of whole numbers, whose sum is the same in any order
             rows = rows - images.sum(-1, keepdim=True) / (255 * self.pixels)
         if values is not None:
             rows = LABELS[self.label](rows, values * self.label_scale)
@@ -286,11 +286,11 @@ class Network(nn.Module):
 
     def goodness(self, rows: Tensor) -> Tensor:
         """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`."""
-        found = []
+        goodness_of_layers = []
         for layer in self.layers:
             rows, goodness = layer(rows)
-            found.append(goodness)
-        return torch.stack(found)
+            goodness_of_layers.append(goodness)
+        return torch.stack(goodness_of_layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the readout's logits `[B, C]` for uint8 images `[B, D]`, from one pass without a claim."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffdist.ff.update import READOUT_UPDATE, Learner, Update
+from ffdist.ff.optimizers import READOUT_UPDATE, Learner, Update
 
 FITTED = 1e-5
 """Slope of the cross-entropy, in nats, at which a fit is done."""
@@ -31,13 +31,15 @@ class Readout(Learner):
     def _rows(self, activities: list[Tensor]) -> Tensor:
         return torch.cat(activities, -1).to(self.weight.dtype)
 
-    def train_minibatch(self, activities: list[Tensor], labels: Tensor, *, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    def train_minibatch(
+        self, activities: list[Tensor], labels: Tensor, *, lr_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Makes one update on the cross-entropy.
 
         Args:
             activities: Normalized neutral activities `[B, H]` of each read layer, lowest first.
             labels: True labels `[B]`, int64.
-            gain: Factor on the learning rate.
+            lr_scale: Factor on the learning rate.
 
         Returns:
             The logits `[B, C]`; and loss in nats and error in [0, 1] `[2]`, float32; all before the update.
@@ -46,7 +48,7 @@ class Readout(Learner):
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
         direction = (F.one_hot(labels, len(self.bias)) - logits.softmax(1)) / len(rows)
-        self.ascend(direction.t() @ rows, direction.sum(0), gain=gain)
+        self.ascend(direction.t() @ rows, direction.sum(0), lr_scale=lr_scale)
         return logits, metrics
 
     def fit(

@@ -1,1 +1,4 @@
-"""The shape of the computation: which stage holds which layers, what travels, in which order."""
+"""The computation of a run: schedule, stages, what travels between them, and the serial runner.
+
+Takes plain values, not configurations, and works where only torch is installed: no ray, no mlflow.
+"""

@@ -1,4 +1,4 @@
-"""The reference: the same layers, data and order, trained end to end by backpropagation, in one process."""
+"""Backpropagation as a baseline: the same layers, data and order, trained end to end in one process."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from ffdist.ff.layers import METRICS, Layer
 from ffdist.ff.network import Network
-from ffdist.ff.update import Learner
+from ffdist.ff.optimizers import Learner
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.hardware import read_hardware
-from ffdist.pipeline.runner import Evaluated, Result, Trained
-from ffdist.pipeline.schedule import Evaluate, Order, Train
+from ffdist.pipeline.runner import Evaluated, Event, SnapshotTaken, Trained
+from ffdist.pipeline.schedule import Command, Evaluate, Train
 from ffdist.pipeline.source import Source
 from ffdist.pipeline.stage import Report, State, layer_name, state_of
 
 
 class Backpropagation:
-    """Does what a runner does, with one network that learns as a whole.
+    """A pipeline that trains the whole network by backpropagation.
 
-    It reads what the readout's pass reads, images with the neutral label or none. Activities are normalized between
-    layers, and the readout sees the same layers as ever; its cross-entropy teaches them all, layers by their update
-    rule and the readout by its own.
+    Its input is that of the readout pass: images with the neutral label, or without a label. Activities are normalized
+    between layers, and the readout reads the same layers. All parameters follow the gradient of its cross-entropy, by
+    the update rule of the layers or of the readout.
 
     Args:
-        blueprint: What the network and its data are.
+        blueprint: Describes the network and its data.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
         writer: Has `write(snapshot, *states)`.
@@ -45,41 +45,41 @@ class Backpropagation:
         self._order, self._images, self._labels, self._writer = blueprint.order, images, labels, writer
 
     def restore(self, state: State) -> None:
-        """Takes up where a snapshot was taken."""
+        """Restores the state of a snapshot."""
         for index, layer in enumerate(self._network.layers):
             layer.load_state_dict(state[layer_name(index)])
         self._network.readout.load_state_dict(state["readout"])
 
-    def run(self, orders: Iterable[Order], coming: Iterable[Order] = ()) -> Iterator[tuple[Order, Result]]:
-        """Yields every order with its result, as `Runner.run` does; layers report nothing, and no label is tried."""
-        for order in orders:
-            if isinstance(order, Train):
-                yield order, self._train(order)
-            elif isinstance(order, Evaluate):
-                images = self._images[order.split][order.first : order.first + order.num_samples]
-                none = torch.empty(len(self._network.layers), len(images), 0)
+    def run(self, commands: Iterable[Command], upcoming: Iterable[Command] = ()) -> Iterator[Event]:
+        """Yields the result of each command, as `Runner.run` does; layers report nothing, and no label is tried."""
+        for command in commands:
+            if isinstance(command, Train):
+                yield self._train(command)
+            elif isinstance(command, Evaluate):
+                images = self._images[command.split][command.first : command.first + command.num_samples]
+                no_goodness = torch.empty(len(self._network.layers), len(images), 0)
                 rows = self._network.architecture.neutral_rows(images)
-                yield order, Evaluated([none], self._logits(rows).argmax(-1).cpu())
+                yield Evaluated(command, [no_goodness], self._logits(rows).argmax(-1).cpu())
             else:
-                written = self._writer.write(order, self._state())
-                yield order, lambda wait, written=written: written  # type: ignore[misc]
+                written = self._writer.write(command, self._state())
+                yield SnapshotTaken(command, lambda wait, written=written: written)  # type: ignore[misc]
 
     def _train(self, chunk: Train) -> Trained:
         start = time.perf_counter()
         labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
         metrics = torch.stack(
             [
-                self._train_minibatch(rows, of.to(self._device), chunk.gain)
+                self._train_minibatch(rows, of.to(self._device), chunk.lr_scale)
                 for rows, of in zip(self._source.read(chunk), labels, strict=True)
             ]
         ).cpu()
         self._refresh()
-        took_s = time.perf_counter() - start
-        of_layers = torch.empty(chunk.num_minibatches, 0, len(METRICS))
-        return Trained([Report(of_layers, took_s, 0.0)], Report(metrics, took_s, 0.0))
+        compute_s = time.perf_counter() - start
+        no_metrics = torch.empty(chunk.num_minibatches, 0, len(METRICS))
+        return Trained(chunk, [Report(no_metrics, compute_s, 0.0)], Report(metrics, compute_s, 0.0))
 
-    def _train_minibatch(self, rows: Tensor, labels: Tensor, gain: float) -> Tensor:
-        """Makes one update and returns loss and error before it `[2]`."""
+    def _train_minibatch(self, rows: Tensor, labels: Tensor, lr_scale: float) -> Tensor:
+        """Makes one update; returns loss and error before it `[2]`."""
         self._network.requires_grad_()
         self._refresh()
         logits = self._logits(rows)
@@ -88,7 +88,7 @@ class Backpropagation:
         gradients = iter(torch.autograd.grad(-loss, parameters))
         self._network.requires_grad_(False)
         for learner in self._learners:
-            learner.ascend(next(gradients), next(gradients), gain=gain)  # the loss is a mean
+            learner.ascend(next(gradients), next(gradients), lr_scale=lr_scale)  # the loss is a mean
         return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
 
     def _logits(self, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What decides the parts of a run, and how much travels between them at once."""
+"""The description of a run's actors, and how much travels between them at once."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
@@ -11,17 +11,20 @@ from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
 LABEL_BYTES = 8
-UNWRITTEN = 2
-"""Most snapshots that are taken and not yet written."""
-SPARE = 3
-"""Chunks under way beside one for each stage: in the readout, and on their way."""
-CHUNK, CHUNK_S, CHUNK_BYTES = 20, 0.35, 2**25
-"""Minibatches of a chunk whose costs are not known; the time that one is to take of the slowest stage, so that calls
-and their messages take little beside it; and the most that it may fill of a message."""
+MAX_UNWRITTEN = 2
+"""Largest number of snapshots that are taken and not yet written."""
+SPARE_CHUNKS = 3
+"""Chunks in flight in addition to one per stage: in the readout, and in transfer."""
+DEFAULT_CHUNK = 20
+"""Minibatches per chunk if costs are not measured."""
+CHUNK_S = 0.35
+"""Time that the slowest stage should take for a chunk, so that the overhead of calls and messages is small."""
+MAX_CHUNK_BYTES = 2**25
+"""Largest message of a chunk."""
 
 
-class Parts(NamedTuple):
-    """What a run consists of; plain objects or actors that hold them."""
+class Actors(NamedTuple):
+    """The actors of a run: Ray actors, or plain objects of the same classes."""
 
     negatives: list[Any]
     stages: list[Any]
@@ -31,25 +34,26 @@ class Parts(NamedTuple):
 
 
 class Blueprint(NamedTuple):
-    """What decides the parts, apart from the data."""
+    """Describes the actors of a run, apart from the data."""
 
     architecture: Architecture
     order: SampleOrder
     negatives: NegativePlan
     jitter: int
-    """Most pixels that a training image is shifted in either direction."""
+    """Largest shift of a training image in each direction, in pixels."""
     stage_layers: list[range]
+    """Layers of each stage, counted from 0."""
     measure_every: int
-    """Minibatches between two in which MEASURED is."""
+    """Interval of the minibatches in which MEASURED is measured."""
     device: str
-    """Where layers and readout live, as torch names it."""
+    """Device of layers and readout, as torch names it."""
 
-    chunk_size: int = CHUNK
-    """Most minibatches that travel together."""
+    chunk_size: int = DEFAULT_CHUNK
+    """Largest number of minibatches in a chunk."""
     max_in_flight: int = 1
-    """Orders under way at once."""
+    """Number of commands in flight."""
 
-    def paced(
+    def with_pace(
         self,
         chunk_size: int | Literal["auto"],
         max_in_flight: int | Literal["auto"],
@@ -57,28 +61,28 @@ class Blueprint(NamedTuple):
         minibatch_s: float | None = None,
         most: int | None = None,
     ) -> "Blueprint":
-        """Decides how much travels at once; none of it changes a result.
+        """Returns a blueprint with a chunk size and a number of commands in flight. Neither changes a result.
 
         Args:
-            chunk_size: Minibatches of a chunk; `auto`: what takes the slowest stage CHUNK_S.
-            max_in_flight: Orders under way at once; `auto`: as many as keep every stage busy.
-            minibatch_s: Time that the slowest stage takes for a minibatch, where it is known.
-            most: Minibatches that `auto` may not exceed.
+            chunk_size: Minibatches per chunk; `auto`: so many that the slowest stage takes CHUNK_S.
+            max_in_flight: Commands in flight; `auto`: enough to keep every stage busy.
+            minibatch_s: Time that the slowest stage takes for a minibatch, if it is known.
+            most: Upper bound of `auto`, in minibatches.
         """
-        delay, busy = self.negatives.prediction_delay, len(self.stage_layers) + SPARE
-        wanted = round(CHUNK_S / minibatch_s) if minibatch_s else CHUNK
+        delay, busy = self.negatives.prediction_delay, len(self.stage_layers) + SPARE_CHUNKS
+        wanted = round(CHUNK_S / minibatch_s) if minibatch_s else DEFAULT_CHUNK
         limits = (
             most or wanted,
             delay // busy if delay else wanted,
-            CHUNK_BYTES // max(self.bytes_out(layers) for layers in self.stage_layers),
+            MAX_CHUNK_BYTES // max(self.bytes_out(layers) for layers in self.stage_layers),
         )
         size = max(1, min(wanted, *limits)) if chunk_size == "auto" else chunk_size
-        size, window = min(size, self.order.minibatches), busy if max_in_flight == "auto" else max_in_flight
-        # No order waits for labels that are drawn in one under way.
+        size, window = min(size, self.order.num_minibatches), busy if max_in_flight == "auto" else max_in_flight
+        # No command waits for labels that are drawn by one in flight.
         return self._replace(chunk_size=size, max_in_flight=min(window, delay // size) if delay else window)
 
     def bytes_out(self, layers: Sequence[int]) -> int:
-        """Returns the bytes of a minibatch that a stage passes on: to the next one, and to the readout."""
+        """Returns the bytes of a minibatch that a stage sends to the next stage and to the readout."""
         architecture, last = self.architecture, layers[-1]
         is_last = last + 1 == len(architecture.layers)
         rows = self.negatives.per_sample + architecture.labels_shown
@@ -87,53 +91,56 @@ class Blueprint(NamedTuple):
         return values * self.order.batch_size * architecture.compute_dtype.itemsize
 
     def _is_read(self, layer: int, layers: Sequence[int]) -> bool:
-        """Says whether the rows that the readout reads leave a stage above one of its layers."""
-        goes_on = layer == layers[-1] and layer + 1 < len(self.architecture.layers)
-        return goes_on or layer + 1 >= self.architecture.predict_from
+        """Returns whether a stage sends the rows of the readout pass after this layer."""
+        is_sent_on = layer == layers[-1] and layer + 1 < len(self.architecture.layers)
+        return is_sent_on or layer + 1 >= self.architecture.predict_from
 
     @property
     def bytes_in_flight(self) -> int:
-        """Upper bound of the messages and states in the object store while the window is full, with two snapshots."""
+        """Upper bound of messages and states in the object store: all commands in flight, and two snapshots."""
         architecture, order, negatives = self.architecture, self.order, self.negatives
         chunk, block = order.batch_size * self.chunk_size, evaluation_block(architecture)
         signals = chunk * (negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS - block
         read = [layer for layers in self.stage_layers for layer in layers if self._is_read(layer, layers)]
         read_values = sum(architecture.widths[1 + layer] for layer in read)
         widest = max((architecture.widths[1 + layers[-1]] for layers in self.stage_layers[:-1]), default=0)
-        # What the readout reads waits for the last layer; the signal is in two places at most.
+        # The readout's rows wait for the last layer; at most two copies of the signal exist.
         values = max(
             samples * read_values + 2 * signal * widest for samples, signal in zip((chunk, block), signals, strict=True)
         )
         messages = self.max_in_flight * values * architecture.compute_dtype.itemsize
-        ahead = (self.max_in_flight + negatives.ahead) * chunk
-        made = (ahead + 2 * min(SHARD_SAMPLES, order.samples)) * negatives.sample_bytes  # whole shards at both ends
-        drawn = LABEL_BYTES * (order.samples + order.batch_size * (negatives.prediction_delay or 0))
-        return messages + made + drawn + UNWRITTEN * self.state_bytes
+        prefetched = (self.max_in_flight + negatives.prefetch_chunks) * chunk
+        stored = (
+            prefetched + 2 * min(SHARD_SAMPLES, order.num_samples)
+        ) * negatives.sample_bytes  # whole shards at both ends
+        drawn = LABEL_BYTES * (order.num_samples + order.batch_size * (negatives.prediction_delay or 0))
+        return messages + stored + drawn + MAX_UNWRITTEN * self.state_bytes
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of everything that layers and readout keep, as a snapshot takes it."""
+        """Bytes of the state of all layers and the readout."""
         return sum(self.architecture.state_bytes)
 
-    def assemble(self, make: Callable[..., Any], images: Any, labels: Any, writer: Any) -> Parts:
-        """Makes all parts: the stages in order, the readout, the negatives.
+    def assemble(self, make: Callable[..., Any], images: Any, labels: Any, writer: Any) -> Actors:
+        """Creates all actors: the stages in order, the readout, the negatives.
 
         Args:
-            make: Makes an object of a class from its arguments, or an actor that holds one.
+            make: Creates an object of a class from its arguments, or an actor of it.
             images: uint8 images of each split, or a reference to them.
             labels: Labels of the training set, or a reference to them.
-            writer: Of snapshots.
+            writer: Writes snapshots.
         """
         architecture, order, negatives = self.architecture, self.order, self.negatives
         source = (negatives, self.jitter, images, labels)
-        return Parts(
+        return Actors(
             stages=[
                 make(Stage, architecture, layers, order, self.measure_every, self.device, *first)
                 for layers, first in zip(self.stage_layers, chain([source], repeat(())), strict=False)
             ],
             readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay), self.device),
             negatives=[
-                make(NegativeSource, negatives, images, labels, architecture, order) for _ in range(negatives.num_parts)
+                make(NegativeSource, negatives, images, labels, architecture, order)
+                for _ in range(negatives.num_actors)
             ],
             writer=writer,
         )

@@ -1,4 +1,4 @@
-"""What the parts of a run cost on this machine, and the throughput to expect from that."""
+"""Measured costs of the actors of a run, and the throughput predicted from them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,27 +18,26 @@ from ffdist.pipeline.source import NegativeSource, Shard
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
 SIZE = {"cpu": 1, "cuda": 40}
-"""Minibatches of a chunk that is measured; on a GPU, enough for copies to overlap with computation."""
-MOST, PART_S, LIMIT_S = 64, 0.25, 10.0
-"""Most chunks of a part, the time after which a part is done, and the time after which no other layer is begun."""
+"""Minibatches per measured chunk; on a GPU, enough for copies to overlap with computation."""
+MAX_CHUNKS, MAX_ACTOR_S, LIMIT_S = 64, 0.25, 10.0
+"""Largest number of chunks and time per actor, and the time after which no further layer is measured."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
-"""Processor time of an actor's call, in all processes of driver and Ray, and of a byte that goes from one actor to the
-next; measured with Ray 2.60."""
+"""CPU time of a call of an actor, summed over driver and Ray, and of a byte sent to the next actor (Ray 2.60)."""
 
 
 class Costs(NamedTuple):
-    """Time that a minibatch takes in each part, in seconds."""
+    """Time of a minibatch in each actor, in seconds."""
 
     layers: list[float]
-    """Of each layer; making the rows is part of the first."""
+    """Of each layer; the first includes making the input rows."""
     readout: float
     negatives: float
     device: str
-    """Where layers and readout were."""
+    """Device of layers and readout."""
 
 
 class Sample(NamedTuple):
-    """A few minibatches of a run on which its layers are measured, small enough to send to another process."""
+    """A few minibatches of a run for measuring its layers, small enough to send to another process."""
 
     blueprint: Blueprint
     images: Tensor
@@ -46,16 +45,16 @@ class Sample(NamedTuple):
     labels: Tensor
     """`[n]`, int64."""
     negatives: Tensor
-    """As the kind returns them `[n, ...]`."""
+    """As their kind returns them `[n, ...]`."""
     negatives_s: float
-    """Time that those of a minibatch took."""
+    """Time to make the negatives of a minibatch."""
 
 
 def draw_sample(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Sample:
-    """Returns the first samples of a training set, with negatives that are measured as they are made.
+    """Returns the first samples of a training set with their negatives, and measures the time to make these.
 
     Args:
-        blueprint: Of the run, whatever its stages.
+        blueprint: Of the run; its stages do not matter.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
     """
@@ -64,10 +63,10 @@ def draw_sample(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor)
     since = time.thread_time()
     negatives = source.make(0, 0).negatives
     negatives_s = (time.thread_time() - since) * order.batch_size / len(negatives)
-    count = order.batch_size * min(SIZE[blueprint.device], order.minibatches)
+    count = order.batch_size * min(SIZE[blueprint.device], order.num_minibatches)
     blueprint = blueprint._replace(order=SampleOrder(order.seed, count, order.batch_size), negatives=plan)
     negatives = negatives[torch.arange(count) % len(negatives)]
-    # Cloned, because a view is sent with all that it is a view of.
+    # Cloned, because a view would be sent with its whole base tensor.
     return Sample(blueprint, images["train"][:count].clone(), labels[:count].clone(), negatives, negatives_s)
 
 
@@ -126,48 +125,48 @@ def _readout_s(sample: Sample) -> float:
 
 
 def _values(blueprint: Blueprint, rows: int, width: int) -> Tensor:
-    """Returns numbers in place of activities, for every minibatch of the sample `[K, rows, width]`."""
-    draw = generator(blueprint.order.seed, "costs")
-    values = torch.rand(blueprint.order.minibatches, rows, width, generator=draw)
+    """Returns random activities for every minibatch of the sample `[K, rows, width]`."""
+    source = generator(blueprint.order.seed, "costs")
+    values = torch.rand(blueprint.order.num_minibatches, rows, width, generator=source)
     return values.to(blueprint.architecture.compute_dtype)
 
 
 def _minibatch_s(train: Callable[[Train], Any], blueprint: Blueprint) -> float:
-    """Returns the time of a minibatch of a part, of whose chunks `train` returns the report."""
-    size, took, start = blueprint.order.minibatches, list[float](), time.perf_counter()
-    for number in range(MOST):
+    """Returns the time of a minibatch; `train` trains on a chunk and returns the report."""
+    size, times, start = blueprint.order.num_minibatches, list[float](), time.perf_counter()
+    for number in range(MAX_CHUNKS):
         since, worked_since = time.perf_counter(), time.thread_time()
         report = train(Train(number, 0, size, number * size, 1.0))
-        # Of the time on a processor: others, such as a Ray that starts, take turns with this thread.
+        # CPU time only: other processes, such as a starting Ray, may run in between.
         worked, elapsed = time.thread_time() - worked_since, time.perf_counter() - since
-        took.append(report.compute_s / size * (worked / elapsed if blueprint.device == "cpu" else 1.0))
-        if time.perf_counter() - start > PART_S:
+        times.append(report.compute_s / size * (worked / elapsed if blueprint.device == "cpu" else 1.0))
+        if time.perf_counter() - start > MAX_ACTOR_S:
             break
-    return median(took[1:] or took)  # the first warms up
+    return median(times[1:] or times)  # the first warms up
 
 
 def slowest_stage_s(costs: Costs, stage_layers: Sequence[Sequence[int]]) -> float:
-    """Returns the time that the slowest of these stages takes for a minibatch."""
+    """Returns the time of a minibatch in the slowest of these stages."""
     return max(sum(costs.layers[layer] for layer in layers) for layers in stage_layers)
 
 
 def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: int | None) -> float:
-    """Returns the throughput that the slowest part allows, or all that share the processors, or the GPUs.
+    """Returns the throughput allowed by the slowest actor, or by the CPUs or GPUs that the actors share.
 
     Args:
-        costs: Of the parts.
-        blueprint: How layers are cut into stages, and how many minibatches travel together.
-        processors: Of the kind that the stages compute on, each for one thread; None where all is done in turn.
+        costs: Of the actors.
+        blueprint: Assignment of layers to stages, and chunk size.
+        processors: Number of CPUs for one thread each, or of GPUs; None for a serial run.
     """
     batch, stages, call_s = blueprint.order.batch_size, blueprint.stage_layers, CALL_S / blueprint.chunk_size
     trained_s = sum(costs.layers) + costs.readout
     if processors is None:
         return batch / (trained_s + costs.negatives)
-    travels_s = [BYTE_S * blueprint.bytes_out(layers) for layers in stages]
+    transfer_s = [BYTE_S * blueprint.bytes_out(layers) for layers in stages]
     if costs.device == "cpu":
-        shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(travels_s)
+        shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(transfer_s)
         return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
-    # There are processors beside the GPUs for what is packed, and for negatives.
-    packed_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, travels_s, strict=True))
-    negatives_s = costs.negatives / blueprint.negatives.num_parts
-    return batch / max(packed_s + call_s, trained_s / processors, negatives_s)
+    # Serialization and negatives run on CPUs beside the GPUs.
+    slowest_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, transfer_s, strict=True))
+    negatives_s = costs.negatives / blueprint.negatives.num_actors
+    return batch / max(slowest_s + call_s, trained_s / processors, negatives_s)

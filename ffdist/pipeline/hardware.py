@@ -1,4 +1,4 @@
-"""What the last bits of a process's results depend on, and which precision its device multiplies faster."""
+"""The hardware and libraries that determine the last bits of results, and the speed of matrix products."""
 
 import os
 import platform
@@ -11,12 +11,12 @@ from statistics import median
 import torch
 
 SIZE = {"cpu": 512, "cuda": 2048}
-"""Sides of the matrices that are multiplied. Between smaller ones the overhead of calls decides."""
-MIN_ROUNDS, ENOUGH_S = 5, 0.1
+"""Sides of the matrices that are multiplied. With smaller ones, the overhead of calls dominates."""
+MIN_ROUNDS, MIN_MEASURED_S = 5, 0.1
 
 
 Hardware = dict[str, str | int]
-"""What the last bits of a process's results depend on, by name."""
+"""What determines the last bits of a process's results, by name."""
 
 VARIABLES = (
     *("ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
@@ -26,10 +26,10 @@ VARIABLES = (
 
 
 def read_hardware(device: str) -> Hardware:
-    """Returns what the last bits of this process's results depend on.
+    """Returns what determines the last bits of this process's results.
 
     Args:
-        device: Where it computes, as torch names it.
+        device: Device of the computation, as torch names it.
     """
     variables = " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
     hardware: Hardware = {
@@ -46,7 +46,7 @@ def read_hardware(device: str) -> Hardware:
     return hardware
 
 
-def hardware_of_parts(
+def hardware_of_actors(
     stage_layers: Sequence[range], stages: Sequence[Hardware], readout: Hardware, negatives: Sequence[Hardware]
 ) -> dict[str, Hardware]:
     """Returns the hardware of a run by layer, readout and negative actor, whatever the number of stages.
@@ -92,23 +92,23 @@ def device_name(device: str) -> str:
 def bfloat16_speedup(device: str) -> float:
     """Measures how many times faster matrix products are in bfloat16 than in float32, with torch's current threads.
 
-    Both take turns, and the median of their ratios counts. On a CPU, only the time in which this thread runs counts:
-    other processes, and other threads that hold Python's global lock, take turns with it.
+    Both are measured alternately, and the result is the median of their ratios. On a CPU, only the CPU time of this
+    thread counts, because other processes and threads may run in between.
 
     Args:
-        device: Where to measure, as torch names it.
+        device: Device to measure, as torch names it.
     """
     size, clock = SIZE[device], time.thread_time if device == "cpu" else time.perf_counter
-    draw = torch.Generator().manual_seed(0)  # its own, because the caller's random numbers must stay as they are
+    draw = torch.Generator().manual_seed(0)  # so that the global generator is not changed
     operands = torch.rand(2, size, size, generator=draw).to(device)
     ratios, start = list[float](), clock()
-    while len(ratios) <= MIN_ROUNDS or clock() - start < ENOUGH_S:
-        took = []
+    while len(ratios) <= MIN_ROUNDS or clock() - start < MIN_MEASURED_S:
+        times = []
         for x, w in (operands, operands.bfloat16()):
             since = clock()
             _ = (x @ w.mT).mT @ x  # the layout of a layer's output and of a gradient of its weight
             if device == "cuda":
                 torch.cuda.synchronize()
-            took.append(clock() - since)
-        ratios.append(took[0] / took[1])
+            times.append(clock() - since)
+        ratios.append(times[0] / times[1])
     return median(ratios[1:])  # the first warms up

@@ -1,22 +1,22 @@
-"""Which layers make a stage."""
+"""Assignment of layers to stages."""
 
 from collections.abc import Sequence
 from itertools import accumulate
 
 
 def partition(costs: Sequence[float], stages: int) -> list[range]:
-    """Cuts layers into contiguous stages so that the slowest stage is as fast as can be.
+    """Splits layers into contiguous stages so that the slowest stage is as fast as possible.
 
     Args:
-        costs: Work of each layer, in any unit, such as its number of weights.
+        costs: Cost of each layer, in any unit, such as its number of weights.
         stages: Number of stages, from 1 to the number of layers.
 
     Returns:
-        The layers of each stage, counted from 0, none empty; of equally good cuts the one with the earliest ends.
+        The layers of each stage, counted from 0; no stage is empty. Ties are resolved in favor of early ends.
     """
-    assert 1 <= stages <= len(costs), "the configuration holds this"
+    assert 1 <= stages <= len(costs), "checked by the configuration"
     total = [0.0, *accumulate(costs)]
-    # best[end]: slowest stage and ends of the cut of the first `end` layers, for the number of stages so far
+    # best[end]: slowest stage and stage ends for the first `end` layers, with the number of stages so far
     best = {end: (total[end], [end]) for end in range(1, len(costs) + 1)}
     for stage in range(2, stages + 1):
         best = {
@@ -29,8 +29,8 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     return _ranges(best[len(costs)][1])
 
 
-def given_partition(sizes: Sequence[int]) -> list[range]:
-    """Returns the layers of each stage, given how many it has."""
+def partition_of_sizes(sizes: Sequence[int]) -> list[range]:
+    """Returns the layers of each stage, given their numbers."""
     return _ranges(list(accumulate(sizes)))
 
 

@@ -1,6 +1,6 @@
-"""The flow of a run through its parts, written once: a runner differs only in how it calls and collects.
+"""The data flow of a run. It is the same for all runners, which differ in how they call methods and collect results.
 
-negatives -> stage 0 -> stage 1 -> ... -> readout      (what travels: references; what comes home: reports)
+negatives -> stage 0 -> stage 1 -> ... -> readout      (actors pass references on; reports return to the driver)
                 ^------- labels drawn earlier ---|       (hard labels only)
 """
 
@@ -15,212 +15,242 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffdist.pipeline.blueprint import Blueprint, Parts
-from ffdist.pipeline.hardware import Hardware, hardware_of_parts, read_hardware
-from ffdist.pipeline.schedule import Evaluate, Order, Snapshot, Train
+from ffdist.pipeline.blueprint import Actors, Blueprint
+from ffdist.pipeline.hardware import Hardware, hardware_of_actors, read_hardware
+from ffdist.pipeline.schedule import Command, Evaluate, Snapshot, Train
 from ffdist.pipeline.stage import Report, State, layer_name
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Of glibc's malloc.h: never give memory back, take a lot at once, take all of it from one heap."""
+"""Parameters of glibc's mallopt: when memory is given back, how much is requested at once, and use of mmap."""
 
 
 class Call(Protocol):
-    """Has a part run a method, and returns its result, or as many results as `returns` says, or references to them."""
+    """Calls a method of an actor and returns its result, or `returns` results, or references to them."""
 
-    def __call__(self, part: Any, method: str, *args: Any, returns: int = 1) -> Any:
-        """Calls `part.method(*args)`."""
+    def __call__(self, actor: Any, method: str, *args: Any, returns: int = 1) -> Any:
+        """Calls `actor.method(*args)`."""
 
 
 class Collect(Protocol):
     """Turns what calls returned into results."""
 
     def __call__(self, returned: list[Any], wait: bool = True, upstream: Sequence[Any] = ()) -> Any:
-        """Returns the results in order; without waiting, None where one of them is not there yet.
+        """Returns the results in order; None if `wait` is false and one of them has not arrived.
 
-        `upstream` has what other calls returned that these may depend on, so that a stuck actor can be named.
+        `upstream` holds the references that these may depend on, so that a stuck actor can be named.
         """
 
 
 class Trained(NamedTuple):
-    """Reports of a chunk."""
+    """A chunk that was trained on."""
 
+    chunk: Train
     stages: list[Report]
     readout: Report
 
 
 class Evaluated(NamedTuple):
-    """Outcome of an evaluation block."""
+    """A block that was evaluated."""
 
+    block: Evaluate
     goodness: list[Tensor]
     """Of each stage `[layers, n, C]`."""
     predicted: Tensor
-    """The readout's labels `[n]`."""
+    """Labels predicted by the readout `[n]`."""
 
 
-Result = Trained | Evaluated | Callable[[bool], Any]
-"""A snapshot's is what its writer returned, as a function of whether to wait for it; None where it is not done."""
+class SnapshotTaken(NamedTuple):
+    """A snapshot whose state was taken and is being written."""
+
+    snapshot: Snapshot
+    written: Callable[[bool], Any]
+    """Returns what the writer returned, or None while it is not done; the argument says whether to wait for it."""
+
+
+Event = Trained | Evaluated | SnapshotTaken
+"""The result of a command."""
+
+
+class Pipeline(Protocol):
+    """What trains a network: a runner, or backpropagation as a baseline."""
+
+    blueprint: Blueprint
+    hardware: dict[str, Hardware]
+    """Of each layer, the readout and the negative actors."""
+
+    def restore(self, state: State) -> None:
+        """Restores the state of a snapshot; the number of stages may differ."""
+
+    def run(self, commands: Iterable[Command], upcoming: Iterable[Command]) -> Iterator[Event]:
+        """Yields the result of each command, as `Runner.run` does."""
 
 
 class Runner:
-    """Drives orders through the parts, submitting each part's calls in order.
+    """Submits commands to the actors and yields their results, in order.
 
     Args:
-        blueprint: What the parts are. Its `max_in_flight` bounds the orders that are submitted and not yet done; one
-            is done when all that comes home of it is home, and then nothing here refers to it any more.
-        parts: Plain objects, or actors that hold them.
-        call: Has a part run a method; returns what it returned, or references to that.
-        collect: Turns references into what they stand for; without waiting, None where that is not there yet.
-        hardware: Of each layer, the readout and the negative actors, as `hardware_of_parts` returns it.
+        blueprint: Describes the actors. Its `max_in_flight` is the largest number of commands that are submitted and
+            not yet done. A command is done when all its results have arrived at the driver.
+        actors: Ray actors, or plain objects of the same classes.
+        call: Calls a method and returns its result, or a reference to it.
+        collect: Turns references into results; without waiting, None if one of them has not arrived.
+        hardware: Of each layer, the readout and the negative actors, as `hardware_of_actors` returns it.
     """
 
     def __init__(
         self,
         blueprint: Blueprint,
-        parts: Parts,
+        actors: Actors,
         *,
         call: Call,
         collect: Collect,
         hardware: dict[str, Hardware] | None = None,
     ) -> None:
-        self.blueprint, self._parts, self._call, self._collect = blueprint, parts, call, collect
+        self.blueprint, self._actors, self._call, self._collect = blueprint, actors, call, collect
         self.hardware = hardware or {}
-        self._makers = cycle(parts.negatives)
-        self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number, asked for and still to be used
-        self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch, still to be delivered
-        self._in_flight: deque[tuple[Order, list[Any]]] = deque()
+        self._makers = cycle(actors.negatives)
+        self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number; requested and not used yet
+        self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch; not delivered yet
+        self._in_flight: deque[tuple[Command, list[Any]]] = deque()
 
     def restore(self, state: State) -> None:
-        """Has every part take up where a snapshot was taken, with however many stages."""
-        home = [self._call(self._parts.readout, "restore", {"readout": state["readout"]})]
-        for stage, layers in zip(self._parts.stages, self.blueprint.stage_layers, strict=True):
+        """Restores the state of a snapshot; the number of stages may differ."""
+        results = [self._call(self._actors.readout, "restore", {"readout": state["readout"]})]
+        for stage, layers in zip(self._actors.stages, self.blueprint.stage_layers, strict=True):
             names = [layer_name(index) for index in layers] + ["negatives"] * (0 in layers)
-            home.append(self._call(stage, "restore", {name: state[name] for name in names if name in state}))
-        self._collect(home)
+            results.append(self._call(stage, "restore", {name: state[name] for name in names if name in state}))
+        self._collect(results)
 
-    def run(self, orders: Iterable[Order], coming: Iterable[Order]) -> Iterator[tuple[Order, Result]]:
-        """Submits orders as the window admits them and yields each with its result, in order.
+    def run(self, commands: Iterable[Command], upcoming: Iterable[Command]) -> Iterator[Event]:
+        """Submits commands as the window admits them, and yields the result of each, in order.
 
-        A snapshot is yielded when all before it is home; writing it may go on for a while beside what follows. The
-        next one is submitted after that, so a caller that waits for one to be written before it takes another has at
-        most two unwritten.
+        A snapshot is yielded when all results before it have arrived; it is written beside the commands that follow.
+        The next snapshot is submitted after that, so a caller that waits until one is written before it takes another
+        has at most two unwritten.
 
         Args:
-            orders: What to do. An order is asked for when it can be submitted, and not before.
-            coming: The schedule from the same place on, whose chunks' negatives are asked for ahead of need.
+            commands: The next one is requested when it can be submitted, and not before.
+            upcoming: The schedule from the same position on; negatives of its chunks are requested in advance.
         """
-        chunks = (order for order in coming if isinstance(order, Train))
-        ahead = 1 + self.blueprint.negatives.ahead
+        chunks = (command for command in upcoming if isinstance(command, Train))
+        num_chunks = 1 + self.blueprint.negatives.prefetch_chunks
         in_flight = self._in_flight
-        for order in orders:
-            if isinstance(order, Train):
-                self._ask_for_negatives(islice(chunks, ahead))
-                ahead = 1
-            elif isinstance(order, Snapshot):
+        for command in commands:
+            if isinstance(command, Train):
+                self._request_negatives(islice(chunks, num_chunks))
+                num_chunks = 1
+            elif isinstance(command, Snapshot):
                 while any(isinstance(before, Snapshot) for before, _ in in_flight):
                     yield self._finish(*in_flight.popleft())
-            in_flight.append((order, self._submit(order)))
+            in_flight.append((command, self._submit(command)))
             if len(in_flight) == self.blueprint.max_in_flight:
                 yield self._finish(*in_flight.popleft())
         while in_flight:
             yield self._finish(*in_flight.popleft())
 
-    def _ask_for_negatives(self, chunks: Iterable[Train]) -> None:
+    def _request_negatives(self, chunks: Iterable[Train]) -> None:
         for chunk in chunks:
             for number in self.blueprint.order.shards(chunk.first, chunk.num_minibatches):
                 if (chunk.epoch, number) not in self._shards:
                     self._shards[chunk.epoch, number] = self._call(next(self._makers), "make", chunk.epoch, number)
 
-    def _arriving(self, chunk: Train) -> list[Any]:
-        """Returns what the first stage needs of a chunk: its shards, and labels that became old enough for it."""
+    def _inputs(self, chunk: Train) -> list[Any]:
+        """Returns the inputs of the first stage: negatives, and drawn labels that have reached the delay."""
         needed = [(chunk.epoch, number) for number in self.blueprint.order.shards(chunk.first, chunk.num_minibatches)]
         for past in [key for key in self._shards if key < needed[0]]:
             del self._shards[past]
-        arriving = [self._shards[key] for key in needed]
+        inputs = [self._shards[key] for key in needed]
         if delay := self.blueprint.negatives.prediction_delay:
             while self._drawn and self._drawn[0][0] < chunk.step + chunk.num_minibatches - delay:
-                arriving.append(self._drawn.popleft()[1])
-        return arriving
+                inputs.append(self._drawn.popleft()[1])
+        return inputs
 
-    def _submit(self, order: Order) -> list[Any]:
-        if isinstance(order, Snapshot):
-            states = [self._call(part, "state") for part in (*self._parts.stages, self._parts.readout)]
-            return [self._call(self._parts.writer, "write", order, *states, *(drawn for _, drawn in self._drawn))]
-        message = self._arriving(order) if isinstance(order, Train) else []
-        method = "train" if isinstance(order, Train) else "evaluate"
-        home, read = [], []
-        for stage, layers in zip(self._parts.stages, self.blueprint.stage_layers, strict=True):
-            report, signal, *passed = self._call(stage, method, order, *message, returns=2 + len(layers))
-            home.append(report)
+    def _submit(self, command: Command) -> list[Any]:
+        """Submits the calls of a command and returns what its results are collected from."""
+        if isinstance(command, Snapshot):
+            states = [self._call(actor, "state") for actor in (*self._actors.stages, self._actors.readout)]
+            return [self._call(self._actors.writer, "write", command, *states, *(drawn for _, drawn in self._drawn))]
+        message = self._inputs(command) if isinstance(command, Train) else []
+        method = "train" if isinstance(command, Train) else "evaluate"
+        results, read = [], []
+        for stage, layers in zip(self._actors.stages, self.blueprint.stage_layers, strict=True):
+            report, signal, *passed = self._call(stage, method, command, *message, returns=2 + len(layers))
+            results.append(report)
             read += passed
             message = [signal, passed[-1]]
         read = read[self.blueprint.architecture.predict_from - 1 :]
-        if isinstance(order, Evaluate):
-            return [*home, self._call(self._parts.readout, method, *read)]
-        report, drawn = self._call(self._parts.readout, method, order, *read, returns=2)
+        if isinstance(command, Evaluate):
+            return [*results, self._call(self._actors.readout, method, *read)]
+        report, drawn = self._call(self._actors.readout, method, command, *read, returns=2)
         if self.blueprint.negatives.prediction_delay:
-            self._drawn.append((order.step, drawn))
-        return [*home, report]
+            self._drawn.append((command.step, drawn))
+        return [*results, report]
 
-    def _finish(self, order: Order, home: list[Any]) -> tuple[Order, Result]:
-        if isinstance(order, Snapshot):
+    def _finish(self, command: Command, results: list[Any]) -> Event:
+        """Waits for the results of a command."""
+        if isinstance(command, Snapshot):
 
             def written(wait: bool) -> Any:
-                reports = [report for _, later in self._in_flight for report in later]
-                return (self._collect(home, wait, [*self._shards.values(), *reports]) or [None])[0]
+                later = [result for _, results in self._in_flight for result in results]
+                return (self._collect(results, wait, [*self._shards.values(), *later]) or [None])[0]
 
-            return order, written
-        # Negative actors depend on no other actor: what they have not returned is what the others wait for.
-        *stages, readout = self._collect(home, True, list(self._shards.values()))
-        return order, Evaluated(stages, readout) if isinstance(order, Evaluate) else Trained(stages, readout)
+            return SnapshotTaken(command, written)
+        # Negative actors depend on no other actor, so the others wait for what they have not returned.
+        *stages, readout = self._collect(results, True, list(self._shards.values()))
+        if isinstance(command, Evaluate):
+            return Evaluated(command, stages, readout)
+        return Trained(command, stages, readout)
 
 
-def call_directly(part: Any, method: str, *args: Any, returns: int = 1) -> Any:
+def call_directly(actor: Any, method: str, *args: Any, returns: int = 1) -> Any:
     """Calls a plain object in this process."""
-    return getattr(part, method)(*args)
+    return getattr(actor, method)(*args)
 
 
 def collect_directly(returned: list[Any], wait: bool = True, upstream: Sequence[Any] = ()) -> list[Any]:
-    """Returns what direct calls returned, which is all there."""
+    """Returns the results of direct calls."""
     return returned
 
 
 def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, writer: Any) -> Runner:
-    """Makes the runner that is the truth: one process, one order at a time.
+    """Returns the reference runner: one process, one command at a time.
 
     Args:
-        blueprint: What to make.
+        blueprint: Describes the actors.
         images: uint8 images of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
         writer: Has `write(snapshot, *states)`.
     """
-    blueprint = blueprint._replace(max_in_flight=1, negatives=replace(blueprint.negatives, ahead=0))
-    parts = blueprint.assemble(lambda part, *args: part(*args), images, labels, writer)
-    own, makers = read_hardware(blueprint.device), [read_hardware("cpu")] * len(parts.negatives)
-    hardware = hardware_of_parts(blueprint.stage_layers, [own] * len(parts.stages), own, makers)
-    return Runner(blueprint, parts, call=call_directly, collect=collect_directly, hardware=hardware)
+    blueprint = blueprint._replace(max_in_flight=1, negatives=replace(blueprint.negatives, prefetch_chunks=0))
+    actors = blueprint.assemble(lambda cls, *args: cls(*args), images, labels, writer)
+    device, cpu = read_hardware(blueprint.device), read_hardware("cpu")
+    hardware = hardware_of_actors(
+        blueprint.stage_layers, [device] * len(actors.stages), device, [cpu] * len(actors.negatives)
+    )
+    return Runner(blueprint, actors, call=call_directly, collect=collect_directly, hardware=hardware)
 
 
 def keep_memory() -> None:
-    """Has this process keep memory that it frees: asking the kernel for it again, page by page, is dear.
+    """Makes this process keep the memory that it frees, because getting it from the kernel again is slow.
 
-    Where the C library is not glibc, nothing happens.
+    Does nothing if the C library is not glibc.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for what, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            mallopt(what, value)
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
 
 
 def configure_torch(threads: int) -> None:
-    """Sets what decides the order of sums in this process, apart from the hardware."""
+    """Sets the options of torch that determine the order of sums in this process."""
     torch.set_num_threads(threads)
-    # Sums of bfloat16 products are float32, also where a product is split.
+    # Sums of bfloat16 products stay float32 if a product is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Configures torch for the length of a `with` block, as `configure_torch` does."""
+    """Configures torch as `configure_torch` does, for the duration of a `with` block."""
     matmul = torch.backends.cuda.matmul
     before = torch.get_num_threads(), matmul.allow_bf16_reduced_precision_reduction
     configure_torch(count)

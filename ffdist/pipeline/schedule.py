@@ -1,23 +1,24 @@
-"""What the driver orders, and in which order: a pure function of the run's shape.
+"""The commands of the driver, in their order: a pure function of the run's shape.
 
 epoch 0             epoch 1                       end
 T0 T1 T2 .. Tn | T0 T1 T2 .. Tn E0 E1 .. Em S | ... S E0 .. Ep
-trained in chunks; cut at    validation, then a     last state,
-epoch ends                   state at its cut       then test set
+trained in chunks,           validation, then       last snapshot,
+split at epoch ends          a snapshot             then test set
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ffdist.ff.network import Architecture
-from ffdist.ff.update import rate_gain
+from ffdist.ff.optimizers import epoch_lr_scale
 
 EVALUATION_ROWS = 2200
-"""Most rows of an evaluation block; fixed, because the shape of a product decides the order of its sums."""
+"""Largest number of rows in an evaluation block. It is fixed, because the shape of a product determines the order of
+its sums."""
 
 
 class Train(NamedTuple):
-    """A chunk: `num_minibatches` consecutive minibatches of one epoch, one update each."""
+    """Trains on a chunk: `num_minibatches` consecutive minibatches of one epoch, one update each."""
 
     epoch: int
     first: int
@@ -25,49 +26,49 @@ class Train(NamedTuple):
     num_minibatches: int
     step: int
     """First minibatch, counted from the start of training."""
-    gain: float
-    """The schedule's factor on the learning rates."""
+    lr_scale: float
+    """Factor on the learning rates."""
     layer: int | None = None
-    """The only hidden layer that learns, counted from 0; None for all."""
+    """The only layer that is trained, counted from 0; None for all."""
 
 
 class Evaluate(NamedTuple):
-    """A block of an evaluation on fixed weights: samples `first` to `first + num_samples` of a split."""
+    """Evaluates a block: samples `first` to `first + num_samples` of a split, on fixed weights."""
 
     split: str
     first: int
     num_samples: int
     last: bool
-    """Whether the split ends with this block."""
+    """Whether this is the last block of the split."""
 
 
 class Position(NamedTuple):
-    """A place between two chunks, from which a run can go on."""
+    """A position between two chunks, from which a run can be resumed."""
 
     epoch: int = 0
     minibatch: int = 0
-    """Of that epoch, the first that is still to be learned from; past the last while the epoch is not evaluated."""
+    """First minibatch of that epoch that is not done; past the last one until the epoch is evaluated."""
 
 
 class Snapshot(NamedTuple):
-    """The state of everything that a run keeps, exactly here in the stream."""
+    """Takes the state of all actors, exactly at this position."""
 
     position: Position
     step: int
     """Minibatches done, counted from the start of training."""
 
 
-Order = Train | Evaluate | Snapshot
+Command = Train | Evaluate | Snapshot
 
 
 def evaluation_block(architecture: Architecture) -> int:
-    """Returns the samples of a block, each of which makes a row a label tried, and one for the readout."""
+    """Returns the number of samples in a block. Each makes one row per label that is tried, and one for the readout."""
     tried = len(architecture.tried) if architecture.labels_shown else 0
     return max(1, EVALUATION_ROWS // (1 + tried))
 
 
 def evaluation(split: str, samples: int, block: int) -> Iterator[Evaluate]:
-    """Cuts a split into blocks of at most `block` samples; every sample is kept."""
+    """Splits an evaluation into blocks of at most `block` samples."""
     for first in range(0, samples, block):
         yield Evaluate(split, first, min(block, samples - first), first + block >= samples)
 
@@ -80,33 +81,33 @@ def schedule(
     greedy_layers: int | None = None,
     validation_samples: int,
     test_samples: int,
-    evaluate_every: int,
+    validate_every_epochs: int,
     evaluation_block: int,
     start: Position = Position(),  # noqa: B008, a tuple
-) -> Iterator[Order]:
-    """Yields everything that a run asks of its stages, in order.
+) -> Iterator[Command]:
+    """Yields all commands of a run, in their order.
 
     Args:
-        epochs: Passes over the training set in which a layer learns.
-        minibatches: Minibatches an epoch.
-        chunk_size: Most minibatches a chunk; changes speed and nothing else.
-        greedy_layers: Number of layers that learn one after the other, each for all its epochs; None where all learn
-            at every minibatch.
-        validation_samples: Size of the validation split; 0 evaluates nothing before the end.
+        epochs: Epochs in which each layer is trained.
+        minibatches: Minibatches per epoch.
+        chunk_size: Largest number of minibatches in a chunk; affects speed only.
+        greedy_layers: Number of layers that are trained one after the other, each for all its epochs; None to train all
+            layers at every minibatch.
+        validation_samples: Size of the validation split; 0 for no validation.
         test_samples: Size of the test split.
-        evaluate_every: Epochs from one validation to the next; the last epoch is always validated.
-        evaluation_block: Samples an evaluation block; the same for every run, so that sums are.
-        start: Where the run stands.
+        validate_every_epochs: Epochs from one validation to the next; the last epoch is always validated.
+        evaluation_block: Samples per evaluation block.
+        start: Where to start.
     """
-    length = epochs * (greedy_layers or 1)
-    for epoch in range(start.epoch, length):
+    num_epochs = epochs * (greedy_layers or 1)
+    for epoch in range(start.epoch, num_epochs):
         layer = epoch // epochs if greedy_layers else None
-        gain = rate_gain(epoch % epochs, epochs)
+        lr_scale = epoch_lr_scale(epoch % epochs, epochs)
         for first in range(start.minibatch if epoch == start.epoch else 0, minibatches, chunk_size):
             count = min(chunk_size, minibatches - first)
-            yield Train(epoch, first, count, epoch * minibatches + first, gain, layer)
-        done, last = epoch + 1, epoch + 1 == length
-        due = bool(validation_samples) and (last or done % evaluate_every == 0)
+            yield Train(epoch, first, count, epoch * minibatches + first, lr_scale, layer)
+        done, last = epoch + 1, epoch + 1 == num_epochs
+        due = bool(validation_samples) and (last or done % validate_every_epochs == 0)
         if due:
             yield from evaluation("validation", validation_samples, evaluation_block)
         if due or last:

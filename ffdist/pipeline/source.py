@@ -1,6 +1,6 @@
-"""Where the stream starts: samples get their negatives, and images become rows.
+"""The start of the pipeline: samples get their negatives, and images become input rows.
 
-negative actors -- shards, ahead of need --> first stage: Source --> rows
+negative actors -- prefetched shards -----> first stage: Source --> rows
 readout ---------- labels drawn `prediction_delay` minibatches ago ----^   (hard labels)
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ffdist.data.negatives_store import Store
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
-from ffdist.data.store import Store
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import one_hot
 from ffdist.ff.negatives import TrainingSet, find_kind, make_checked
@@ -30,32 +30,32 @@ class NegativePlan:
     kind: str
     """A key of `KINDS`, or a user's `package.module:function`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the kind takes beside its contract."""
+    """Options of the kind."""
     per_sample: int = 1
-    """Negatives of each sample."""
+    """Number of negatives per sample."""
     sample_bytes: int = 8
-    """What they take on their way."""
-    num_parts: int = 1
-    """How many sources make them; changes nothing else."""
-    ahead: int = 4
-    """Chunks whose negatives are asked for before the chunk is."""
+    """Size of a sample's negatives in a message."""
+    num_actors: int = 1
+    """Number of actors that make them; affects speed only."""
+    prefetch_chunks: int = 4
+    """Number of chunks whose negatives are requested ahead of the chunk that is trained on."""
     prediction_delay: int | None = None
-    """Minibatches after which a label that the readout drew may be used; None where none is drawn."""
+    """Minibatches after which a label drawn by the readout is used; None if none are drawn."""
     store: Store | None = None
-    """Where they are read from, and added to where they are missing."""
+    """Where they are read from, and written to if they are missing; None for neither."""
 
 
 class Shard(NamedTuple):
-    """Negatives of the samples of a shard."""
+    """The negatives of a shard of samples."""
 
     number: int
     """Counted within the epoch."""
     negatives: Tensor
-    """As the kind returns them `[n, ...]`."""
+    """As their kind returns them `[n, ...]`."""
     made_at: float
-    """Time of day at which they were, in seconds."""
+    """When they were made, in seconds since 1970."""
     make_s: float
-    """Time that it took."""
+    """Time to make them."""
 
 
 class Drawn(NamedTuple):
@@ -66,7 +66,7 @@ class Drawn(NamedTuple):
     """`[K, B]`, int64."""
 
     def added_to(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns a state of `HardLabels` to which these labels came in last."""
+        """Returns a state of `HardLabels` with these labels added."""
         steps = torch.arange(self.chunk.step, self.chunk.step + len(self.labels))
         return state | {
             "pending_steps": torch.cat((state["pending_steps"], steps)),
@@ -75,13 +75,13 @@ class Drawn(NamedTuple):
 
 
 class NegativeSource:
-    """Makes the negatives of whole shards, ahead of need.
+    """Makes the negatives of whole shards before they are needed.
 
     Args:
-        plan: Which, and whether they are kept.
+        plan: Which negatives, and whether they are stored.
         images: uint8 images of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
-        architecture: Says what the images are.
+        architecture: Of the network.
         order: SampleOrder of the training set.
     """
 
@@ -98,27 +98,27 @@ class NegativeSource:
         self._labels_shown = architecture.labels_shown
 
     def make(self, epoch: int, number: int) -> Shard:
-        """Returns a shard of an epoch, drawn afresh, or read where the store has it.
+        """Returns a shard of an epoch: read from the store if it is there, otherwise newly drawn.
 
         Raises:
-            NegativesError: The store is damaged, or the kind broke its contract.
+            NegativesError: The store is damaged, or the kind returned something invalid.
         """
         start = time.perf_counter()
         negatives = self._store.read(epoch, number) if self._store else None
         if negatives is None:
             samples = self._order.shard(epoch, number)
-            draw = generator(self._order.seed, "negatives", epoch, number)
-            negatives = make_checked(self._kind, self._data, samples, draw, labels_shown=self._labels_shown)
+            source = generator(self._order.seed, "negatives", epoch, number)
+            negatives = make_checked(self._kind, self._data, samples, source, labels_shown=self._labels_shown)
             if self._store:
                 self._store.write(epoch, number, negatives)
         return Shard(number, negatives, time.time(), time.perf_counter() - start)
 
 
 class HardLabels:
-    """Puts labels that the readout drew in place of others, by the rule of the delay.
+    """Replaces wrong labels by labels that the readout drew, after a fixed delay.
 
-    The negative of a sample in minibatch q is the newest label drawn for it in a minibatch p with
-    `q - p >= delay`; minibatches are counted from the start of training. Where there is none, the other stays.
+    The negative of a sample in minibatch q is the newest label drawn for it in a minibatch p with `q - p >= delay`,
+    where minibatches are counted from the start of training. If there is none, the original label is kept.
 
     Args:
         order: SampleOrder of the training set.
@@ -127,27 +127,27 @@ class HardLabels:
 
     def __init__(self, order: SampleOrder, delay: int) -> None:
         self._order, self._delay = order, delay
-        self._newest = torch.full((order.samples,), -1)
+        self._newest = torch.full((order.num_samples,), -1)
         self._pending: deque[tuple[int, Tensor]] = deque()  # by minibatch
 
     def take(self, drawn: Drawn) -> None:
-        """Takes the labels of a chunk in; chunks come in their order."""
+        """Adds the labels of a chunk. Chunks must be added in order."""
         self._pending += enumerate(drawn.labels, drawn.chunk.step)
 
     def replace(self, chunk: Train, samples: Tensor, others: Tensor) -> Tensor:
-        """Returns the labels of a chunk's samples `[K, B]`, where there are none those of `others`."""
+        """Returns the labels of a chunk's samples `[K, B]`; those of `others` for samples without a drawn label."""
         labels = []
         for step, (these, other) in enumerate(zip(samples, others, strict=True), chunk.step):
             while self._pending and self._pending[0][0] <= step - self._delay:
                 drawn_at, drawn = self._pending.popleft()
-                epoch, first = divmod(drawn_at, self._order.minibatches)
+                epoch, first = divmod(drawn_at, self._order.num_minibatches)
                 self._newest[self._order.indices(epoch, first, 1)[0]] = drawn
             newest = self._newest[these]
             labels.append(torch.where(newest < 0, other, newest))
         return torch.stack(labels)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns a copy of all labels: each sample's newest `[N]`, and those that are still too new for use."""
+        """Returns a copy of all labels: the newest of each sample `[N]`, and those that are not used yet."""
         steps, labels = zip(*self._pending, strict=True) if self._pending else ((), ())
         return {
             "newest": self._newest.clone(),
@@ -158,23 +158,23 @@ class HardLabels:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes up where a state was taken."""
+        """Restores a state."""
         self._newest = state["newest"].clone()
         self._pending = deque(zip(state["pending_steps"].tolist(), state["pending_labels"], strict=True))
 
 
 class Source:
-    """Turns uint8 images and labels into the rows that the first layer reads; part of the first stage.
+    """Turns uint8 images and labels into the input rows of the first layer; part of the first stage.
 
-    What differs from sample to sample is put together for a whole chunk, rows are made of it for each minibatch: on a
-    GPU, the shape of what is summed decides the order.
+    Images and labels are gathered for a whole chunk, but rows are made for each minibatch: on a GPU, the shape of a
+    tensor determines the order in which it is summed.
 
     Args:
-        architecture: Says how a row shows its label.
+        architecture: Of the network.
         order: SampleOrder of the training set.
-        device: Where rows are made, as torch names it. Images and labels stay where they are until they are needed.
-        plan: How the negatives come.
-        jitter: Most pixels that an image of the training set is shifted in either direction.
+        device: Device on which rows are made, as torch names it.
+        plan: How the run gets its negatives.
+        jitter: Largest shift of a training image in each direction, in pixels.
         images: uint8 images of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
     """
@@ -194,26 +194,26 @@ class Source:
         self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
     def train(self, chunk: Train, *arrived: Shard | Drawn) -> list[Tensor]:
-        """Puts together what the rows of a chunk are made of.
+        """Gathers what the rows of a chunk are made of.
 
         Args:
-            chunk: Which.
-            *arrived: The shards in which its negatives lie, and labels drawn since those that came before.
+            chunk: The chunk.
+            *arrived: The shards that contain its negatives, and newly drawn labels.
 
         Returns:
-            Its images `[K, B, D]`, uint8; where negatives are images those, likewise; and where labels are shown those
-            of the positive and M times the negative rows `[K, (1 + M) B]`, int64.
+            The images `[K, B, D]`, uint8; negatives that are images, likewise; and, if labels are shown, the labels of
+            the positive and the M negative rows of each sample `[K, (1 + M) B]`, int64.
         """
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         images, labels = self._images["train"][samples].to(self._device), self._labels[samples].to(self._device)
         shards = [part for part in arrived if isinstance(part, Shard)]
         first = chunk.first * self._order.batch_size
-        cuts = [
+        slices = [
             shard.negatives[max(0, first - start) : first + samples.numel() - start]
             for shard, start in ((shard, shard.number * SHARD_SAMPLES) for shard in shards)
         ]
-        made = torch.cat(cuts)
-        negatives = made.view(*samples.shape, *made.shape[1:])
+        negatives = torch.cat(slices)
+        negatives = negatives.view(*samples.shape, *negatives.shape[1:])
         if self.hard_labels:
             for part in arrived:
                 if isinstance(part, Drawn):
@@ -231,11 +231,11 @@ class Source:
         return parts
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
-        """Makes the rows of a minibatch from what `train` put together.
+        """Makes the rows of a minibatch from the output of `train`.
 
         Returns:
-            B positive rows, M times B negative ones and, where labels are shown, B neutral ones, which the readout
-            reads; without labels it reads the positive ones `[R, D']`.
+            B positive rows, M B negative rows and, if labels are shown, B neutral rows for the readout `[R, D']`. If no
+            labels are shown, the readout uses the positive rows.
         """
         architecture, (images, *rest) = self._architecture, parts
         if not architecture.labels_shown:
@@ -248,13 +248,13 @@ class Source:
         )
 
     def read(self, chunk: Train) -> Tensor:
-        """Makes what the readout's pass reads of a chunk alone `[K, B, D]`."""
+        """Returns only the rows of the readout pass of a chunk `[K, B, D]`."""
         samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         images = self._images["train"][samples].to(self._device)
         return self._architecture.neutral_rows(self._shifted(images, self._shifts(chunk)) if self._jitter else images)
 
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
-        """Returns a block's rows with every label tried `[n, T, D]`, and those that the readout reads `[n, D]`."""
+        """Returns the rows of a block with every label that is tried `[n, T, D]`, and for the readout `[n, D]`."""
         architecture = self._architecture
         images = self._images[block.split][block.first : block.first + block.num_samples].to(self._device)
         if not architecture.labels_shown:
@@ -263,7 +263,7 @@ class Source:
         return architecture.claiming_rows(images), architecture.neutral_rows(images)
 
     def _shifts(self, chunk: Train) -> Tensor:
-        """Draws how far down and right each sample's image is shifted `[K, 2, B]`, in [0, 2 * jitter]."""
+        """Draws the shift of each sample's image, down and right `[K, 2, B]`, in [0, 2 * jitter]."""
         shape = (2, self._order.batch_size)
         return torch.stack(
             [
@@ -273,7 +273,7 @@ class Source:
         ).to(self._device)
 
     def _shifted(self, images: Tensor, shift: Tensor) -> Tensor:
-        """Returns images `[K, B, D]`, shifted; what comes in at the border is 0."""
+        """Returns shifted images `[K, B, D]`; pixels from beyond the border are 0."""
         channels, height, width = self._architecture.shape
         padded = F.pad(images.reshape(-1, channels, height, width), (self._jitter,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)

@@ -1,4 +1,4 @@
-"""The running parts of the pipeline. They are plain classes: with or without a cluster, they do the same."""
+"""Stages and the readout. They are plain classes, which run in this process or in Ray actors."""
 
 import math
 import time
@@ -16,48 +16,48 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.device import Take, Way, taking
+from ffdist.pipeline.executor import Executor, StepMode, make_executor
 from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Drawn, Shard, Source
 
 State = dict[str, dict[str, Tensor]]
-"""Tensors by what they belong to (`layer_1`, ..., `readout`, `negatives`) and name."""
+"""Tensors by owner (`layer_1`, ..., `readout`, `negatives`) and name."""
 
 
 class Report(NamedTuple):
-    """What comes home of a chunk."""
+    """Metrics and times of a chunk."""
 
     metrics: Tensor
-    """Of a stage `[K, layers, len(METRICS)]`, of the readout loss and error `[K, 2]`; float32."""
+    """Of a stage `[K, layers, len(METRICS)]`; of the readout, loss and error `[K, 2]`; float32."""
     compute_s: float
     """Time spent on the chunk."""
     wait_s: float
-    """Time since the chunk before, spent waiting for this one and unpacking it."""
+    """Time since the previous chunk, waiting for this one and deserializing it."""
     negatives_wait_s: float = 0.0
-    """The part of it in which the negatives were being made; 0 but in the first stage."""
-    packing_s: float = 0.0
-    """The part of it in which the process was at work, packing what goes out and unpacking what comes in."""
+    """The part of it in which the negatives were being made; 0 except in the first stage."""
+    serialization_s: float = 0.0
+    """The part of it in which the process serialized and deserialized messages."""
     queued_s: float = 0.0
-    """The part of it in which the stage could have gone on, and others had the processors; 0 where it is not told."""
+    """The part of it in which the stage was ready but other processes had the CPUs; 0 if unknown."""
     begun_at: float = 0.0
-    """Time of day at which the chunk was here, in seconds; 0 where it is not told."""
+    """When the chunk had arrived, in seconds since 1970; 0 if unknown."""
 
 
 class _Clock:
     """Splits a stage's time into computing and waiting; the first chunk starts it."""
 
     def __init__(self) -> None:
-        self._zero_at = time.time() - time.perf_counter()  # one clock for all: read apart, two disagree under load
+        self._zero_at = time.time() - time.perf_counter()  # one clock for all times: two differ under load
         self._free_since: tuple[float, float, float] | None = None
-        self._begun, self._wait_s, self._packing_s, self._queued_s = 0.0, 0.0, 0.0, 0.0
+        self._begun, self._wait_s, self._serialization_s, self._queued_s = 0.0, 0.0, 0.0, 0.0
 
     def begin(self) -> None:
-        """Notes that a chunk is here."""
+        """Notes the arrival of a chunk."""
         times = _times()
         self._begun = times[0]
         if self._free_since is not None:
             gap = (now - before for now, before in zip(times, self._free_since, strict=True))
-            self._wait_s, self._packing_s, self._queued_s = gap
+            self._wait_s, self._serialization_s, self._queued_s = gap
 
     def report(self, metrics: Tensor, shards: Sequence[Shard] = ()) -> Report:
         compute_s = self.free() - self._begun
@@ -65,45 +65,47 @@ class _Clock:
         until_made_s = begun_at - max((shard.made_at for shard in shards), default=-math.inf)
         making_s = sum(shard.make_s for shard in shards)
         negatives_wait_s = max(0.0, min(making_s, self._wait_s - until_made_s))
-        return Report(metrics, compute_s, self._wait_s, negatives_wait_s, self._packing_s, self._queued_s, begun_at)
+        return Report(
+            metrics, compute_s, self._wait_s, negatives_wait_s, self._serialization_s, self._queued_s, begun_at
+        )
 
     def free(self) -> float:
-        """Notes that whatever the stage did is done: evaluations are neither computing on a chunk nor waiting."""
+        """Notes the end of any call. Evaluations count neither as computing on a chunk nor as waiting."""
         self._free_since = _times()
         return self._free_since[0]
 
 
 def _times() -> tuple[float, float, float]:
-    """Returns the time, and for how much of it this process has worked, and this thread queued for a processor."""
+    """Returns the time, the CPU time of this process, and the time that this thread waited for a CPU."""
     queued_s = 0.0
-    with suppress(OSError):  # Linux alone tells it
+    with suppress(OSError):  # only Linux has it
         queued_s = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     return time.perf_counter(), time.process_time(), queued_s
 
 
 def layer_name(index: int) -> str:
-    """Names a layer, counted from 0, as states and metrics do."""
+    """Returns the name of a layer, counted from 0, in states and metrics."""
     return f"layer_{index + 1}"
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Returns everything that a module keeps, in main memory; what lies there already is not copied."""
+    """Returns the state of a module in host memory; tensors that are there already are not copied."""
     return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
 
 
 class Stage:
-    """A run of layers, each trained on its own loss as chunks pass.
+    """Consecutive layers, each trained on its own loss.
 
-    What the readout reads of a minibatch, its neutral rows, travels apart from the signal, the other rows. Where no
-    label is shown the positive rows are what it reads, and the signal holds the negative ones.
+    The rows for the readout (the neutral rows) are sent separately from the other rows (the signal). If no label is
+    shown, the readout uses the positive rows, and the signal consists of the negative rows.
 
     Args:
         architecture: The whole network.
-        layers: The layers held here, counted from 0.
+        layers: Layers of this stage, counted from 0.
         order: SampleOrder of the training set.
-        measure_every: Minibatches between two in which MEASURED is.
-        device: Where the layers live, as torch names it. What travels is always in main memory.
-        source: What turns images into rows, in the first stage.
+        measure_every: Interval of the minibatches in which MEASURED is measured.
+        device: Device of the layers, as torch names it. Messages are always in host memory.
+        source: Arguments of `Source`, in the first stage.
     """
 
     def __init__(
@@ -120,84 +122,84 @@ class Stage:
             layer.refresh()
         self._source = Source(architecture, order, device, *source) if source else None
         self._measure_every, self._device, self._batch = measure_every, device, order.batch_size
-        self._take_steps = self._steps()
+        self._execute = self._make_executor()
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
         self._by_class = architecture.by_class
         read = range(architecture.predict_from - 1, len(architecture.layers))
-        self._read_travels = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
+        self._is_read_sent = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
 
-    def _steps(self) -> Take:
-        return taking(self._device, made_there=self._source is not None)
+    def _make_executor(self) -> Executor:
+        return make_executor(self._device, inputs_on_device=self._source is not None)
 
     def train(self, chunk: Train, *message: Any) -> list[Report | Tensor | None]:
         """Trains on a chunk, minibatch after minibatch.
 
         Args:
-            chunk: What to train on.
-            *message: In the first stage what `Source.train` takes; elsewhere, from the stage before, the signal
-                `[K, S, D]` and the rows that the readout reads `[K, B, D]`. Never written to.
+            chunk: The chunk.
+            *message: In the first stage, the arguments of `Source.train`; otherwise the signal `[K, S, D]` of the
+                previous stage and its rows for the readout `[K, B, D]`. They are not modified.
 
         Returns:
-            The report; the signal `[K, S, H]` for the next stage; what the readout reads `[K, B, H]` of each layer.
-            None stands for what nobody reads. Activities are those at the weights with which a minibatch arrived.
+            The report; the signal for the next stage `[K, S, H]`; and the rows for the readout of each layer
+            `[K, B, H]`; None for those that are not used. All are computed with the weights before the update.
         """
         self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
-        # Positive rows first: without labels they are those that the readout reads.
+        # Positive rows come first; without labels, these are the rows for the readout.
         rows = message if self._labels_shown else message[::-1]
-        parts = self._source.train(chunk, *message) if self._source else rows
-        done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
-        ways = [Way(chunk.gain, chunk.layer, step % self._measure_every == 0) for step in done]
-        metrics, *made = self._take_steps(self._step, parts, ways)
-        passed = None if self._is_last else made.pop()
-        reads = [made.pop(0) if travels else None for travels in self._read_travels]
-        return [self._clock.report(metrics, shards), passed, *reads]
+        inputs = self._source.train(chunk, *message) if self._source else rows
+        steps_done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
+        modes = [StepMode(chunk.lr_scale, chunk.layer, step % self._measure_every == 0) for step in steps_done]
+        metrics, *outputs = self._execute(self._step, inputs, modes)
+        signal = None if self._is_last else outputs.pop()
+        reads = [outputs.pop(0) if is_sent else None for is_sent in self._is_read_sent]
+        return [self._clock.report(metrics, shards), signal, *reads]
 
-    def _step(self, parts: Sequence[Tensor], way: Way) -> list[Tensor]:
-        """Trains on the rows of a minibatch; returns metrics, what the readout reads of each layer, and the signal."""
-        rows = self._source.rows(parts) if self._source else torch.cat(list(parts))
-        batch, metrics, made = self._batch, [], []
+    def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> list[Tensor]:
+        """Trains on a minibatch; returns metrics, the rows for the readout of each layer, and the signal."""
+        rows = self._source.rows(inputs) if self._source else torch.cat(list(inputs))
+        batch, metrics, reads = self._batch, [], []
         signal_rows, read_rows = slice(None, -batch), slice(-batch, None)
         if not self._labels_shown:
             signal_rows, read_rows = slice(batch, None), slice(None, batch)
-        for (index, layer), travels in zip(self._layers.items(), self._read_travels, strict=True):
+        for (index, layer), is_sent in zip(self._layers.items(), self._is_read_sent, strict=True):
             (rows, _), layer_metrics = layer.train_minibatch(
                 rows,
                 batch=batch,
                 negatives=len(rows) // batch - 1 - self._labels_shown,
-                gain=way.gain if way.layer in (None, index) else None,
-                measure=way.measure,
+                lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
+                measure=mode.measure,
             )
             metrics.append(layer_metrics)
-            made += [rows[read_rows]] * travels
-        return [torch.stack(metrics), *made, *([] if self._is_last else [rows[signal_rows]])]
+            reads += [rows[read_rows]] * is_sent
+        return [torch.stack(metrics), *reads, *([] if self._is_last else [rows[signal_rows]])]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
-        """Passes a block through, at fixed weights.
+        """Evaluates a block, at fixed weights.
 
         Args:
-            block: What to evaluate.
-            *message: Nothing in the first stage; elsewhere the rows with every label tried `[n, T, D]` (none where no
-                label is shown) and those that the readout reads `[n, D]`.
+            block: The block.
+            *message: Nothing in the first stage; otherwise the rows with every label that is tried `[n, T, D]` (none if
+                no label is shown) and the rows for the readout `[n, D]`.
 
         Returns:
-            Each layer's goodness for every label `[layers, n, C]`, -inf for one that is not tried; then as `train`
-            does, `[n, T, H]` and `[n, H]` of each layer.
+            The goodness of each layer for every label `[layers, n, C]`, -inf for labels that are not tried; then, as in
+            `train`, the signal `[n, T, H]` and the rows for the readout `[n, H]` of each layer.
         """
         claims, read = self._source.evaluate(block) if self._source else message
         rows = torch.cat((claims, read.unsqueeze(1)), 1).to(self._device)
         goodness, reads = [], []
-        for layer, travels in zip(self._layers.values(), self._read_travels, strict=True):
+        for layer, is_sent in zip(self._layers.values(), self._is_read_sent, strict=True):
             rows, layer_goodness = layer(rows)
             goodness.append(layer_goodness[:, :-1])
-            reads.append(rows[:, -1].cpu().contiguous() if travels else None)
-        passed = None if self._is_last else rows[:, :-1].cpu().contiguous()
+            reads.append(rows[:, -1].cpu().contiguous() if is_sent else None)
+        signal = None if self._is_last else rows[:, :-1].cpu().contiguous()
         self._clock.free()
-        return [self._by_class(torch.stack(goodness).cpu()), passed, *reads]
+        return [self._by_class(torch.stack(goodness).cpu()), signal, *reads]
 
     def state(self) -> State:
-        """Returns everything that the layers learned, as `state_of` does, and the labels that negatives are to show."""
+        """Returns the state of the layers and of hard labels, as `state_of` does."""
         state = {layer_name(index): state_of(layer) for index, layer in self._layers.items()}
         if self._source and self._source.hard_labels:
             state["negatives"] = self._source.hard_labels.state()
@@ -205,23 +207,23 @@ class Stage:
         return state
 
     def restore(self, state: State) -> None:
-        """Takes up where a state was taken; of labels for negatives only where there are any."""
+        """Restores a state."""
         for index, layer in self._layers.items():
             layer.load_state_dict(state[layer_name(index)])
-        self._take_steps = self._steps()  # a graph knows the copies of weights before
+        self._execute = self._make_executor()  # graphs refer to earlier copies of the weights
         if self._source and self._source.hard_labels and "negatives" in state:
             self._source.hard_labels.restore(state["negatives"])
 
 
 class ReadoutStage:
-    """The readout, trained beside the layers as their activities stream by.
+    """The readout, trained at the same time as the layers, on their activities.
 
     Args:
         architecture: The whole network.
         labels: True labels of the training set `[N]`, int64.
         order: SampleOrder of the training set.
-        draws: Whether it draws wrong labels, for hard negatives.
-        device: Where it lives, as torch names it.
+        draws: Whether it draws wrong labels for hard negatives.
+        device: Device of the readout, as torch names it.
     """
 
     def __init__(
@@ -230,28 +232,28 @@ class ReadoutStage:
         self._readout, self._labels, self._order = architecture.readout().to(device), labels, order
         self._draws, self._device, self._clock = draws, device, _Clock()
         self._draw_wrong_labels = partial(draw_wrong_labels, untrained=architecture.untrained)
-        self._take_steps = taking(device)
+        self._execute = make_executor(device)
 
     def train(self, chunk: Train, *read: Tensor) -> tuple[Report, Drawn | None]:
         """Trains on a chunk from the activities `[K, B, H]` of each read layer, lowest first.
 
         Returns:
-            The report; and each sample's wrong label, drawn from what the readout took it for before its update.
+            The report; and a wrong label for each sample, drawn from the readout's prediction before the update.
         """
         self._clock.begin()
         labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
-        ways = [Way(chunk.gain)] * chunk.num_minibatches
-        logits, metrics = self._take_steps(self._step, (*read, labels), ways)
+        modes = [StepMode(chunk.lr_scale)] * chunk.num_minibatches
+        logits, metrics = self._execute(self._step, (*read, labels), modes)
         drawn = None
         if self._draws:
-            draws = (generator(self._order.seed, "hard labels", step) for step in count(chunk.step))
-            drawn = Drawn(chunk, torch.stack([*map(self._draw_wrong_labels, logits, labels, draws)]))
+            sources = (generator(self._order.seed, "hard labels", step) for step in count(chunk.step))
+            drawn = Drawn(chunk, torch.stack([*map(self._draw_wrong_labels, logits, labels, sources)]))
         return self._clock.report(metrics), drawn
 
-    def _step(self, parts: Sequence[Tensor], way: Way) -> Sequence[Tensor]:
-        """Trains on what is read of a minibatch and its labels, the last part; returns logits and metrics."""
-        *read, labels = parts
-        return self._readout.train_minibatch(read, labels, gain=way.gain)
+    def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> Sequence[Tensor]:
+        """Trains on the activities and labels of a minibatch; returns logits and metrics."""
+        *read, labels = inputs
+        return self._readout.train_minibatch(read, labels, lr_scale=mode.lr_scale)
 
     def evaluate(self, *read: Tensor) -> Tensor:
         """Returns the predicted labels `[n]` from the activities `[n, H]` of each read layer."""
@@ -260,9 +262,9 @@ class ReadoutStage:
         return predicted
 
     def state(self) -> State:
-        """Returns everything that the readout learned, as `state_of` does."""
+        """Returns the state of the readout, as `state_of` does."""
         return {"readout": state_of(self._readout)}
 
     def restore(self, state: State) -> None:
-        """Takes up where a state was taken."""
+        """Restores a state."""
         self._readout.load_state_dict(state["readout"])

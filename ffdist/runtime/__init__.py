@@ -1,1 +1,1 @@
-"""Ray: where the parts of a run live as actors, and how the driver reaches them."""
+"""Ray: clusters, placement, actors, and the runner that drives them. The only package that imports ray."""

@@ -1,4 +1,4 @@
-"""The plain parts made remote, and the way in which tensors travel between them."""
+"""Ray actors of the pipeline's classes, and the serialization of tensors between them."""
 
 import os
 import sys
@@ -13,122 +13,122 @@ import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ffdist.checkpoint import CommitWriter
-from ffdist.data.folder import Folder
+from ffdist.checkpoint.checkpoints import CheckpointWriter
 from ffdist.pipeline.hardware import Hardware, read_hardware
 from ffdist.pipeline.runner import configure_torch, keep_memory
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
+from ffdist.storage.folder import Folder
 
 
 def send_tensors_as_arrays() -> None:
-    """Has this process send tensors as numpy arrays, which arrive without a copy, and so must never be written to."""
+    """Makes this process serialize tensors as numpy arrays. Received tensors are not copied: never write to them."""
     ray.util.register_serializer(torch.Tensor, serializer=_to_array, deserializer=_from_array)
 
 
 def _to_array(tensor: torch.Tensor) -> tuple[np.ndarray[Any, Any], torch.dtype]:
-    is_bfloat16 = tensor.dtype == torch.bfloat16  # which numpy lacks
+    is_bfloat16 = tensor.dtype == torch.bfloat16  # not supported by numpy
     return (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy(), tensor.dtype
 
 
-def _from_array(sent: tuple[np.ndarray[Any, Any], torch.dtype]) -> torch.Tensor:
-    array, dtype = sent
+def _from_array(message: tuple[np.ndarray[Any, Any], torch.dtype]) -> torch.Tensor:
+    array, dtype = message
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the array is read-only is known here
+        warnings.simplefilter("ignore")  # about the read-only array
         return torch.from_numpy(array).view(dtype)
 
 
 class _Actor:
-    """Prepares the process before the part is made."""
+    """Mixin that prepares the actor's process before the actor is constructed."""
 
-    def __init__(self, threads: int, path: list[str], folder: Path, *args: Any) -> None:
-        sys.path += [folder for folder in path if folder not in sys.path]  # what the driver imports
-        with suppress(OSError):  # where another node has no such folder
-            os.chdir(folder)  # where a user's own negatives may be
-        configure_torch(threads)  # Ray's launcher leaves one, whatever was asked for
-        with suppress(OSError):  # where a sandbox forbids it
-            # Longer turns on a processor that is shared: each finds the caches as the others left them.
+    def __init__(self, num_threads: int, import_path: list[str], working_folder: Path, *args: Any) -> None:
+        sys.path += [folder for folder in import_path if folder not in sys.path]
+        with suppress(OSError):  # another node may not have the folder
+            os.chdir(working_folder)  # user-defined negatives are imported from there
+        configure_torch(num_threads)  # Ray's launcher sets one thread, regardless of the request
+        with suppress(OSError):  # a sandbox may forbid it
+            # Longer time slices on a shared CPU, because each switch finds the caches filled by other processes.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         keep_memory()
         send_tensors_as_arrays()
         super().__init__(*args)
 
     def read_hardware(self, device: str) -> Hardware:
-        """Returns what the last bits of this process's results depend on."""
+        """Returns the hardware and software that determine the last bits of this process's results."""
         return read_hardware(device)
 
 
 class StageActor(_Actor, Stage):
-    """A stage in a process of its own."""
+    """A stage in its own process."""
 
 
 class ReadoutActor(_Actor, ReadoutStage):
-    """The readout in a process of its own."""
+    """The readout in its own process."""
 
 
 class NegativeActor(_Actor, NegativeSource):
-    """A source of negatives in a process of its own."""
+    """A source of negatives in its own process."""
 
 
-class WriterActor(_Actor, CommitWriter):
-    """The writer of commits in a process of its own."""
+class WriterActor(_Actor, CheckpointWriter):
+    """The checkpoint writer in its own process."""
 
 
-ACTORS = {Stage: StageActor, ReadoutStage: ReadoutActor, NegativeSource: NegativeActor}
+ACTOR_CLASSES = {Stage: StageActor, ReadoutStage: ReadoutActor, NegativeSource: NegativeActor}
 
-NAMES = {Stage: "stage", ReadoutStage: "the readout", NegativeSource: "negative actor"}
+ACTOR_NAMES = {Stage: "stage", ReadoutStage: "the readout", NegativeSource: "negative actor"}
 
 
 def _import_folders() -> tuple[list[str], Path]:
-    """Returns this process's import path and its working directory. Both may be relative in another process."""
+    """Returns this process's import path, made absolute for processes with another working folder, and that folder."""
     return [str(Path(folder).absolute()) for folder in sys.path], Path.cwd()
 
 
-class ActorMaker:
-    """Makes actors in the bundles of a placement group, one after the other.
+class ActorFactory:
+    """Creates actors in the bundles of a placement group, in order.
 
-    They obey one driver in the order of its calls: synchronous, never restarted, no call ever retried, because a
-    silent retry would repeat an update or start from fresh weights.
+    The actors are synchronous and execute the driver's calls in order. Ray never restarts an actor or retries a call,
+    because a silent retry would repeat an update or start from fresh weights.
 
     Args:
-        group: Holds one bundle per actor, in the order in which they are made.
-        threads: torch's threads in every actor, as in the serial runner: they are part of the order of sums.
+        group: Placement group with one bundle per actor, in order of creation.
+        num_threads: Number of torch threads per actor, as in the serial runner: it affects the order of sums.
     """
 
-    def __init__(self, group: PlacementGroup, threads: int) -> None:
-        self._group, self._threads = group, threads
-        self.made: list[Any] = []
+    def __init__(self, group: PlacementGroup, num_threads: int) -> None:
+        self._group, self._num_threads = group, num_threads
+        self.actors: list[Any] = []
         self.names: dict[str, str] = {}
-        """What errors call an actor, by its id."""
+        """Name of each actor in errors, by actor id."""
 
-    def __call__(self, part: type, *args: Any) -> Any:
-        """Makes an actor that holds an object of class `part`; arguments may be references."""
-        bundle = self._group.bundle_specs[len(self.made)]
+    def __call__(self, cls: type, *args: Any) -> Any:
+        """Creates an actor of a pipeline class; arguments may be object references."""
+        bundle = self._group.bundle_specs[len(self.actors)]
         handle = (
-            ray.remote(ACTORS[part])
+            ray.remote(ACTOR_CLASSES[cls])
             .options(
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, len(self.made)),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, len(self.actors)),
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self._threads, *_import_folders(), *args)
+            .remote(self._num_threads, *_import_folders(), *args)
         )
-        number = 1 + sum(name.startswith(NAMES[part]) for name in self.names.values())
-        return self._note(handle, NAMES[part] if part is ReadoutStage else f"{NAMES[part]} {number}")
+        number = 1 + sum(name.startswith(ACTOR_NAMES[cls]) for name in self.names.values())
+        return self._register(handle, ACTOR_NAMES[cls] if cls is ReadoutStage else f"{ACTOR_NAMES[cls]} {number}")
 
-    def make_writer(self, commits: Folder) -> Any:
-        """Makes the writer of commits on the driver's own node: a folder on each node's own disk would be no commit."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    def make_writer(self, checkpoints: Folder) -> Any:
+        """Creates the checkpoint writer on the driver's node, so that all files of a checkpoint are in one folder."""
+        driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         handle = (
             ray.remote(WriterActor)
-            .options(num_cpus=0, scheduling_strategy=here, max_restarts=0, max_task_retries=0)
-            .remote(self._threads, *_import_folders(), commits)
+            .options(num_cpus=0, scheduling_strategy=driver_node, max_restarts=0, max_task_retries=0)
+            .remote(self._num_threads, *_import_folders(), checkpoints)
         )
-        return self._note(handle, "the writer of commits")
+        return self._register(handle, "the checkpoint writer")
 
-    def _note(self, handle: Any, name: str) -> Any:
-        self.made.append(handle)
+    def _register(self, handle: Any, name: str) -> Any:
+        self.actors.append(handle)
         self.names[handle._actor_id.hex()] = name
         return handle

@@ -1,4 +1,4 @@
-"""Starting or joining a Ray cluster, and its resources."""
+"""Connection to a Ray cluster, and the cluster's resources."""
 
 import json
 import os
@@ -10,51 +10,49 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ffdist.config import ConfigError
-from ffdist.failures import ClusterStopped
+from ffdist.errors import ClusterStopped, ConfigError
 from ffdist.runtime.access import (
+    CONNECT_FIX,
     CONNECT_TIMEOUT_S,
     LOCAL,
-    WAY_OUT,
     cluster_token,
     find_cluster,
     job_options,
     local_ray,
 )
-from ffdist.runtime.access import private_ray as private_ray
 
 PROBE_TIMEOUT_S = 60.0
-GPU_SHARE = 0.01
-"""Share of a GPU that a task holds which asks torch whether it can use one."""
+PROBE_GPU_FRACTION = 0.01
+"""Fraction of a GPU that a task reserves to check whether torch can use it."""
 AUTOSCALER = "autoscaler"
-"""Key in a cluster's resources, where it has an autoscaler."""
+"""Key in a cluster's resources that says that the cluster has an autoscaler."""
 Resources = Callable[[str], dict[str, float]]
-"""Returns the totals of what a run on a device, as in `pipeline.device`, can use."""
+"""Function that returns the total resources for a device, as in `pipeline.device`."""
 
 
 class _Connection:
-    """A connection of this process to Ray, which its threads share.
+    """The connection of this process to Ray, shared by its threads.
 
-    It is started in a thread of its own. That thread must outlive Ray's processes, or the kernel ends them with it.
+    It is opened in its own thread, which must outlive Ray's processes, because the kernel kills them when it ends.
 
     Args:
-        address: Of a cluster; `local` starts one.
+        address: Address of a cluster; `local` starts one.
     """
 
     def __init__(self, address: str) -> None:
-        self.address, self.users = address, 0
+        self.address, self.num_users = address, 0
         self._stack, self._thread = ExitStack(), ThreadPoolExecutor(1)
         self._start = self._thread.submit(self._join)
 
     def wait(self) -> Resources:
-        """Waits until Ray has started."""
+        """Waits until Ray has started, and returns a function for the cluster's resources."""
         return self._start.result()
 
     def close(self) -> None:
-        """Disconnects, and ends the cluster if this process started it."""
+        """Disconnects, and stops the cluster if this process started it."""
         wait([self._start])
         if isinstance(sys.exception(), ClusterStopped):
-            self._stack.pop_all()  # Ray's shutdown would end this process, or wait for the cluster
+            self._stack.pop_all()  # ray.shutdown() would exit this process, or wait for the cluster
         self._stack.close()
         self._thread.shutdown()
 
@@ -70,32 +68,31 @@ class _Connection:
                 self._stack.callback(ray.shutdown)
         except ConfigError:
             raise
-        except Exception as error:  # Ray raises bare ones, too
+        except Exception as error:  # Ray also raises plain Exception
             if self.address == LOCAL:
                 raise ConfigError(
                     f"Ray cannot be started on this machine: {error}; remove the cause, or use --runner serial"
                 ) from error
-            raise ConfigError(f"the Ray cluster at {self.address} cannot be joined: {error}; {WAY_OUT}") from error
+            raise ConfigError(f"the Ray cluster at {self.address} cannot be joined: {error}; {CONNECT_FIX}") from error
         return cluster_resources
 
 
 _lock = threading.Lock()
 _connection: _Connection | None = None
-"""Of this process."""
 
 
 @contextmanager
 def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
-    """Joins a Ray cluster, or starts a local one, for the length of a `with` block, beside what is done in it.
+    """Joins or starts a Ray cluster in the background, and disconnects at the end of the `with` block.
 
-    Threads share a connection, which ends with the last of them. A process that was connected before stays so.
+    Threads share a connection, which is closed by its last user. A connection that the process already had stays open.
 
     Args:
-        address: A cluster's address; `local` for a new Ray on this machine; None for RAY_ADDRESS, or else the cluster
-            that `ray start` started on this machine, or else a new Ray; `auto` for the same without the last.
+        address: Address of a cluster; `local` for a new Ray on this machine; `auto` for the cluster that `ray start`
+            started on this machine; None for RAY_ADDRESS, else as `auto` if there is such a cluster, else as `local`.
 
     Yields:
-        A function that waits until Ray has started, and returns one for the cluster's resources. Either may raise.
+        A function that waits until Ray has started, and returns a function for the cluster's resources. Both may raise.
 
     Raises:
         ConfigError: The cluster cannot be reached, or the platform has no Ray runner.
@@ -103,7 +100,7 @@ def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
     global _connection
     if sys.platform != "linux":
         raise ConfigError(f"the Ray runner needs Linux (platform: {sys.platform}); use --runner serial")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; silences a warning
     with _lock:
         if not _connection and is_connected():
             connection = None
@@ -115,7 +112,7 @@ def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
                     f"a process can use one Ray cluster at a time (in use: {connection.address}, wanted: {address}); "
                     f"start this run in another process"
                 )
-            connection.users += 1
+            connection.num_users += 1
     if not connection:
         yield lambda: cluster_resources
         return
@@ -124,19 +121,19 @@ def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
         yield connection.wait
     finally:
         with _lock:
-            connection.users -= 1
-            if not connection.users:
+            connection.num_users -= 1
+            if not connection.num_users:
                 _connection = None
                 connection.close()
 
 
 def cluster_probe() -> Callable[[], bool]:
-    """Returns a function that says whether the cluster, and this machine's node of it, still accept connections."""
+    """Returns a function that checks whether the cluster and the driver's node still accept connections."""
     import ray
 
     context = ray.get_runtime_context()
-    own = [node for node in alive_nodes() if node["NodeID"] == context.get_node_id()]
-    raylets = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in own]
+    driver_nodes = [node for node in alive_nodes() if node["NodeID"] == context.get_node_id()]
+    raylets = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in driver_nodes]
     addresses = [context.gcs_address, *raylets]
 
     def is_alive() -> bool:
@@ -151,7 +148,7 @@ def cluster_probe() -> Callable[[], bool]:
 
 
 def is_connected() -> bool:
-    """Says whether this process is part of a Ray cluster."""
+    """Returns whether this process is connected to a Ray cluster."""
     is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # missing while another thread imports Ray
     return bool(is_initialized and is_initialized())
 
@@ -162,10 +159,10 @@ def num_nodes(resources: dict[str, float]) -> int:
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Returns the cluster's nodes, as Ray describes them.
+    """Returns Ray's descriptions of the nodes that are alive.
 
     Raises:
-        ConfigError: None is alive.
+        ConfigError: No node is alive.
     """
     import ray
 
@@ -176,14 +173,14 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def cluster_resources(device: str = "auto") -> dict[str, float]:
-    """Returns the totals of the cluster that is joined: `CPU`, and `GPU` where torch can use one.
+    """Returns the total resources of the cluster. `GPU` counts only GPUs that torch can use.
 
     Args:
         device: As in `pipeline.device`. With `cpu`, GPUs are not checked.
     """
     import ray
 
-    resources: dict[str, float] = {"CPU": 0.0, "GPU": 0.0, **ray.cluster_resources()}  # a head may have none
+    resources: dict[str, float] = {"CPU": 0.0, "GPU": 0.0, **ray.cluster_resources()}  # a head node may have none
     if has_autoscaler():
         resources[AUTOSCALER] = 1.0
     if resources["GPU"] and device != "cpu":
@@ -192,9 +189,9 @@ def cluster_resources(device: str = "auto") -> dict[str, float]:
 
 
 def has_autoscaler() -> bool:
-    """Returns whether the cluster has an autoscaler, which adds nodes for what waits to be placed.
+    """Returns whether the cluster has an autoscaler, which adds nodes for pending placement groups.
 
-    Its report names types of nodes as its configuration does. Without one, Ray reports a type for each node.
+    Its report has the node types of its configuration. Without an autoscaler, Ray reports one type for each node.
     """
     from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
@@ -206,14 +203,14 @@ def has_autoscaler() -> bool:
 
 
 _torch_has_cuda: dict[str, bool] = {}
-"""Whether torch can use the GPUs of a node, by its id. Ids are unique, and what is installed does not change."""
+"""Cache: whether torch can use the GPUs of a node, by node id. Ids are unique, and installed packages do not change."""
 
 
 def _usable_gpus() -> float:
     """Returns the number of GPUs that torch can use.
 
-    Ray counts GPUs by their driver, so a task on each node asks torch. It takes a small share of a GPU, because others
-    may hold the rest.
+    Ray counts the GPUs that their driver reports, so a task on each node checks with torch. It reserves a small
+    fraction of a GPU, because other jobs may hold the rest.
 
     Raises:
         ConfigError: Nodes differ, or no task could start.
@@ -228,17 +225,17 @@ def _usable_gpus() -> float:
 
     gpus = {node["NodeID"]: node["Resources"].get("GPU", 0.0) for node in alive_nodes()}
     tasks = {
-        ray.remote(num_gpus=GPU_SHARE, num_cpus=0, max_retries=0)(probe)
+        ray.remote(num_gpus=PROBE_GPU_FRACTION, num_cpus=0, max_retries=0)(probe)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote(): node
-        for node, number in gpus.items()
-        if number and node not in _torch_has_cuda
+        for node, num_gpus in gpus.items()
+        if num_gpus and node not in _torch_has_cuda
     }
     if tasks:
-        answered, waiting = ray.wait(list(tasks), num_returns=len(tasks), timeout=PROBE_TIMEOUT_S)
-        for task in waiting:
+        done, pending = ray.wait(list(tasks), num_returns=len(tasks), timeout=PROBE_TIMEOUT_S)
+        for task in pending:
             ray.cancel(task, force=True)
-        for task in answered:
+        for task in done:
             try:
                 _torch_has_cuda[tasks[task]] = ray.get(task)
             except ray.exceptions.RayTaskError as error:
@@ -248,39 +245,40 @@ def _usable_gpus() -> float:
                 ) from error
             except ray.exceptions.RayError:  # the node was lost
                 continue
-    known = [node for node, number in gpus.items() if number and node in _torch_has_cuda]
-    usable = [node for node in known if _torch_has_cuda[node]]
-    if not known or (usable and usable != known):
+    probed = [node for node, num_gpus in gpus.items() if num_gpus and node in _torch_has_cuda]
+    usable = [node for node in probed if _torch_has_cuda[node]]
+    if not probed or (usable and usable != probed):
         reason = (
-            f"torch can use the GPUs of {len(usable)} of {len(known)} nodes; install the same torch on all nodes"
-            if known
-            else f"{GPU_SHARE} of a GPU was not free within {PROBE_TIMEOUT_S:g} s; wait until other jobs are done"
+            f"torch can use the GPUs of {len(usable)} of {len(probed)} nodes; install the same torch on all nodes"
+            if probed
+            else f"{PROBE_GPU_FRACTION} of a GPU was not free within {PROBE_TIMEOUT_S:g} s; wait for other jobs"
         )
         raise ConfigError(f"{reason}, or set pipeline.device to cpu")
     return float(sum(gpus[node] for node in usable))
 
 
 def machine_resources(device: str = "auto") -> dict[str, float]:
-    """Returns the totals of this machine, in the same terms."""
+    """Returns the total resources of this machine, as `cluster_resources` does for a cluster."""
     import torch
 
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def check_object_store(*, images: int, in_flight: int) -> None:
-    """Checks that what lies in it at once fills at most half of the smallest object store among the cluster's nodes.
+def check_object_store(*, image_bytes: int, in_flight_bytes: int) -> None:
+    """Checks that a run fills at most half of the smallest object store of the cluster's nodes.
 
     Args:
-        images: Bytes of all splits.
-        in_flight: Bytes of messages and states under way.
+        image_bytes: Size of the images of all splits.
+        in_flight_bytes: Size of the messages and states in flight.
 
     Raises:
-        ConfigError: It would fill more.
+        ConfigError: The run would fill more.
     """
-    store = int(min(node["Resources"].get("object_store_memory", 0) for node in alive_nodes()))
-    if images + in_flight > store / 2:
+    store_bytes = int(min(node["Resources"].get("object_store_memory", 0) for node in alive_nodes()))
+    if image_bytes + in_flight_bytes > store_bytes / 2:
         raise ConfigError(
-            f"a run may fill half of Ray's object store (images: {images:,} bytes, chunks in flight: {in_flight:,}, "
-            f"half of the store: {store // 2:,}); set pipeline.chunk_size, pipeline.max_in_flight or negatives.ahead "
-            f"lower, or start Ray with a larger --object-store-memory"
+            f"a run may fill at most half of Ray's object store (images: {image_bytes:,} bytes, chunks in flight: "
+            f"{in_flight_bytes:,}, half of the store: {store_bytes // 2:,}); set pipeline.chunk_size, "
+            f"pipeline.max_in_flight or negatives.prefetch_chunks lower, or start Ray with a larger "
+            f"--object-store-memory"
         )

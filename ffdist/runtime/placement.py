@@ -1,4 +1,4 @@
-"""Deciding which resources each actor takes, and holding them."""
+"""Placement: decides the resources of each actor, and reserves them."""
 
 import math
 import sys
@@ -8,115 +8,114 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Literal, NamedTuple
 
-from ffdist.config import ConfigError
-from ffdist.failures import ClusterStopped
+from ffdist.config.sections import Pipeline
+from ffdist.errors import ClusterStopped, ConfigError
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.runtime.cluster import AUTOSCALER, alive_nodes, has_autoscaler
-from ffdist.sections import Pipeline
 
 PLACEMENT_TIMEOUT_S = 8.0
 RELEASE_TIMEOUT_S = 60.0
-"""Longest wait for resources that the cluster has but that are in use: Ray needs a while to release those of a driver
-that was killed, most of all if a node was lost with it."""
+"""Longest wait for resources that are in use. Ray needs a while to release those of a driver that was killed,
+especially if a node was lost with it."""
 AUTOSCALER_TIMEOUT_S = 900.0
-"""A cloud needs minutes to start a machine."""
-READOUT_GPUS = 0.1
-"""Share of a GPU that the readout takes; the rest is for stages, so that one on every GPU leaves room for it."""
+"""Longest wait for an autoscaler: a cloud needs minutes to start a machine."""
+READOUT_GPU_FRACTION = 0.1
+"""Fraction of a GPU that the readout takes. Stages get the rest, so that one stage per GPU leaves room for it."""
 
 
 class Placement(NamedTuple):
     """The resources of a run."""
 
-    stages: int
+    num_stages: int
     device: Literal["cpu", "cuda"]
     stage_gpus: float
-    """GPU of each stage: what the readout leaves of one, or a share of that where there are more stages than GPUs."""
+    """GPUs per stage: a GPU minus the readout's fraction, split evenly if there are more stages than GPUs."""
     stage_cpus: float
     other_cpus: float
-    """CPUs of each negative actor, and of the readout where it is on none of the GPUs."""
+    """CPUs per negative actor, and of the readout if it runs on a CPU."""
 
     def bundles(self, negative_actors: int) -> list[dict[str, float]]:
-        """Returns what each actor needs, in the order in which they are made: stages, readout, negatives."""
+        """Returns the resources of each actor in order of creation: stages, readout, negatives."""
         stage, other = {"CPU": self.stage_cpus}, {"CPU": self.other_cpus}
         if not self.stage_gpus:
-            return [stage] * self.stages + [other] * (1 + negative_actors)
-        # The stages of a node with GPUs may leave no processor to the readout.
-        return [stage | {"GPU": self.stage_gpus}] * self.stages + [{"GPU": READOUT_GPUS}] + [other] * negative_actors
+            return [stage] * self.num_stages + [other] * (1 + negative_actors)
+        # The readout reserves no CPU, because the stages may take all CPUs of the nodes with GPUs.
+        readout = {"GPU": READOUT_GPU_FRACTION}
+        return [stage | {"GPU": self.stage_gpus}] * self.num_stages + [readout] + [other] * negative_actors
 
 
 def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: dict[str, float]) -> Placement:
-    """Decides stages and shares; a pure function of the configuration and the cluster's totals.
+    """Decides the resources of a run; a pure function of the configuration and the cluster's totals.
 
-    Actors share processors evenly where there are fewer than actors, `1 / ceil(actors / processors)` of one each,
-    because other fractions may not fit into whole ones; so do stages what the readout leaves of GPUs.
+    If there are too few CPUs, actors share them evenly: `1 / ceil(threads / CPUs)` of a CPU per thread, because other
+    fractions may not fit into whole CPUs. Stages share what the readout leaves of the GPUs in the same way.
 
     Raises:
-        ConfigError: GPUs wanted and none there.
+        ConfigError: `pipeline.device` is `cuda` and the cluster has no GPU.
     """
     gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 0)))
-    given = len(pipeline.balance) if isinstance(pipeline.balance, list) else pipeline.stages
+    requested_stages = len(pipeline.balance) if isinstance(pipeline.balance, list) else pipeline.stages
     if pipeline.device == "cuda" and not gpus:
-        gpus = _gpus_to_wait_for(given, cpus, autoscaler=AUTOSCALER in resources)
+        gpus = _num_gpus_to_add(requested_stages, cpus, autoscaler=AUTOSCALER in resources)
     device: Literal["cpu", "cuda"] = "cuda" if gpus and pipeline.device != "cpu" else "cpu"
-    automatic = min(layers, gpus) if device == "cuda" else layers
-    stages = automatic if given == "auto" else given
-    wanted_cpus = stages * pipeline.threads_per_stage + 1 + negative_actors
-    cpu_share = _floor(1 / math.ceil(wanted_cpus / cpus))
+    auto_stages = min(layers, gpus) if device == "cuda" else layers
+    num_stages = auto_stages if requested_stages == "auto" else requested_stages
+    num_threads = num_stages * pipeline.threads_per_stage + 1 + negative_actors
+    cpu_fraction = _floor(1 / math.ceil(num_threads / cpus))
     return Placement(
-        stages=stages,
+        num_stages=num_stages,
         device=device,
-        stage_gpus=_floor((1 - READOUT_GPUS) / math.ceil(stages / gpus)) if device == "cuda" else 0,
-        stage_cpus=_floor(pipeline.threads_per_stage * cpu_share),
-        other_cpus=cpu_share,
+        stage_gpus=_floor((1 - READOUT_GPU_FRACTION) / math.ceil(num_stages / gpus)) if device == "cuda" else 0,
+        stage_cpus=_floor(pipeline.threads_per_stage * cpu_fraction),
+        other_cpus=cpu_fraction,
     )
 
 
-def _gpus_to_wait_for(stages: int | Literal["auto"], cpus: int, *, autoscaler: bool) -> int:
-    """Returns how many GPUs an autoscaler is to add to a cluster that has none."""
+def _num_gpus_to_add(stages: int | Literal["auto"], cpus: int, *, autoscaler: bool) -> int:
+    """Returns the number of GPUs that the autoscaler must add to a cluster without GPUs."""
     if autoscaler and stages != "auto":
         return stages
     fix = (
-        "set pipeline.stages to the number of GPUs that the autoscaler is to add, or its min_workers to at least 1"
+        "set pipeline.stages to the number of GPUs that the autoscaler must add, or its min_workers to at least 1"
         if autoscaler
         else "set pipeline.device to cpu or auto, or join a cluster that has GPUs"
     )
     raise ConfigError(f"pipeline.device=cuda needs at least one GPU (the cluster has {cpus} CPUs and no GPU); {fix}")
 
 
-def _floor(share: float) -> float:
-    """Rounds down to what Ray counts in: it may round 1/6 up, and six shares would no longer fit into one."""
-    return math.floor(round(share * 10_000, 6)) / 10_000
+def _floor(fraction: float) -> float:
+    """Rounds down to Ray's resolution, because Ray may round 1/6 up, and six of them would not fit into one."""
+    return math.floor(round(fraction * 10_000, 6)) / 10_000
 
 
 def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
-    """Returns a line that says what was decided."""
-    layers = ", ".join("-".join(dict.fromkeys((str(cut.start + 1), str(cut.stop)))) for cut in blueprint.stage_layers)
-    stages = f"{runner}: {placement.stages} stages on {placement.device} with layers {layers}"
+    """Describes a placement in one line."""
+    layers = ", ".join("-".join(dict.fromkeys((str(r.start + 1), str(r.stop)))) for r in blueprint.stage_layers)
+    stages = f"{runner}: {placement.num_stages} stages on {placement.device} with layers {layers}"
     if runner == "backpropagation":
         return f"{runner}: all layers on {placement.device}, in this process"
     if runner == "serial":
         return f"{stages}, in this process"
-    share = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"
+    each = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"
     return (
-        f"{stages}, {share} each; {blueprint.negatives.num_parts} negative actors, 1 readout; up to "
-        f"{blueprint.max_in_flight} chunks of {blueprint.chunk_size} minibatches under way"
+        f"{stages}, {each} each; {blueprint.negatives.num_actors} negative actors, 1 readout; up to "
+        f"{blueprint.max_in_flight} chunks of {blueprint.chunk_size} minibatches in flight"
     )
 
 
-_placed: dict[Any, int] = {}
-"""Threads of this process whose runs hold a placement group, by the group's id."""
+_owners: dict[Any, int] = {}
+"""Threads of this process that hold a placement group, by the group's id."""
 
 
 @contextmanager
 def reserve(bundles: list[dict[str, float]]) -> Iterator[Any]:
-    """Holds one bundle of resources per actor as a placement group, for the length of a `with` block.
+    """Reserves one bundle of resources per actor as a placement group in the `with` block.
 
-    Runs in other threads of this process are waited for, and an autoscaler has `AUTOSCALER_TIMEOUT_S` to add nodes.
+    Waits while other threads of this process hold placement groups, and `AUTOSCALER_TIMEOUT_S` for an autoscaler.
 
     Raises:
-        ConfigError: No node is large enough for one of them, the cluster lacks them after `PLACEMENT_TIMEOUT_S`, or it
-            has them in use after `RELEASE_TIMEOUT_S`. (A placement group that can never be placed raises nothing by
-            itself.)
+        ConfigError: No node is large enough for a bundle, or the resources are missing after `PLACEMENT_TIMEOUT_S`, or
+            in use after `RELEASE_TIMEOUT_S`. Ray itself raises nothing for a group that can never be placed.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -128,23 +127,23 @@ def reserve(bundles: list[dict[str, float]]) -> Iterator[Any]:
     group, thread, start = placement_group(bundles, strategy="PACK"), get_ident(), time.monotonic()
     try:
         while True:
-            others = set(_placed.values()) - {thread}  # which will end
+            are_others_placed = bool(set(_owners.values()) - {thread})  # their runs will end
             if group.wait(timeout_s):
                 break
             total = ray.cluster_resources()
-            if others or (_has(total, bundles) and time.monotonic() - start < RELEASE_TIMEOUT_S):
+            if are_others_placed or (_has(total, bundles) and time.monotonic() - start < RELEASE_TIMEOUT_S):
                 continue
             free = ray.available_resources()
             raise ConfigError(
                 f"the cluster cannot place the run's {len(bundles)} actors (needed: {_needs(bundles)}; the cluster "
                 f"has: {_amounts(total)}; free: {_amounts(free)}); set pipeline.stages or pipeline.threads_per_stage "
-                f"lower, or wait until others are done"
+                f"lower, or wait until other jobs are done"
             )
-        _placed[group.id] = thread
+        _owners[group.id] = thread
         yield group
     finally:
-        _placed.pop(group.id, None)
-        if not isinstance(sys.exception(), ClusterStopped):  # then the call would wait for the cluster
+        _owners.pop(group.id, None)
+        if not isinstance(sys.exception(), ClusterStopped):  # the call would wait for a stopped cluster
             remove_placement_group(group)
 
 
@@ -158,7 +157,7 @@ def _check_nodes(bundles: list[dict[str, float]], nodes: list[dict[str, float]])
 
 
 def _has(total: dict[str, float], bundles: list[dict[str, float]]) -> bool:
-    """Returns whether a cluster has enough resources in all, whoever uses them."""
+    """Returns whether a cluster has enough resources in total, used or not."""
     return all(sum(bundle.get(name, 0) for bundle in bundles) <= total.get(name, 0) for name in ("CPU", "GPU"))
 
 

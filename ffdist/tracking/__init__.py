@@ -1,1 +1,1 @@
-"""Where a run can be watched: MLflow, the terminal, pictures."""
+"""MLflow tracking: the tracking store and the uploads to it. Only this package and `export.served` import mlflow."""

@@ -1,4 +1,4 @@
-"""The network of a run as an MLflow model, that `mlflow models serve` answers requests with."""
+"""Logs and registers the network of a run as an MLflow model, which `mlflow models serve` can serve."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,46 +9,51 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist import exported
+from ffdist.export.network import save_network
 from ffdist.ff.network import Network
 
 NAME = "model"
-NEEDED = ("mlflow", "numpy", "safetensors", "torch")
-"""What the model needs where it is served; the part of ffdist that predicts goes with it."""
+REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch")
+"""Packages that serving the model requires."""
+INFERENCE_PACKAGES = ("export", "ff", "storage")
+"""Subpackages of ffdist that inference requires. They are stored with the model, each as a whole: the environment that
+serves it may have another version of ffdist, and Python searches a package in one folder only."""
 
 
 def create_model(client: Any, run_id: str) -> str:
-    """Makes a model of a run, by MLflow's client, that `log_model` fills, and returns its id."""
+    """Creates an empty logged model for a run, which `log_model` fills, and returns its id."""
     model_id: str = client.create_logged_model(client.get_run(run_id).info.experiment_id, NAME, run_id).model_id
     return model_id
 
 
-def log_model(client: Any, run_id: str, model_id: str, network: Network, names: Sequence[str], image: Tensor) -> None:
-    """Logs a network as a model of a run; once more changes nothing.
+def log_model(
+    client: Any, run_id: str, model_id: str, network: Network, class_names: Sequence[str], image: Tensor
+) -> None:
+    """Logs a network as a model of a run. Calling it again has no effect.
 
     Args:
-        client: MLflow's.
-        run_id: The run's.
-        model_id: The model's.
-        network: What to log.
-        names: Of the classes, where they have some.
-        image: An example, uint8 `[D]`.
+        client: MLflow client.
+        run_id: MLflow run id.
+        model_id: Id returned by `create_model`.
+        network: Network to log.
+        class_names: Names of the classes; may be empty.
+        image: Input example, uint8 `[D]`.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model
 
-    where = client.get_logged_model(model_id).artifact_location
+    location = client.get_logged_model(model_id).artifact_location
     with TemporaryDirectory() as folder:
         path = Path(folder) / NAME
-        facts = Model(artifact_path=where, model_uuid=model_id, run_id=run_id, model_id=model_id)
-        save_model(network, names, image, path, mlflow_model=facts)
+        mlflow_model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)
+        save_model(network, class_names, image, path, mlflow_model=mlflow_model)
         client.log_model_artifacts(model_id, str(path))
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
 
 def register_model(client: Any, run_id: str, model_id: str, name: str) -> None:
-    """Makes a run's model a new version of the registered model of a name, which may be new."""
+    """Registers the model of a run as a new version of a registered model, which is created if necessary."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -57,22 +62,22 @@ def register_model(client: Any, run_id: str, model_id: str, name: str) -> None:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     if any(each.model_id == model_id for each in client.search_model_versions(f"run_id = '{run_id}'")):
-        return  # by an earlier try whose answer was lost
-    # A database looks a model's own name up in the process's default store, which may be another.
-    where = client.get_logged_model(model_id).artifact_location
-    source = f"models:/{model_id}" if client.tracking_uri.startswith("http") else where
+        return  # registered by an earlier attempt whose response was lost
+    # A database resolves models:/ URIs in the default store of the process, which may be another one.
+    location = client.get_logged_model(model_id).artifact_location
+    source = f"models:/{model_id}" if client.tracking_uri.startswith("http") else location
     client.create_model_version(name, source, run_id, model_id=model_id)
 
 
-def save_model(network: Network, names: Sequence[str], image: Tensor, path: Path, **facts: Any) -> None:
-    """Writes a network as an MLflow model into a folder that is not there yet.
+def save_model(network: Network, class_names: Sequence[str], image: Tensor, path: Path, **options: Any) -> None:
+    """Writes a network as an MLflow model into a new folder.
 
     Args:
-        network: What to write.
-        names: Of the classes, where they have some.
-        image: An example, uint8 `[D]`.
-        path: The folder.
-        **facts: As MLflow's `save_model` takes them.
+        network: Network to write.
+        class_names: Names of the classes; may be empty.
+        image: Input example, uint8 `[D]`.
+        path: The folder, which must not exist.
+        **options: Further arguments of `mlflow.pyfunc.save_model`.
     """
     import numpy as np
     from mlflow import pyfunc
@@ -80,30 +85,31 @@ def save_model(network: Network, names: Sequence[str], image: Tensor, path: Path
     from mlflow.types import Schema, TensorSpec
 
     architecture = network.architecture
-    named = {"label": (np.int64, ()), "probability": (np.float32, (architecture.classes,))}
-    named["goodness"] = (np.float32, (architecture.classes if architecture.goodness_predicts else 0,))
-    if names:
-        named["name"] = (np.str_, ())
-    # Without the input's type: MLflow would cast to it, and cut off what makes an image wrong.
+    outputs = {"label": (np.int64, ()), "probability": (np.float32, (architecture.classes,))}
+    outputs["goodness"] = (np.float32, (architecture.classes if architecture.goodness_predicts else 0,))
+    if class_names:
+        outputs["name"] = (np.str_, ())
+    # The signature has no input type: MLflow would cast inputs to it, which hides invalid pixel values.
     signature = ModelSignature(
-        outputs=Schema([TensorSpec(np.dtype(kind), (-1, *shape), name) for name, (kind, shape) in named.items()])
+        outputs=Schema([TensorSpec(np.dtype(dtype), (-1, *shape), name) for name, (dtype, shape) in outputs.items()])
     )
     package = Path(__file__).parent.parent
     with TemporaryDirectory() as folder:
-        part = Path(folder) / package.name  # of the package: what predicts
-        shutil.copytree(package / "ff", part / "ff", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("__init__.py", "exported.py", "files.py"):
-            shutil.copy(package / name, part)
-        kept = Path(folder) / "network"
-        kept.mkdir()
-        exported.save_network(network, kept, names)
+        code = Path(folder) / package.name
+        for name in INFERENCE_PACKAGES:
+            shutil.copytree(package / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(package / "__init__.py", code)
+        shutil.copy(package / "errors.py", code)
+        network_folder = Path(folder) / "network"
+        network_folder.mkdir()
+        save_network(network, network_folder, class_names)
         pyfunc.save_model(
             path,
-            loader_module=exported.__name__,
-            data_path=str(kept),
-            code_paths=[str(part)],
+            loader_module="ffdist.export.served",
+            data_path=str(network_folder),
+            code_paths=[str(code)],
             signature=signature,
             input_example=image.view(1, *architecture.shape).numpy(),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in NEEDED],
-            **facts,
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+            **options,
         )

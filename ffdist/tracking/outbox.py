@@ -1,4 +1,4 @@
-"""The metrics of a run on its own disk: what the tracking server has, and what is still to be sent."""
+"""SQLite database in the folder of a run with its metrics, and everything that is still to be sent to MLflow."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ffdist.files import file_in
+from ffdist.storage.files import file_in
 
 OUTBOX = "metrics.db"
-"""In the folder of a run."""
+"""File name of the outbox in the folder of a run."""
 RECOVERIES, ORIGIN = "recoveries", "origin"
-"""The facts that tell what the run recovered from, and whose weights it started from."""
+"""Keys of the facts that hold the recoveries of the run, and the run whose weights it started from."""
 POINT_BYTES = 100
-"""What a point takes, roughly."""
+"""Approximate size of a point in the database."""
 
 
 class Point(NamedTuple):
@@ -26,35 +26,42 @@ class Point(NamedTuple):
     name: str
     value: float
     timestamp: int
-    """When it was first seen, in milliseconds; sent unchanged however often, so that the server knows it again."""
+    """Time of the first logging, in milliseconds since 1970. It never changes, so that the server merges duplicates."""
     step: int
-    """Samples seen."""
+    """Number of samples seen."""
 
 
 class Call(NamedTuple):
-    """Something else that the server is to be told about the run."""
+    """A pending MLflow call other than a metric: parameters, tags, a dataset, an artifact or a model."""
 
     number: int
-    """In the order in which they came."""
-    what: str
+    """Calls are made in the order of their numbers."""
+    kind: str
+    """Key of `sync.HANDLERS`."""
     content: Any
-    """As JSON holds it."""
+    """JSON value."""
 
 
 class Outbox:
-    """All points of a run, each once, with whether they are sent; what else is to be told; and facts about the run.
+    """Stores all points of a run, its pending calls, and facts about it (key-value pairs).
 
-    A point that is there stays as it is: after a recovery the same ones come again.
+    A stored point is not overwritten by `add`, because a recovered run logs the same points again. All methods are
+    thread-safe.
 
     Args:
-        path: The database; made where it is missing.
-        limit_bytes: About how much may wait to be sent. Beyond it every other point that waits is dropped.
+        path: The database; created if it does not exist.
+        limit_bytes: Approximate limit on pending points. Beyond it every other pending point is dropped.
+
+    Raises:
+        UnsafeFile: One of the database's files leads out of the folder.
+        sqlite3.DatabaseError: The database is damaged.
     """
 
     def __init__(self, path: Path, limit_bytes: int) -> None:
-        self._limit, self._lock, self.thinned = limit_bytes // POINT_BYTES, threading.Lock(), False
+        self._max_pending, self._lock = limit_bytes // POINT_BYTES, threading.Lock()
+        self.has_dropped_points = False
         self.folder = path.parent
-        """The run's."""
+        """Folder of the run."""
         _check_files(path)
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._database.executescript(
@@ -71,31 +78,31 @@ class Outbox:
             create table if not exists rejected (number integer primary key, what text, content text, reason text);
             """
         )
-        self._database.execute("select name, step, value, timestamp, sent from points limit 0")  # another's may differ
-        self._waiting = self._count()
+        self._database.execute("select name, step, value, timestamp, sent from points limit 0")  # another schema fails
+        self._num_pending = self._count()
 
     def add(self, metrics: dict[str, float], step: int) -> None:
-        """Keeps a value of each metric to be sent."""
+        """Adds a pending point to each metric."""
         now = time.time_ns() // 1_000_000
         self._add((Point(name, value, now, step) for name, value in metrics.items()), sent=False)
-        if self._waiting > self._limit:
-            self._thin()
+        if self._num_pending > self._max_pending:
+            self._drop_points()
 
     def add_sent(self, points: Iterable[Point]) -> None:
-        """Notes what the server has; its timestamps are the ones that count."""
+        """Adds points that the server has. They replace stored ones: the server's timestamps take precedence."""
         self._add(points, sent=True)
         with self._lock:
-            self._waiting = self._count()
+            self._num_pending = self._count()
 
-    def waiting(self, limit: int) -> list[Point]:
-        """Returns the oldest points that are still to be sent."""
-        asked = "select name, value, timestamp, step from points where not sent order by timestamp, step, name limit ?"
+    def pending_points(self, limit: int) -> list[Point]:
+        """Returns the oldest pending points, at most `limit`."""
+        query = "select name, value, timestamp, step from points where not sent order by timestamp, step, name limit ?"
         with self._lock:
-            return [Point(*row) for row in self._database.execute(asked, (limit,))]
+            return [Point(*row) for row in self._database.execute(query, (limit,))]
 
     @property
-    def num_waiting(self) -> int:
-        """How many points are still to be sent."""
+    def num_pending(self) -> int:
+        """Number of pending points."""
         with self._lock:
             return self._count()
 
@@ -104,88 +111,88 @@ class Outbox:
         return count
 
     def mark_sent(self, points: Iterable[Point]) -> None:
-        """Notes that the server has these."""
+        """Marks points as sent."""
         change = "update points set sent = 1 where name = ? and step = ? and not sent"
-        self._change(change, [(point.name, point.step) for point in points], waiting=-1)
+        self._change(change, [(point.name, point.step) for point in points], pending_change=-1)
 
     def reject_points(self, points: Iterable[Point], reason: str) -> None:
-        """Notes that the server will never take these; they stay in the history."""
+        """Records that the server rejected points. They are not sent again, but stay in the history."""
         points = list(points)
         self.mark_sent(points)
         self._reject("points", sorted({point.name for point in points}), reason)
 
-    def add_call(self, what: str, content: Any) -> None:
-        """Keeps something else to be told."""
-        self._change("insert into calls (what, content) values (?, ?)", [(what, json.dumps(content))])
+    def add_call(self, kind: str, content: Any) -> None:
+        """Adds a pending call."""
+        self._change("insert into calls (what, content) values (?, ?)", [(kind, json.dumps(content))])
 
     def calls(self) -> list[Call]:
-        """Returns what else is still to be told, oldest first; content that is no JSON is None."""
+        """Returns the pending calls in order; content that is not valid JSON is None."""
         with self._lock:
             rows = self._database.execute("select number, what, content from calls order by number").fetchall()
         calls = []
-        for number, what, content in rows:
+        for number, kind, content in rows:
             try:
-                calls.append(Call(number, str(what), json.loads(content)))
+                calls.append(Call(number, str(kind), json.loads(content)))
             except (TypeError, ValueError, RecursionError):
-                calls.append(Call(number, str(what), None))
+                calls.append(Call(number, str(kind), None))
         return calls
 
     def drop(self, call: Call) -> None:
-        """Notes that the server was told."""
+        """Removes a call, after it succeeded or was rejected."""
         self._change("delete from calls where number = ?", [(call.number,)])
 
     def postpone(self, call: Call) -> None:
-        """Puts a call behind all others, so that it does not hold them up."""
+        """Moves a call to the end, so that it does not block the others."""
         last = "select max(number) + 1 from calls"
         self._change(f"update calls set number = ({last}) where number = ?", [(call.number,)])
 
     def reject(self, call: Call, reason: str) -> None:
-        """Drops a call that can never succeed, and keeps why."""
-        self._reject(call.what, call.content, reason)
+        """Removes a call that can never succeed, and records the reason."""
+        self._reject(call.kind, call.content, reason)
         self.drop(call)
 
     def rejected(self) -> list[str]:
-        """Returns what was dropped and why, oldest first."""
+        """Returns a text for each rejected upload, with the reason, oldest first."""
         with self._lock:
             rows = self._database.execute("select what, content, reason from rejected order by number").fetchall()
-        return [f"{what} {str(content)[:100]}: {reason}" for what, content, reason in rows]
+        return [f"{kind} {str(content)[:100]}: {reason}" for kind, content, reason in rows]
 
     @property
     def num_calls(self) -> int:
-        """How much else is still to be told."""
+        """Number of pending calls."""
         with self._lock:
             count: int = self._database.execute("select count(*) from calls").fetchone()[0]
         return count
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
-        """Returns all points by metric, as step and value, in order."""
+        """Returns the (step, value) pairs of each metric, in order of steps."""
         with self._lock:
-            return _series(self._database)
+            return _read_series(self._database)
 
     @staticmethod
     def history_of(path: Path) -> dict[str, list[tuple[int, float]]]:
-        """Returns all points of an outbox that is no longer written to, as `history` does."""
-        with _reading(path) as database:
-            return _series(database)
+        """Returns the same as `history`, for the outbox of a run that has ended."""
+        with _open_readonly(path) as database:
+            return _read_series(database)
 
     def fact(self, key: str) -> str | None:
-        """Returns what was noted under a key."""
+        """Returns the fact under a key, or None if there is none."""
         with self._lock:
             row = self._database.execute("select value from facts where key = ?", (key,)).fetchone()
         return row[0] if row else None
 
     @staticmethod
     def fact_of(path: Path, key: str) -> str | None:
-        """Returns what an outbox that may be in use has under a key; None where it cannot be read."""
-        with suppress(sqlite3.Error, OSError, ValueError), _reading(path) as database:
+        """Returns a fact from an outbox that may be in use; None if there is none or the outbox cannot be read."""
+        with suppress(sqlite3.Error, OSError, ValueError), _open_readonly(path) as database:
             row = database.execute("select value from facts where key = ?", (key,)).fetchone()
             return str(row[0]) if row else None
         return None
 
     @staticmethod
     def is_pending(path: Path) -> bool:
-        """Says whether something is still to be sent, without writing to the folder; True where it cannot be read."""
-        with suppress(sqlite3.Error, OSError, ValueError), _reading(path) as database:
+        """Returns whether anything is pending, without writing to the folder; True if the outbox cannot be read."""
+        with suppress(sqlite3.Error, OSError, ValueError), _open_readonly(path) as database:
             (pending,) = database.execute(
                 "select exists (select 1 from points where not sent) or exists (select 1 from calls) "
                 "or exists (select 1 from facts where key = 'left' and value != '')"
@@ -193,72 +200,72 @@ class Outbox:
             return bool(pending)
         return True
 
-    def note(self, **facts: str) -> None:
-        """Notes facts about the run, over those of the same keys."""
+    def set_facts(self, **facts: str) -> None:
+        """Stores facts about the run; existing keys are overwritten."""
         with self._lock:
             self._database.executemany("insert or replace into facts values (?, ?)", facts.items())
 
     def close(self) -> None:
-        """Writes the log back and closes the database, so that the one file is complete even if others read it."""
+        """Checkpoints the WAL and closes the database: its file is complete even while another process reads it."""
         with self._lock, closing(self._database), suppress(sqlite3.Error):
             self._database.execute("pragma wal_checkpoint(truncate)")
 
-    def _reject(self, what: str, content: Any, reason: str) -> None:
-        row = (what, json.dumps(content), reason)
+    def _reject(self, kind: str, content: Any, reason: str) -> None:
+        row = (kind, json.dumps(content), reason)
         self._change("insert into rejected (what, content, reason) values (?, ?, ?)", [row])
 
     def _add(self, points: Iterable[Point], *, sent: bool) -> None:
         rows = [(point.name, point.step, point.value, point.timestamp, sent) for point in points]
         change = "insert or replace" if sent else "insert or ignore"
-        self._change(f"{change} into points values (?, ?, ?, ?, ?)", rows, waiting=not sent)
+        self._change(f"{change} into points values (?, ?, ?, ?, ?)", rows, pending_change=not sent)
 
-    def _change(self, statement: str, rows: Iterable[tuple[Any, ...]], *, waiting: int = 0) -> None:
-        """Changes all rows or, where the disk is full, none.
+    def _change(self, statement: str, rows: Iterable[tuple[Any, ...]], *, pending_change: int = 0) -> None:
+        """Executes a statement for each row in one transaction, so that a full disk changes nothing.
 
         Args:
             statement: SQL statement.
             rows: Parameters of each execution.
-            waiting: What each changed row adds to the number of waiting points.
+            pending_change: What each changed row adds to the number of pending points.
         """
-        with self._lock, self._database:  # which commits or rolls back
+        with self._lock, self._database:  # commits or rolls back
             self._database.execute("begin")
-            self._waiting += waiting * self._database.executemany(statement, rows).rowcount
+            self._num_pending += pending_change * self._database.executemany(statement, rows).rowcount
 
-    def _thin(self) -> None:
-        """Drops every other waiting point of each series, if there are too many."""
+    def _drop_points(self) -> None:
+        """Drops every other pending point of each metric, if there are too many."""
         numbered = (
             "select name, step, row_number() over (partition by name order by step) as k from points where not sent"
         )
         with self._lock:
-            if self._count() > self._limit:
-                self.thinned = True
+            if self._count() > self._max_pending:
+                self.has_dropped_points = True
                 self._database.execute(
                     f"delete from points where (name, step) in (select name, step from ({numbered}) where k % 2 = 0)"
                 )
-            self._waiting = self._count()
+            self._num_pending = self._count()
 
 
-def _reading(path: Path) -> closing[sqlite3.Connection]:
-    """Opens an outbox to be read; one that nobody writes to wants no lock, for which a folder may lack the right."""
+def _open_readonly(path: Path) -> closing[sqlite3.Connection]:
+    """Opens an outbox for reading; without a lock if no process writes to it, because the folder may be read-only."""
     _check_files(path)
-    in_use = path.with_name(f"{path.name}-wal").exists()
-    return closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro" + "&immutable=1" * (not in_use), uri=True))
+    is_open = path.with_name(f"{path.name}-wal").exists()
+    return closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro" + "&immutable=1" * (not is_open), uri=True))
 
 
-def _series(database: sqlite3.Connection) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
+def _read_series(database: sqlite3.Connection) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
     for name, step, value in database.execute("select name, step, value from points order by name, step"):
         if not (isinstance(name, str) and isinstance(step, int) and isinstance(value, float | int | None)):
-            raise sqlite3.DataError(f"a point is of the wrong type ({name!r:.50}, {step!r:.50}, {value!r:.50})")
-        found.setdefault(name, []).append((step, math.nan if value is None else float(value)))
-    return found
+            raise sqlite3.DataError(f"a point has the wrong types ({name!r:.50}, {step!r:.50}, {value!r:.50})")
+        series.setdefault(name, []).append((step, math.nan if value is None else float(value)))
+    return series
 
 
 def _check_files(path: Path) -> None:
-    """Makes sure that the database and what SQLite keeps beside it lie in the run's folder.
+    """Checks that the database and SQLite's auxiliary files are in the folder of the run.
 
     Raises:
-        UnsafeFile: One of them does not.
+        UnsafeFile: One of them leads out of it.
     """
     for suffix in ("", "-wal", "-shm", "-journal"):
         file_in(path.parent, path.name + suffix)

@@ -1,4 +1,4 @@
-"""Where runs are tracked: finding the server or database, and asking it."""
+"""Access to the tracking store, which is an MLflow server or a SQLite database."""
 
 import base64
 import json
@@ -20,99 +20,101 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from ffdist.config import ConfigError
-from ffdist.files import file_in
-from ffdist.sections import Tracking, absolute_store, hold_no_secret
+from ffdist.config.sections import Tracking, reject_secrets, with_absolute_path
+from ffdist.errors import ConfigError
+from ffdist.storage.files import file_in
 
-WAY_OUT = "make it reachable, or set tracking.uri to another place"
+HINT = "make it reachable, or set tracking.uri to another store"
 SQLITE = "sqlite:///"
 GIT_COMMIT = "mlflow.source.git.commit"
-"""Tag that MLflow's UI shows as a run's version."""
+"""Tag that the MLflow UI shows as the version of a run."""
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
-"""Has MLflow's UI open on runs and curves, not on its pages for language models."""
+"""Experiment tag that opens the MLflow UI on runs and curves instead of its pages for language models."""
 DESCRIPTION = "mlflow.note.content"
-"""Tag that MLflow's UI shows as a run's description, as Markdown."""
+"""Tag that the MLflow UI shows as the description of a run, in Markdown."""
 ARTIFACT_COLUMNS = (
     *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
     *(("model_versions", "source"), ("model_versions", "storage_location")),
 )
-"""Where MLflow's database keeps paths of artifacts."""
-RUNS = "select run_uuid from runs join experiments using (experiment_id) where artifact_location = ?"
-MADE = (
+"""Tables and columns of the MLflow database that hold artifact paths."""
+RUNS_QUERY = "select run_uuid from runs join experiments using (experiment_id) where artifact_location = ?"
+LOCATIONS_QUERY = (
     "select artifact_location from experiments join experiment_tags using (experiment_id) where key = ? and value = ?"
 )
-EXPERIMENT = Tracking().experiment
+DEFAULT_EXPERIMENT = Tracking().experiment
 VIEW = "ffdist"
-COLUMNS = (
+VIEW_COLUMNS = (
     *("attributes.`Created`", "attributes.`Description`", "attributes.`Duration`"),
     *("metrics.`test/goodness_error`", "metrics.`test/readout_error`"),
     *("params.`model.layers`", "params.`negatives.kind`", "params.`training.epochs`", "params.`seed`"),
 )
-"""What the table of runs shows; MLflow's own choice has no figure among them."""
+"""Columns of the table of runs in the UI; MLflow's default columns contain no metric."""
 
-
-_QUIET = ("mlflow", "alembic")
-_LOGGERS = [logging.getLogger(name) for name in ("", "sqlalchemy", "sqlalchemy.engine", *_QUIET)]
-"""Whose levels MLflow sets when it makes a database."""
-_levels: dict[logging.Logger, int] = {}
-_quiet_blocks, _quieting = 0, threading.Lock()
+_QUIET_LOGGERS = ("mlflow", "alembic")
+_CHANGED_LOGGERS = [logging.getLogger(name) for name in ("", "sqlalchemy", "sqlalchemy.engine", *_QUIET_LOGGERS)]
+"""Loggers whose levels MLflow changes when it creates a database."""
+_saved_levels: dict[logging.Logger, int] = {}
+_num_quiet_blocks, _quiet_lock = 0, threading.Lock()
 
 
 def default_uri(runs: Path) -> str:
-    """Returns the database under a runs folder, as MLflow names it."""
+    """Returns the URI of the default database in a runs folder."""
     return f"{SQLITE}{runs.resolve() / 'mlflow.db'}"
 
 
 def tracking_uri(config: Tracking, runs: Path) -> str:
-    """Returns where a run is tracked: the configuration's word, else the environment's, else the runs folder.
+    """Returns the tracking URI: `tracking.uri`, else MLFLOW_TRACKING_URI, else the default database of the runs folder.
 
     Raises:
-        ConfigError: There is a password in it, or a database's path that would be taken for another.
+        ConfigError: The URI has a password, or is the path of a database that MLflow would read as another path.
     """
     try:
-        named = hold_no_secret(os.environ.get("MLFLOW_TRACKING_URI", ""))
-        uri = config.uri or (absolute_store(named) if named else default_uri(runs))
+        environment_uri = reject_secrets(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        uri = config.uri or (with_absolute_path(environment_uri) if environment_uri else default_uri(runs))
     except ValueError as error:
         raise ConfigError(f"MLFLOW_TRACKING_URI: {error}") from None
     if uri.startswith(SQLITE) and ("?" in uri or unquote(uri) != uri):
-        raise ConfigError(f"a database's path must hold no ? and nothing like %20 ({uri}); set --runs or tracking.uri")
+        raise ConfigError(
+            f"a database's path must not contain ? or escapes such as %20 (uri: {uri}); set --runs or tracking.uri"
+        )
     return uri
 
 
-def how_to_look(uri: str, experiment: str, runs: Path) -> str:
-    """Returns the command or address that shows what was tracked."""
+def ui_command(uri: str, experiment: str, runs: Path) -> str:
+    """Returns the command or URL that shows the tracked runs."""
     if uri == default_uri(runs):
-        where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
-        return f"ffdist ui{where}" + ("" if experiment == EXPERIMENT else f" --experiment {shlex.quote(experiment)}")
+        runs_option = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+        name_option = "" if experiment == DEFAULT_EXPERIMENT else f" --experiment {shlex.quote(experiment)}"
+        return f"ffdist ui{runs_option}{name_option}"
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def log_to_run(uri: str, run_id: str, metrics: dict[str, float], *, beside: str) -> None:
+def log_to_run(uri: str, run_id: str, metrics: dict[str, float], *, reference: str) -> None:
     """Adds metrics to a run that has ended.
 
     Args:
-        uri: Where it is tracked.
-        run_id: The run's.
-        metrics: By name.
-        beside: A metric with whose last point they stand; so the same once more makes no second point.
+        uri: Tracking URI.
+        run_id: MLflow run id.
+        metrics: Values by name.
+        reference: Metric whose last step and timestamp are used, so that a repeated call adds no duplicates.
 
     Raises:
-        ConfigError: It is not at `uri`, or cannot be reached there.
+        ConfigError: The run is not at `uri`, or the store cannot be reached.
     """
-    with a_client(uri) as client:
-        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, beside)]
+    with open_client(uri) as client:
+        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, reference)]
         step, timestamp = max(points, default=(None, None))
         for name, value in metrics.items():
             client.log_metric(run_id, name, value, timestamp, step)
 
 
 def metric_histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Returns all points of a run, as step and value, by metric.
+    """Returns the (step, value) pairs of each metric of a run.
 
     Raises:
-        ConfigError: It is not at `uri`, or cannot be reached there.
+        ConfigError: The run is not at `uri`, or the store cannot be reached.
     """
-    with a_client(uri) as client:
+    with open_client(uri) as client:
         return {
             name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
             for name in client.get_run(run_id).data.metrics
@@ -120,47 +122,44 @@ def metric_histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]
 
 
 def runs_page(uri: str, experiment: str) -> str:
-    """Returns where MLflow's UI shows the runs of an experiment, after its host, and prepares the view of them.
+    """Returns the URL path of an experiment's runs in the MLflow UI, and stores a view of them with `VIEW_COLUMNS`.
 
     Args:
-        uri: Tracking server or database.
-        experiment: Its name.
+        uri: Tracking URI.
+        experiment: Name of the experiment.
 
     Raises:
-        ConfigError: It is not there, or cannot be reached.
+        ConfigError: There is no such experiment, or the store cannot be reached.
     """
-    with a_client(uri) as client:
-        found = find_experiment(client, uri, experiment)
-        view = json.dumps({"selectedColumns": COLUMNS}).encode()  # as the UI itself keeps a view that is shared
+    with open_client(uri) as client:
+        page_experiment = find_experiment(client, uri, experiment)
+        view = json.dumps({"selectedColumns": VIEW_COLUMNS}).encode()  # format of the UI's shared views
         tag = "deflate;" + base64.b64encode(zlib.compress(view)).decode()
-        client.set_experiment_tag(found.experiment_id, f"mlflow.sharedViewState.{VIEW}", tag)
-    return f"/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+        client.set_experiment_tag(page_experiment.experiment_id, f"mlflow.sharedViewState.{VIEW}", tag)
+    return f"/#/experiments/{page_experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
 def find_experiment(client: Any, uri: str, name: str) -> Any:
-    """Returns MLflow's experiment of a name.
+    """Returns the MLflow experiment with a name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such experiment.
     """
-    if found := client.get_experiment_by_name(name):
-        return found
-    names = ", ".join(known.name for known in client.search_experiments(max_results=20))
-    raise ConfigError(f"there is no experiment {name} at {uri} (there are: {names}); set --experiment")
+    if existing := client.get_experiment_by_name(name):
+        return existing
+    names = ", ".join(each.name for each in client.search_experiments(max_results=20))
+    raise ConfigError(f"there is no experiment {name} at {uri} (experiments: {names}); set --experiment")
 
 
 @contextmanager
-def a_client(uri: str) -> Iterator[Any]:
-    """Opens MLflow's client for the length of a `with` block.
+def open_client(uri: str) -> Iterator[Any]:
+    """Yields an MLflow client, and converts MLflow's exceptions inside the block.
 
     Raises:
-        ConfigError: What is asked of the server or database at `uri` is not there, or it cannot be reached.
+        ConfigError: The store cannot be reached, or a request in the block fails.
     """
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-        raise ConfigError(
-            f"there is no tracking database at {uri}, where the runs should be; "
-            "correct the address, or bring it back there"
-        )
+        raise ConfigError(f"there is no tracking database at {uri}; correct the URI, or restore the database")
     check_server(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -168,84 +167,87 @@ def a_client(uri: str) -> Iterator[Any]:
     try:
         yield MlflowClient(uri)
     except MlflowException as error:
-        raise ConfigError(f"tracking at {uri} does not give what is asked ({brief(error)})") from error
+        raise ConfigError(f"a request to the tracking store at {uri} failed ({error_text(error)})") from error
 
 
 @contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """Has MLflow and its database library log errors alone, for the length of a `with` block in whatever thread.
+    """Limits the logs of MLflow and Alembic to errors inside the block; blocks of several threads may overlap.
 
     Raises:
         ConfigError: MLflow cannot be imported, because the user has no home folder.
     """
     try:
-        import mlflow  # noqa: F401, which sets its own level
+        import mlflow  # noqa: F401, the import sets the level of its logger
     except RuntimeError as error:
         raise ConfigError(f"MLflow needs a home folder ({error}); set HOME") from error
 
-    global _quiet_blocks
-    with _quieting:
-        _quiet_blocks += 1
-        for logger in _LOGGERS if _quiet_blocks == 1 else ():
-            _levels[logger] = logger.level
-            if logger.name in _QUIET:
+    global _num_quiet_blocks
+    with _quiet_lock:
+        _num_quiet_blocks += 1
+        for logger in _CHANGED_LOGGERS if _num_quiet_blocks == 1 else ():
+            _saved_levels[logger] = logger.level
+            if logger.name in _QUIET_LOGGERS:
                 logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        with _quieting:
-            _quiet_blocks -= 1
-            for logger in _LOGGERS if not _quiet_blocks else ():
-                logger.setLevel(_levels[logger])
+        with _quiet_lock:
+            _num_quiet_blocks -= 1
+            for logger in _CHANGED_LOGGERS if not _num_quiet_blocks else ():
+                logger.setLevel(_saved_levels[logger])
 
 
 def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
-    """Returns MLflow's client and the experiment's id; makes database and experiment where they are missing.
+    """Returns an MLflow client and the experiment id; creates the database and the experiment if they do not exist.
 
     Args:
-        uri: As `tracking_uri` returns it.
-        experiment: Its name.
-        runs: Runs folder; artifacts of the default database lie in it.
+        uri: Tracking URI, as `tracking_uri` returns it.
+        experiment: Name of the experiment.
+        runs: Runs folder, which holds the artifacts of the default database.
+
+    Raises:
+        ConfigError: The experiment is deleted.
     """
     from mlflow import MlflowClient
 
-    # Two runs that start at once must not both create the database, or the experiment.
+    # Two runs that start at the same time must not both create the database or the experiment.
     with FileLock(file_in(runs, ".mlflow.lock")):
         if uri.startswith(SQLITE):
-            make_database(Path(uri.removeprefix(SQLITE)))
+            create_database(Path(uri.removeprefix(SQLITE)))
         if uri == default_uri(runs):
-            follow_folder(runs)
+            update_artifact_paths(runs)
         client = MlflowClient(uri)
-        if found := client.get_experiment_by_name(experiment):
-            if found.lifecycle_stage == "deleted":
+        if existing := client.get_experiment_by_name(experiment):
+            if existing.lifecycle_stage == "deleted":
                 raise ConfigError(
                     f"the experiment must be active (experiment: {experiment}, deleted at {uri}); "
-                    f"restore it by `mlflow experiments restore`, or set tracking.experiment"
+                    f"restore it with `mlflow experiments restore`, or set tracking.experiment"
                 )
-            return client, found.experiment_id
+            return client, existing.experiment_id
         artifacts = (runs.resolve() / "artifacts").as_uri() if uri == default_uri(runs) else None
         return client, client.create_experiment(experiment, artifacts, TRAINING_VIEW)
 
 
-def follow_folder(runs: Path) -> None:
-    """Has the artifacts of a runs folder's own database lie in that folder, which may have been moved or copied.
+def update_artifact_paths(runs: Path) -> None:
+    """Updates the artifact paths in the default database of a runs folder, which may have been moved or copied.
 
-    MLflow keeps absolute paths and cannot change them. The location of an experiment is left as it is unless artifacts
-    of its runs are in the folder; or, of one that ffdist made, unless it is gone.
+    MLflow stores absolute paths and has no API to change them. An experiment is updated only if artifacts of its runs
+    are in the folder, or if ffdist created it and its old location no longer exists.
     """
     folder = runs.resolve() / "artifacts"
-    place = folder.as_uri()
+    new = folder.as_uri()
     with suppress(sqlite3.Error), closing(sqlite3.connect(runs.resolve() / "mlflow.db")) as database, database:
-        found = {row[0] for row in database.execute("select artifact_location from experiments")}
-        made = {row[0] for row in database.execute(MADE, *TRAINING_VIEW.items())}
-        for old in found - {place}:
+        locations = {row[0] for row in database.execute("select artifact_location from experiments")}
+        ffdist_locations = {row[0] for row in database.execute(LOCATIONS_QUERY, *TRAINING_VIEW.items())}
+        for old in locations - {new}:
             if isinstance(old, str) and old.startswith("file:///") and old.endswith("/artifacts"):
-                is_gone = old in made and not Path(unquote(old.removeprefix("file://"))).exists()
-                if is_gone or any((folder / str(row[0])).exists() for row in database.execute(RUNS, (old,))):
-                    _move_artifacts(database, old, place)
+                is_missing = old in ffdist_locations and not Path(unquote(old.removeprefix("file://"))).exists()
+                if is_missing or any((folder / str(row[0])).exists() for row in database.execute(RUNS_QUERY, (old,))):
+                    _replace_prefix(database, old, new)
 
 
-def _move_artifacts(database: sqlite3.Connection, old: str, new: str) -> None:
+def _replace_prefix(database: sqlite3.Connection, old: str, new: str) -> None:
     for table, column in ARTIFACT_COLUMNS:
         database.execute(
             f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or substr({column}, 1, ?) = ?",
@@ -254,49 +256,48 @@ def _move_artifacts(database: sqlite3.Connection, old: str, new: str) -> None:
 
 
 def database_has_run(uri: str, run_id: str) -> bool:
-    """Says whether a SQLite database of MLflow has a run, without changing it."""
+    """Returns whether an MLflow database has a run, without writing to the database."""
     path = Path(uri.removeprefix(SQLITE))
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
         return bool(database.execute("select 1 from runs where run_uuid = ?", (run_id,)).fetchone())
     return False
 
 
-def uri_of_finished(folder: Path, recorded: str, run_id: str, runs: Path) -> str:
-    """Returns where a finished run is tracked, as far as its folder may decide that.
+def trusted_uri(folder: Path, summary_uri: str, run_id: str, runs: Path) -> str:
+    """Returns the tracking URI of a finished run, if a trusted source confirms it.
 
-    A folder may come from somebody else. It cannot name a server that is then sent the user's credentials, nor a
-    database that MLflow would change.
+    The folder may come from another person. Its URI alone is not used, because MLflow would send the user's
+    credentials to that server or modify that database.
 
     Args:
-        folder: Of the run.
-        recorded: The URI in its summary.
-        run_id: Of MLflow.
+        folder: Folder of the run.
+        summary_uri: Tracking URI in the summary of the run.
+        run_id: MLflow run id.
         runs: Runs folder.
 
     Raises:
-        ConfigError: Only its folder names that place.
+        ConfigError: Only the folder of the run names this URI.
     """
-    own = default_uri(folder.resolve().parent)
-    for uri in (tracking_uri(Tracking(), runs), own):
-        if uri == recorded or (uri.startswith(SQLITE) and database_has_run(uri, run_id)):  # which may have been moved
+    for uri in (tracking_uri(Tracking(), runs), default_uri(folder.resolve().parent)):
+        if uri == summary_uri or (uri.startswith(SQLITE) and database_has_run(uri, run_id)):  # it may have been moved
             return uri
     raise ConfigError(
-        f"{folder} was tracked at another place than its runs folder ({recorded}); to add figures there, set "
-        f"MLFLOW_TRACKING_URI={shlex.quote(recorded)}"
+        f"{folder} must be tracked in its runs folder or at MLFLOW_TRACKING_URI (uri: {summary_uri}); to log metrics "
+        f"there, set MLFLOW_TRACKING_URI={shlex.quote(summary_uri)}"
     )
 
 
-def make_run(uri: str, client: Any, experiment_id: str, name: str) -> str:
-    """Makes a run and returns its id.
+def create_run(uri: str, client: Any, experiment_id: str, name: str) -> str:
+    """Creates an MLflow run and returns its id.
 
     Args:
-        uri: Where.
-        client: MLflow's.
-        experiment_id: Of MLflow.
-        name: The run's.
+        uri: Tracking URI.
+        client: MLflow client.
+        experiment_id: MLflow experiment id.
+        name: Name of the run.
 
     Raises:
-        ConfigError: The store refuses it.
+        ConfigError: The store rejects the run.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.context.registry import resolve_tags
@@ -308,20 +309,20 @@ def make_run(uri: str, client: Any, experiment_id: str, name: str) -> str:
     try:
         run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
     except MlflowException as error:
-        raise ConfigError(f"tracking at {uri} is not possible ({brief(error)}); {WAY_OUT}") from error
+        raise ConfigError(f"tracking at {uri} is not possible ({error_text(error)}); {HINT}") from error
     return run_id
 
 
 def log_dataset(client: Any, run_id: str, *, name: str, digest: str, source: str, profile: dict[str, Any]) -> None:
-    """Logs what a run is trained on.
+    """Logs the dataset that a run is trained on.
 
     Args:
-        client: MLflow's.
-        run_id: The run's.
-        name: The dataset's.
-        digest: Of its training samples; MLflow takes 36 characters.
-        source: Where it is from.
-        profile: What is in it.
+        client: MLflow client.
+        run_id: MLflow run id.
+        name: Name of the dataset.
+        digest: Digest of the training samples, cut to MLflow's limit of 36 characters.
+        source: Origin of the dataset.
+        profile: Sample counts, number of classes and shape, as JSON values.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -329,15 +330,15 @@ def log_dataset(client: Any, run_id: str, *, name: str, digest: str, source: str
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def brief(error: BaseException) -> str:
-    """Returns the words of an error, on one line and not too many."""
+def error_text(error: BaseException) -> str:
+    """Returns the message of an error on one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
-def make_database(path: Path) -> None:
-    """Makes a database where there is none, renamed into place when MLflow is done with its many tables.
+def create_database(path: Path) -> None:
+    """Creates a database if it does not exist.
 
-    An interrupt among them would leave one that no later run can open.
+    The rename comes after all migrations, because an interrupted migration leaves a database that cannot be opened.
     """
     from mlflow import MlflowClient
 
@@ -350,7 +351,11 @@ def make_database(path: Path) -> None:
 
 
 def check_server(uri: str) -> None:
-    """Asks once, before MLflow does, which would go on asking for minutes."""
+    """Checks once that the tracking store can be reached, because MLflow itself retries for minutes.
+
+    Raises:
+        ConfigError: The store cannot be reached.
+    """
     try:
         if uri.startswith(SQLITE):
             with closing(sqlite3.connect(uri.removeprefix(SQLITE))) as database:
@@ -359,7 +364,7 @@ def check_server(uri: str) -> None:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
     except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            return  # it answers, which is all that is asked here; 500 and more may be a proxy's word that it is away
+            return  # the server is up; from 500 on, a proxy may report that it is down
         if isinstance(getattr(error, "reason", None), ssl.SSLError):
-            return  # MLflow has variables of its own that say what to trust
-        raise ConfigError(f"tracking at {uri} is not possible ({error}); {WAY_OUT}") from error
+            return  # MLflow has its own environment variables for certificates
+        raise ConfigError(f"tracking at {uri} is not possible ({error}); {HINT}") from error

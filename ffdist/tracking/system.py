@@ -1,14 +1,14 @@
-"""What the driver's machine does beside a run, as MLflow measures it."""
+"""System metrics of the driver's machine, measured by MLflow's monitors."""
 
 import time
 from contextlib import suppress
 from typing import Any
 
-EVERY_S = 10.0
+INTERVAL_S = 10.0
 
 
-class System:
-    """Processor, memory, disk, network and, where `nvidia-ml-py` is installed, GPUs, every so often."""
+class SystemMonitor:
+    """Measures CPU, host memory, disk, network and, if `nvidia-ml-py` is installed, GPUs every `INTERVAL_S` seconds."""
 
     def __init__(self) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -17,17 +17,17 @@ class System:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
         self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(Exception):  # whatever keeps it from seeing one
+        with suppress(Exception):  # no GPU, no driver or no nvidia-ml-py
             self._monitors.append(GPUMonitor())
-        self._due = 0.0
+        self._next_at = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Returns what is measured by MLflow's names, `system/...`; nothing where it is not time yet."""
-        if time.monotonic() < self._due:
+        """Returns the metrics by MLflow's names, `system/...`; an empty dict before the next measurement is due."""
+        if time.monotonic() < self._next_at:
             return {}
-        self._due, found = time.monotonic() + EVERY_S, dict[str, float]()
+        self._next_at, values = time.monotonic() + INTERVAL_S, dict[str, float]()
         for monitor in self._monitors:
             monitor.collect_metrics()
-            found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            values |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
-        return found
+        return values

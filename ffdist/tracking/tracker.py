@@ -1,6 +1,6 @@
-"""The MLflow run of a training: everything is sent by a thread of its own, so that a slow server slows nothing.
+"""Tracks a run in MLflow. A background thread sends everything, so that a slow server does not delay training.
 
-Metrics go by way of an outbox in the run's folder, so that none is lost or doubled, whoever dies.
+Metrics pass through an outbox in the run's folder, so that no crash loses or duplicates them.
 """
 
 import json
@@ -19,61 +19,60 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ffdist.config import ConfigError
-from ffdist.exported import save_network
-from ffdist.failures import ClusterStopped
+from ffdist.config.sections import Tracking
+from ffdist.errors import ClusterStopped, ConfigError
+from ffdist.export.network import save_network
 from ffdist.ff.network import Network
-from ffdist.files import file_in, path_in
-from ffdist.sections import Tracking
-from ffdist.tracking import sending
+from ffdist.storage.files import file_in, path_in
+from ffdist.tracking import sync
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.sending import LOCK, NETWORK
-from ffdist.tracking.server import WAY_OUT, brief, check_server, make_run, open_store, quiet_mlflow
-from ffdist.tracking.system import System
+from ffdist.tracking.server import HINT, check_server, create_run, error_text, open_store, quiet_mlflow
+from ffdist.tracking.sync import LOCK, NETWORK
+from ffdist.tracking.system import SystemMonitor
 
-SEND_EVERY_S, RETRY_EVERY_S = 2.0, 0.5
-UPLOAD_RETRY_S = 60.0
-"""Longest time between two tries at an artifact store that fails, during a run."""
-LEFTOVERS_S = 5.0
-"""Longest time that the end of a run waits for uploads of other runs."""
+SEND_INTERVAL_S, RETRY_INTERVAL_S = 2.0, 0.5
+MAX_UPLOAD_RETRY_S = 60.0
+"""Longest time between two attempts to use a failing artifact store during a run."""
+LEFTOVERS_TIMEOUT_S = 5.0
+"""Longest time that the end of a run waits for the uploads of other runs."""
 OPEN_TIMEOUT_S = 60.0
 INTERRUPTED_FLUSH_S = 3.0
 LOCK_TIMEOUT_S = 5.0
 
 
 class Tracker:
-    """One MLflow run, open for the length of a `with` block.
+    """Context manager for one MLflow run.
 
-    The store opens beside what follows. Leaving the block sends what is left and marks the run
-    finished, failed, or, after an interrupt, killed. What cannot be sent stays in the run's folder, and the
-    next run beside it sends it, and marks this one killed if nobody could.
+    Entering the block opens the tracking store in the background. Leaving it sends everything that is pending and sets
+    the status to finished, failed or, after an interrupt, killed. Uploads that fail stay in the run's folder. The next
+    run in the same runs folder sends them, and marks this run as killed if its process died.
 
     Args:
-        uri: As `tracking_uri` returns it.
-        config: Name of the experiment, and how much may wait how long.
-        runs: Runs folder; artifacts of the default database lie in it.
+        uri: Tracking URI, as `tracking_uri` returns it.
+        config: Section `tracking` of the configuration.
+        runs: Runs folder, which holds the artifacts of the default database.
 
     Raises:
-        ConfigError: The server or database at `uri` cannot be reached.
+        ConfigError: The tracking store cannot be reached.
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
         self.uri, self._run_id = uri, ""
-        self._releasing, self._sent, self._handed_over = threading.Lock(), False, False
+        self._release_lock, self._is_thread_done, self._thread_releases = threading.Lock(), False, False
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
         self._folder, self._lock = Path(), FileLock("")
         self._outbox: Outbox | None = None
-        self._opened, self._failure = threading.Event(), ""
-        self._hurried = False
-        self._closing, self._deadline = threading.Event(), float("inf")
-        self._uploads_at, self._upload_wait_s = 0.0, 0.0
+        self._open_event, self._failure = threading.Event(), ""
+        self._is_flush_short = False
+        self._close_event, self._deadline = threading.Event(), float("inf")
+        self._next_upload_at, self._upload_wait_s = 0.0, 0.0
         check_server(uri)
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
-        self._leftovers: threading.Thread | None = None
-        self._no_leftovers = threading.Event()
-        self._plots = ThreadPoolExecutor(1, "plots")
+        self._thread = threading.Thread(target=self._run_thread, name="tracker", daemon=True)
+        self._leftovers_thread: threading.Thread | None = None
+        self._stop_leftovers = threading.Event()
+        self._plot_executor = ThreadPoolExecutor(1, "plots")
 
     def __enter__(self) -> "Tracker":
         self._thread.start()
@@ -84,65 +83,65 @@ class Tracker:
     ) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | ClusterStopped)
         status = "FINISHED" if kind is None else "KILLED" if killed else "FAILED"
-        hurried = killed or self._hurried
-        self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if hurried else self._config.flush_timeout_s)
-        if kind is not None or hurried:
-            self._no_leftovers.set()
-        self._plots.shutdown(cancel_futures=hurried)
+        is_flush_short = killed or self._is_flush_short
+        self._deadline = time.monotonic() + (INTERRUPTED_FLUSH_S if is_flush_short else self._config.flush_timeout_s)
+        if kind is not None or is_flush_short:
+            self._stop_leftovers.set()
+        self._plot_executor.shutdown(cancel_futures=is_flush_short)
         if self._outbox:
             self.note_end(status)
-        self._closing.set()
+        self._close_event.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
         if self._outbox:
             with suppress(sqlite3.Error):
-                self._tell_what_is_left(self._outbox)
-        with self._releasing:
-            self._handed_over = self._thread.is_alive() and not self._sent
-        if not self._handed_over:
-            self._release()  # otherwise the thread does, after its last upload
-        if self._leftovers and not self._no_leftovers.is_set():
-            self._leftovers.join(LEFTOVERS_S)
-        self._no_leftovers.set()
+                self._warn_about_uploads(self._outbox)
+        with self._release_lock:
+            self._thread_releases = self._thread.is_alive() and not self._is_thread_done
+        if not self._thread_releases:
+            self._release()  # otherwise the thread releases it after its last upload
+        if self._leftovers_thread and not self._stop_leftovers.is_set():
+            self._leftovers_thread.join(LEFTOVERS_TIMEOUT_S)
+        self._stop_leftovers.set()
 
-    def hurry(self) -> None:
-        """Shortens the last uploads, as for a run that is asked to stop."""
-        self._hurried = True
+    def shorten_flush(self) -> None:
+        """Shortens the final flush, as after an interrupt."""
+        self._is_flush_short = True
 
     def _release(self) -> None:
-        """Closes the run's folder, once nothing is written to it or sent from it any more."""
+        """Closes the outbox and unlocks the run's folder, after the last use of both."""
         if self._outbox:
             self._outbox.close()
             self._lock.release()
 
     def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
-        """Creates the MLflow run, and then writes to the run's folder; waits until the store is open.
+        """Waits for the store to open, creates the MLflow run, and then the outbox in the run's folder.
 
         Args:
-            folder: Of the run; its name is the run's.
-            parameters: Logged once.
+            folder: Folder of the run. Its name becomes the name of the MLflow run.
+            parameters: Parameters to log.
 
         Raises:
-            ConfigError: The store cannot be opened or refuses the run, or another process is training it.
+            ConfigError: The store cannot be opened or rejects the run, or another process is training it.
         """
         self.wait_until_open()
-        self._run_id = make_run(self.uri, self._client, self._experiment_id, folder.name)
-        self._take(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
+        self._run_id = create_run(self.uri, self._client, self._experiment_id, folder.name)
+        self._open_outbox(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
 
     @property
     def run_id(self) -> str:
-        """ID of the MLflow run."""
-        assert self._run_id, "the run has begun"
+        """MLflow run id."""
+        assert self._run_id, "begin or resume must be called first"
         return self._run_id
 
     def resume(self, folder: Path, run_id: str) -> None:
-        """Goes on with a run, once the store is open; points that the server has are not sent again.
+        """Waits for the store to open and resumes a run. Points that the server has are not sent again.
 
         Args:
-            folder: Of the run.
-            run_id: Of MLflow.
+            folder: Folder of the run.
+            run_id: MLflow run id.
 
         Raises:
-            ConfigError: The store cannot be opened or lacks the run, or another process is training it.
+            ConfigError: The store cannot be opened or does not have the run, or another process is training it.
         """
         self.wait_until_open()
         from mlflow.exceptions import MlflowException
@@ -150,103 +149,110 @@ class Tracker:
         try:
             metrics = self._client.get_run(run_id).data.metrics
             self._run_id = run_id
-            outbox = self._take(folder)
+            outbox = self._open_outbox(folder)
             for name in metrics:
                 history = self._client.get_metric_history(run_id, name)
                 outbox.add_sent(Point(name, point.value, point.timestamp, point.step) for point in history)
             self._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             raise ConfigError(
-                f"tracking at {self.uri} cannot go on with run {run_id} ({brief(error)}); set --runs as it was, or "
-                f"{WAY_OUT}"
+                f"tracking at {self.uri} cannot resume run {run_id} ({error_text(error)}); set --runs to its original "
+                f"value, or {HINT}"
             ) from error
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Has metrics sent, with the number of samples seen as `step`; returns at once."""
-        assert self._outbox, "the run has begun"
+        """Queues metrics, with the number of samples seen as `step`; returns immediately."""
+        assert self._outbox, "begin or resume must be called first"
         self._samples = step
         self._outbox.add(metrics, step)
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
-        """Returns all metrics of the run, as samples seen and value."""
-        assert self._outbox, "the run has begun"
+        """Returns the (samples seen, value) pairs of each metric of the run."""
+        assert self._outbox, "begin or resume must be called first"
         return self._outbox.history()
 
     def recoveries(self) -> list[dict[str, Any]]:
-        """Returns what the run recovered from, as it was noted."""
-        return _recoveries(self._outbox) if self._outbox else []
+        """Returns the recoveries that `note_recoveries` stored."""
+        return _read_recoveries(self._outbox) if self._outbox else []
 
     def note_recoveries(self, recoveries: list[dict[str, Any]]) -> None:
-        """Keeps what the run recovered from beside its metrics, for a later driver of it."""
+        """Stores the recoveries of the run in its outbox, so that a resumed run can read them."""
         self._note(RECOVERIES, json.dumps(recoveries))
 
     def note_origin(self, origin: Path) -> None:
-        """Notes the run whose weights this one starts from."""
+        """Stores the run that this run takes its initial weights from."""
         self._note(ORIGIN, str(origin))
 
     def note_end(self, status: str) -> None:
-        """Notes how the run ended, so that a later run tells the server if this one cannot; empty once it is told."""
+        """Stores the final MLflow status, which a later run sends if this one cannot; it is emptied once sent."""
         self._note("left", status)
 
     def _note(self, key: str, value: str) -> None:
-        assert self._outbox, "the run has begun"
-        with suppress(sqlite3.Error):  # on a full disk there is worse to tell
-            self._outbox.note(**{key: value})
+        assert self._outbox, "begin or resume must be called first"
+        with suppress(sqlite3.Error):  # on a full disk another error is raised anyway
+            self._outbox.set_facts(**{key: value})
 
     def log_tags(self, tags: dict[str, str]) -> None:
-        """Has tags set; returns at once."""
-        self._tell("tags", tags)
+        """Queues tags; returns immediately."""
+        self._queue_call("tags", tags)
 
     def log_artifact(self, path: Path) -> None:
-        """Has a file of the run's folder kept with the run; returns at once, so the file must stay as it is."""
-        self._tell("artifact", path.resolve().relative_to(self._folder.resolve()).as_posix())
+        """Queues a file in the run's folder; returns immediately, so the file must not change afterwards."""
+        self._queue_call("artifact", path.resolve().relative_to(self._folder.resolve()).as_posix())
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
-        """Has it noted what the run is trained on, as `server.log_dataset` takes it; returns at once."""
-        self._tell("dataset", dataset)
+        """Queues a dataset, a dict of the arguments of `server.log_dataset`; returns immediately."""
+        self._queue_call("dataset", dataset)
 
-    def log_model(self, network: Network, names: Sequence[str], image: Tensor, register: str | None) -> None:
-        """Has a network kept with the run as a model, as `log_model` and `register_model` of model.py take it."""
-        folder = path_in(self._folder, NETWORK)
-        folder.mkdir(exist_ok=True)
-        save_network(network, folder, names)
-        self._tell("model", {"image": image.tolist(), "names": list(names)})
-        if register:
-            self._tell("register", register)
-
-    def _tell(self, what: str, content: Any) -> None:
-        assert self._outbox, "the run has begun"
-        self._outbox.add_call(what, content)
-
-    def draw(self, plot: Callable[[Path], Path | None]) -> None:
-        """Draws a plot beside the training and keeps it with the run; returns at once.
+    def log_model(self, network: Network, class_names: Sequence[str], image: Tensor, register: str | None) -> None:
+        """Queues a network as a model of the run.
 
         Args:
-            plot: Gets the run's folder, and returns the path of what it drew there, if anything.
+            network: Network to log.
+            class_names: Names of the classes; may be empty.
+            image: Input example, uint8 `[D]`.
+            register: Name of a registered model that gets a new version, or None.
+        """
+        folder = path_in(self._folder, NETWORK)
+        folder.mkdir(exist_ok=True)
+        save_network(network, folder, class_names)
+        self._queue_call("model", {"image": image.tolist(), "names": list(class_names)})
+        if register:
+            self._queue_call("register", register)
+
+    def _queue_call(self, kind: str, content: Any) -> None:
+        assert self._outbox, "begin or resume must be called first"
+        self._outbox.add_call(kind, content)
+
+    def draw(self, plot: Callable[[Path], Path | None]) -> None:
+        """Draws a plot in the background and logs it as an artifact; returns immediately.
+
+        Args:
+            plot: Draws into the run's folder, and returns the path of the file or None.
         """
 
         def draw() -> None:
             try:
                 if path := plot(self._folder):
                     self.log_artifact(path)
-            except Exception as error:  # whatever a library raises, the run itself is unharmed
-                logging.getLogger(__name__).warning("a plot could not be drawn (%s)", brief(error))
+            except Exception as error:  # a plot must not stop the run
+                logging.getLogger(__name__).warning("a plot could not be drawn (%s)", error_text(error))
 
-        self._plots.submit(draw)
+        self._plot_executor.submit(draw)
 
     def wait_until_open(self) -> None:
-        """Waits until the store is open.
+        """Waits until the tracking store is open.
 
         Raises:
-            ConfigError: It cannot be opened.
+            ConfigError: The store cannot be opened.
         """
-        if not self._opened.wait(OPEN_TIMEOUT_S):
-            self._failure = f"no answer in {OPEN_TIMEOUT_S:g} s"
+        if not self._open_event.wait(OPEN_TIMEOUT_S):
+            self._failure = f"no answer within {OPEN_TIMEOUT_S:g} s"
         if not self._client:
-            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {WAY_OUT}")
+            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {HINT}")
 
-    def _take(self, folder: Path) -> Outbox:
-        """Takes the run's folder for this process alone."""
+    def _open_outbox(self, folder: Path) -> Outbox:
+        """Locks the run's folder and opens its outbox."""
         try:
             self._lock = FileLock(file_in(folder, LOCK), thread_local=False)  # the tracker's thread may release it
             self._lock.acquire(timeout=LOCK_TIMEOUT_S)
@@ -256,123 +262,119 @@ class Tracker:
             raise ConfigError(str(error)) from error
         try:
             outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
-            _recoveries(outbox)  # refused before anything is noted
-            outbox.note(uri=self.uri, run_id=self._run_id, left="KILLED")  # if nothing else comes
+            _read_recoveries(outbox)  # fails before anything is written
+            outbox.set_facts(uri=self.uri, run_id=self._run_id, left="KILLED")  # sent if this process dies
         except (sqlite3.DatabaseError, OSError, ValueError) as error:
             self._lock.release()
-            raise _damaged(folder, error) from error
+            raise _outbox_error(folder, error) from error
         self._folder, self._outbox = folder, outbox
         return outbox
 
-    def _tell_what_is_left(self, outbox: Outbox) -> None:
-        log, points, calls, rejected = (
-            logging.getLogger(__name__),
-            outbox.num_waiting,
-            outbox.num_calls,
-            outbox.rejected(),
-        )
+    def _warn_about_uploads(self, outbox: Outbox) -> None:
+        log, rejected = logging.getLogger(__name__), outbox.rejected()
+        points, calls = outbox.num_pending, outbox.num_calls
         if self._run_id and (points or calls or outbox.fact("left")):
             log.warning(
                 "not everything was tracked at %s (%s): %d points and %d other uploads wait; `ffdist sync %s` or "
                 "the next run in %s sends them",
-                *(self.uri, self._failure or "its time to flush is over", points, calls),
+                *(self.uri, self._failure or "the final flush timed out", points, calls),
                 *(shlex.quote(str(self._folder)), self._runs),
             )
         if rejected:
             log.warning("not everything was tracked at %s; rejected: %s", self.uri, "; ".join(rejected))
-        if outbox.thinned:
-            log.warning("the server was away for so long that only every few points of each metric were kept")
+        if outbox.has_dropped_points:
+            log.warning("pending points exceeded tracking.outbox_bytes; some points of each metric were dropped")
 
-    def _work(self) -> None:
+    def _run_thread(self) -> None:
         try:
             with quiet_mlflow():
                 if client := self._open():
                     self._send_until_closed(client)
-        except Exception as error:  # such as a full disk; what waits is reported at the end
-            self._failure = brief(error)
+        except Exception as error:  # such as a full disk; pending uploads are reported at the end
+            self._failure = error_text(error)
         finally:
-            self._opened.set()
-            with self._releasing:
-                self._sent = True
-            if self._handed_over:
+            self._open_event.set()
+            with self._release_lock:
+                self._is_thread_done = True
+            if self._thread_releases:
                 self._release()
 
     def _open(self) -> Any:
         try:
             self._client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
-        except Exception as error:  # whatever MLflow, its store or the network raises, who asks for the store is told
-            self._failure = brief(error)
+        except Exception as error:  # MLflow, its store and the network raise many types
+            self._failure = error_text(error)
         finally:
-            self._opened.set()
+            self._open_event.set()
         return self._client
 
     def _send_until_closed(self, client: Any) -> None:
-        system = _system()
+        monitor = _system_monitor()
         while True:
-            closing = self._closing.wait(SEND_EVERY_S)
-            if self._outbox and system and not closing:
-                with suppress(Exception):  # of a processor's or a graphics card's counters, or of a full disk
-                    self._outbox.add(system.metrics(), self._samples)
+            closing = self._close_event.wait(SEND_INTERVAL_S)
+            if self._outbox and monitor and not closing:
+                with suppress(Exception):  # from hardware counters or a full disk
+                    self._outbox.add(monitor.metrics(), self._samples)
             done = not self._outbox or self._send(client, self._outbox, self.run_id, ended=closing)
-            if done and self._outbox and not self._leftovers:  # by now its own folder is locked, and passed over
-                job = (client, self.uri, self._runs, self._no_leftovers.is_set)
-                others = threading.Thread(target=sending.send_leftovers, args=job, name="leftovers", daemon=True)
-                others.start()
-                self._leftovers = others
+            if done and self._outbox and not self._leftovers_thread:  # its own folder is locked by now, and is skipped
+                args = (client, self.uri, self._runs, self._stop_leftovers.is_set)
+                thread = threading.Thread(target=sync.send_leftovers, args=args, name="leftovers", daemon=True)
+                thread.start()
+                self._leftovers_thread = thread
             if closing and (done or time.monotonic() > self._deadline):
                 return
             if not done:
-                time.sleep(RETRY_EVERY_S)
+                time.sleep(RETRY_INTERVAL_S)
 
     def _send(self, client: Any, outbox: Outbox, run_id: str, *, ended: bool) -> bool:
-        """Sends all that waits, or, at the end, as much of it as can be; says whether it was all."""
-        uploads = ended or time.monotonic() >= self._uploads_at
+        """Sends pending uploads; stops at the first error unless the run has ended. Returns whether all were sent."""
+        uploads = ended or time.monotonic() >= self._next_upload_at
         steps: list[Callable[[], None]] = [
-            lambda: sending.send_points(client, outbox, run_id),
-            *[lambda: sending.send_end(client, outbox, run_id)] * ended,
+            lambda: sync.send_points(client, outbox, run_id),
+            *[lambda: sync.send_status(client, outbox, run_id)] * ended,
             lambda: self._send_calls(client, outbox, run_id, uploads=uploads),
         ]
-        was_away, self._failure = bool(self._failure), ""
+        had_failed, self._failure = bool(self._failure), ""
         for step in steps:
             try:
-                if was_away:
-                    check_server(self.uri)  # which takes seconds, where MLflow would try for minutes
+                if had_failed:
+                    check_server(self.uri)  # takes seconds, whereas MLflow retries for minutes
                 step()
-            except Exception as error:  # whatever it is, the server may come back
-                self._failure = self._failure or brief(error)
+            except Exception as error:  # the server may come back
+                self._failure = self._failure or error_text(error)
                 if not ended:
                     break
         return not self._failure and not outbox.num_calls
 
     def _send_calls(self, client: Any, outbox: Outbox, run_id: str, *, uploads: bool) -> None:
         try:
-            sending.send_calls(client, outbox, run_id, self.uri, uploads=uploads)
+            sync.send_calls(client, outbox, run_id, self.uri, uploads=uploads)
             self._upload_wait_s = 0.0 if uploads else self._upload_wait_s
         except Exception:
-            if uploads:  # less and less often, because each try may hold up the points
-                self._upload_wait_s = min(UPLOAD_RETRY_S, max(SEND_EVERY_S, 2 * self._upload_wait_s))
-                self._uploads_at = time.monotonic() + self._upload_wait_s
+            if uploads:  # exponential backoff, because each attempt may delay the points
+                self._upload_wait_s = min(MAX_UPLOAD_RETRY_S, max(SEND_INTERVAL_S, 2 * self._upload_wait_s))
+                self._next_upload_at = time.monotonic() + self._upload_wait_s
             raise
 
 
-def _system() -> System | None:
-    with suppress(Exception):  # of parts of MLflow that may change with its version
-        return System()
+def _system_monitor() -> SystemMonitor | None:
+    with suppress(Exception):  # internals of MLflow, which may change between versions
+        return SystemMonitor()
     return None
 
 
-def _recoveries(outbox: Outbox) -> list[dict[str, Any]]:
+def _read_recoveries(outbox: Outbox) -> list[dict[str, Any]]:
     try:
-        found = json.loads(outbox.fact(RECOVERIES) or "[]")
+        recoveries = json.loads(outbox.fact(RECOVERIES) or "[]")
     except (TypeError, RecursionError) as error:
         raise ValueError(f"its {RECOVERIES} cannot be read") from error
-    if not (isinstance(found, list) and all(isinstance(each, dict) and "lost" in each for each in found)):
-        raise ValueError(f"its {RECOVERIES} are no list of losses")
-    return found
+    if not (isinstance(recoveries, list) and all(isinstance(each, dict) and "lost" in each for each in recoveries)):
+        raise ValueError(f"its {RECOVERIES} must be a list of objects with the key 'lost'")
+    return recoveries
 
 
-def _damaged(folder: Path, error: Exception) -> ConfigError:
+def _outbox_error(folder: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, and points that were not sent are "
-        f"lost"
+        f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, which loses the points that were not "
+        f"sent"
     )

@@ -1,0 +1,82 @@
+"""The reference of all settings, in Markdown. `python -m ffdist.config.reference` prints it.
+
+`configs/README.md` ends with it, and a test compares the two.
+"""
+
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from ffdist.config.schema import NEUTRAL_SETTINGS, Config
+from ffdist.config.sections import MAX_VALUE, LocalLayer, Section
+
+TYPE_NAMES: dict[Any, str] = {
+    bool: "`true`, `false`",
+    int: "integer",
+    float: "number",
+    str: "text",
+    Path: "path",
+    dict: "mapping",
+}
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+"""Comparison operators by pydantic's names of bounds."""
+COLUMNS = ("setting", "values", "default", "affects weights", "description")
+
+
+def settings_reference() -> str:
+    """Returns the reference: a table for each section of the configuration, from its types and docstrings."""
+    sections: dict[str, type[Section]] = {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    parts = [_table({name: field for name, field in Config.model_fields.items() if name not in sections}, "")]
+    for name, section in sections.items():
+        parts += [f"### {name}", " ".join(str(section.__doc__).split()), _table(section.model_fields, f"{name}.")]
+    parts += ["### Entries of `model.layers`", "A dense layer is an integer, its number of units. A local layer is:"]
+    parts.append(_table(LocalLayer.model_fields, ""))
+    return "\n\n".join(parts)
+
+
+def _table(fields: dict[str, FieldInfo], prefix: str) -> str:
+    rows: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
+    for name, field in fields.items():
+        key, text = f"{prefix}{name}", " ".join((field.description or "").split())
+        affects_weights = "no" if key.startswith(NEUTRAL_SETTINGS) else "yes"
+        rows.append((f"`{key}`", _values(field.annotation, field.metadata), _default(field), affects_weights, text))
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+
+
+def _default(field: FieldInfo) -> str:
+    """Returns the default as it is written in YAML; empty if the setting is not set by default."""
+    if field.is_required():
+        return "required"
+    return "" if field.default is None else f"`{field.default}`".replace("'", "")
+
+
+def _values(annotation: Any, metadata: Any = ()) -> str:
+    """Returns the values that a type permits, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _values(args[0], args[1:])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in args)
+    if origin in (Union, UnionType):
+        return " or ".join(_values(each) for each in args if each is not NoneType)
+    if origin in (list, tuple):
+        return f"list{f' of {len(args)}' if origin is tuple else ''}: {_values(args[0])}"
+    return "local layer" if annotation is LocalLayer else TYPE_NAMES[origin or annotation] + _bounds(metadata)
+
+
+def _bounds(metadata: Any) -> str:
+    """Returns the bounds of a number, without those that only keep it out of overflow."""
+    flat = [each for item in metadata for each in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    pairs = [(sign, getattr(each, name, None)) for each in flat for name, sign in BOUNDS.items()]
+    texts = [f"{sign} {value}" for sign, value in pairs if value is not None and abs(value) < MAX_VALUE]
+    return f" {', '.join(texts)}" if texts else ""
+
+
+if __name__ == "__main__":
+    print(settings_reference())

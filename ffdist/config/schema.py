@@ -1,0 +1,127 @@
+"""The schema of a configuration: typed sections, validated before a run starts."""
+
+import re
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from ffdist.config.sections import (
+    Checkpoint,
+    Data,
+    Model,
+    Negatives,
+    Number,
+    Pipeline,
+    Reference,
+    Section,
+    Tracking,
+    Training,
+)
+
+NEUTRAL_SETTINGS = (
+    *("pipeline.", "tracking.", "checkpoint.", "reference.", "data.root", "training.validate_every_epochs"),
+    *("negatives.actors", "negatives.prefetch_chunks", "negatives.store"),
+)
+"""Prefixes of the settings that do not affect the weights."""
+
+FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
+"""Floats such as 5e-1, .5e1 and 1e5, which YAML 1.1 reads as strings."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that match `FLOAT`."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+class Config(Section):
+    """The configuration of a run."""
+
+    seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
+    """Seed of all random draws of the run, in [0, 2**63)."""
+    data: Data
+    model: Model
+    negatives: Negatives = Negatives()
+    training: Training = Training()
+    pipeline: Pipeline = Pipeline()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    reference: Reference = Reference()
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> "Config":
+        stages, layers = self.pipeline.stages, len(self.model.layers)
+        if stages != "auto" and stages > layers:
+            raise ValueError(
+                f"every stage needs a layer (stages: {stages}, layers: {layers}); "
+                f"set pipeline.stages between 1 and {layers}, or to auto"
+            )
+        sizes = self.pipeline.balance
+        if isinstance(sizes, list) and (sum(sizes) != layers or stages not in ("auto", len(sizes))):
+            raise ValueError(
+                f"pipeline.balance must divide the {layers} layers among the stages (given: {sizes}, {sum(sizes)} "
+                f"layers in {len(sizes)} stages; pipeline.stages: {stages}); correct it, or set it to measured"
+            )
+        return self
+
+    @property
+    def predict_from(self) -> int:
+        """First layer, counted from 1, that predicts: by its goodness, and as an input of the readout."""
+        return self.model.predict_from or min(2, len(self.model.layers))
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> "Config":
+        threshold, is_symmetric = self.model.threshold, self.training.loss == "symmetric"
+        if is_symmetric and threshold != "units":
+            raise ValueError(
+                f"training.loss=symmetric has no threshold (model.threshold: {threshold}); leave model.threshold out"
+            )
+        if None in self.thresholds and not is_symmetric and not self.model.goodness.endswith("sum_of_squares"):
+            raise ValueError(
+                "model.threshold=units is for sums of squares; set it to a number that the goodness can reach "
+                f"(goodness: {self.model.goodness})"
+            )
+        return self
+
+    def by_backpropagation(self) -> "Config":
+        """Returns the configuration of the baseline: all parameters are trained with the settings of the readout."""
+        names = {"epochs", "batch_size", "precision", "validation_samples", "validate_every_epochs", "momentum", "loss"}
+        readout = {"readout_learning_rate", "readout_weight_decay"}
+        training = Training(
+            **self.training.model_dump(include=names | readout),
+            learning_rate=self.training.readout_learning_rate,
+            weight_decay=self.training.readout_weight_decay,
+            peer_normalization=0.0,
+        )
+        negatives = Negatives(kind="noise")  # validated but not used
+        return self.model_copy(update={"training": training, "negatives": negatives})
+
+    def with_precision(self, precision: str) -> "Config":
+        """Returns a copy with another precision."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"precision": precision})})
+
+    @property
+    def num_epochs(self) -> int:
+        """Total number of passes over the training set."""
+        return self.training.epochs * (len(self.model.layers) if self.training.schedule == "greedy" else 1)
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """Threshold of each layer; None for its number of units."""
+        setting = self.model.threshold
+        values = setting if isinstance(setting, list) else [setting] * len(self.model.layers)
+        return tuple(None if value == "units" else value for value in values)
+
+    def flat(self) -> dict[str, Any]:
+        """Returns all values by `section.key`."""
+        sections = self.model_dump(mode="json")
+        seed = sections.pop("seed")
+        return {"seed": seed} | {
+            f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
+        }
+
+    def to_yaml(self) -> str:
+        """Returns the configuration as YAML, including defaults."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

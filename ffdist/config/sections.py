@@ -1,0 +1,350 @@
+"""The sections of a configuration: type, default and description of each setting."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+from ffdist.ff import MAX_CLASSES as MAX_CLASSES
+
+
+def _no_boolean(value: Any) -> Any:
+    """Rejects YAML's yes and no, which would be converted to 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number is needed here, not {value}")
+    return value
+
+
+SECRET_WORDS = ("key", "token", "secret", "password", "pwd", "credential", "sig")
+"""Words in the names of query parameters that a URI must not have."""
+
+
+def reject_secrets(uri: str) -> str:
+    """Returns a URI, if it can be written to files and to MLflow.
+
+    Raises:
+        ValueError: The URI has a password or a key. The message does not repeat it.
+    """
+    parts = urlsplit(uri)
+    parameters = {name.lower() for name, _ in parse_qsl(parts.query)}
+    username = parts.scheme in ("http", "https") and parts.username  # it may be a token
+    if parts.password or username or any(word in name for name in parameters for word in SECRET_WORDS):
+        raise ValueError(
+            f"a URI must hold no password or key, because it is saved with the run (scheme: {parts.scheme}, host: "
+            f"{parts.hostname}); use environment variables, such as MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"
+        )
+    return uri
+
+
+Number = BeforeValidator(_no_boolean)
+MAX_VALUE = 10**9
+"""Larger values exceed float32, time limits of the system, or memory."""
+Count = Annotated[int, Number, Field(ge=1, le=MAX_VALUE)]
+
+
+def _absolute(path: str) -> str:  # because saved paths are read in other working folders
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111, the latter raises
+
+
+def with_absolute_path(uri: str) -> str:
+    """Returns a tracking URI with an absolute path, because it is saved and read in other working folders."""
+    if uri.startswith("sqlite:///"):
+        return "sqlite:///" + _absolute(uri.removeprefix("sqlite:///"))
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return Path(_absolute(uri.removeprefix("file:"))).as_uri()
+    return uri if ":" in uri or uri.startswith("databricks") else _absolute(uri)
+
+
+Uri = Annotated[str, AfterValidator(reject_secrets)]
+FolderUri = Annotated[Uri, AfterValidator(lambda uri: uri if "://" in uri else _absolute(uri))]
+Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
+Positive = Annotated[float, Number, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)]
+NotNegative = Annotated[float, Number, Field(ge=0, le=MAX_VALUE, allow_inf_nan=False)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(_absolute(str(path))))]
+
+DATA_FOLDERS = ("parquet", "image_folder")
+
+
+class Section(BaseModel):
+    """A section of the configuration. Unknown keys are errors, and values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """The dataset and how its samples are presented to the network."""
+
+    name: Literal["xor", "digits", "mnist", "fashion_mnist", "cifar10", "parquet", "image_folder"]
+    """The dataset. `xor` has the four cases of two bits; `parquet` and `image_folder` read a custom dataset from
+    `path`."""
+    path: Folder | None = None
+    """Folder of a custom dataset, which contains `train*` and `test*`: Parquet files or folders of them, or one image
+    folder per split. Required for `parquet` and `image_folder`."""
+    root: Folder | None = None
+    """Folder of torchvision's datasets, which are downloaded if they are missing. Default: the environment variable
+    FFDIST_DATA, or else ~/.cache/ffdist."""
+    label: Literal["overwrite", "append", "everywhere", "none"] = "overwrite"
+    """How the input contains the label: `overwrite` replaces the first C values for C classes, `append` adds C values,
+    and `everywhere` adds C values to each local field of the first layer. `none`: the input has no label
+    (unsupervised), and only the readout is trained with labels."""
+    label_scale: Positive = 1.0
+    """Scale of the label's one-hot values in the input, greater than 0. Pixels are in [0, 1]."""
+    subtract_mean: bool | Literal["auto"] = "auto"
+    """Whether to subtract each image's own mean. `auto`: only for color images, because the paper does not do it
+    for grayscale ones."""
+    jitter: Annotated[int, Number, Field(ge=0, le=MAX_VALUE)] = 0
+    """Maximum random shift of each training image in pixels, vertically and horizontally, drawn anew in every epoch.
+    At least 0, and less than the height and the width of the images."""
+    image_column: str | None = None
+    """Parquet column of the images. Default: the only column with images."""
+    label_column: str | None = None
+    """Parquet column of the labels. Default: the column named `label` or `labels`, or else the only column of
+    integers."""
+    image_size: tuple[Count, Count] | None = None
+    """Height and width in pixels to which the images of a custom dataset are resized. Default: no resizing; all images
+    must have the same size."""
+    classes: Annotated[int, Number, Field(ge=2, le=MAX_CLASSES)] | None = None
+    """Number of classes of a custom dataset, 2 to 256. Default: the number of class names, or else one more than the
+    largest training label. Classes without training samples are reported."""
+
+    @model_validator(mode="after")
+    def _check_path(self) -> "Data":
+        if (self.path is None) == (self.name in DATA_FOLDERS):
+            need = "needs data.path, a folder with train* and test*" if self.path is None else "takes no data.path"
+            raise ValueError(f"data.name={self.name} {need}")
+        for key in ("image_column", "label_column", "image_size", "classes"):
+            if getattr(self, key) is not None and self.path is None:
+                raise ValueError(f"data.{key} is for custom datasets (data.name: {self.name}); leave it out")
+        return self
+
+
+Threshold = Positive | Literal["units"]
+
+
+class LocalLayer(Section):
+    """A layer of local receptive fields without weight sharing."""
+
+    kind: Literal["local"]
+    grid: Count
+    """Number of fields along each axis. The grid is centered on the input map, and fields are clipped at its border."""
+    stride: Count = 1
+    """Distance between adjacent fields, in positions of the input map."""
+    field: Count
+    """Side length of a field, in positions of the input map."""
+    units: Count
+    """Number of units per field."""
+
+
+LayerEntry = Annotated[
+    Union[Annotated[Count, Tag("dense")], Annotated[LocalLayer, Tag("local")]],  # noqa: UP007, pydantic's way
+    Discriminator(lambda entry: "local" if isinstance(entry, dict | LocalLayer) else "dense"),
+]
+
+
+class Model(Section):
+    """The network."""
+
+    layers: Annotated[list[LayerEntry], Field(min_length=1)]
+    """Hidden layers, first layer first: the number of units of a dense layer, or
+    `{kind: local, grid, stride, field, units}`."""
+    goodness: Literal[
+        "sum_of_squares",
+        "mean_of_squares",
+        "softmax",
+        "minus_sum_of_squares",
+        "minus_mean_of_squares",
+        "minus_softmax",
+    ] = "sum_of_squares"
+    """Goodness function of the activations. Training makes it high for positive samples, or low with `minus_`."""
+    threshold: Threshold | list[Threshold] = "units"
+    """Goodness, before the sign of `minus_`, at which a sample is equally likely to be positive or negative: a number
+    greater than 0, or `units` for the layer's number of units. One value for all layers, or a list with one per
+    layer."""
+    normalization: Literal["rms", "l2", "none"] = "rms"
+    """Norm by which the input of each layer is divided, per sample: the root mean square, the L2 norm, or none."""
+    predict_from: Count | None = None
+    """First layer, counted from 1, that predicts. The goodness of this and all later layers is summed, and the readout
+    reads their activations. Default: 2, or 1 if there is only one layer."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "Model":
+        if self.predict_from is not None and self.predict_from > len(self.layers):
+            raise ValueError(
+                f"model.predict_from must be one of the {len(self.layers)} layers (predict_from: {self.predict_from})"
+            )
+        if isinstance(self.threshold, list) and len(self.threshold) != len(self.layers):
+            raise ValueError(
+                f"model.threshold must be one value, or a list with one for each of the {len(self.layers)} layers "
+                f"(given: {len(self.threshold)})"
+            )
+        return self
+
+
+class Negatives(Section):
+    """The negative data."""
+
+    kind: str = "wrong_label"
+    """Kind of negatives: `wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `noise`, `permuted`, or a custom
+    function, `package.module:function`."""
+    options: dict[str, Any] = {}
+    """Options of the kind, by name: `blurs` and `threshold` of `hybrid`, `distribution` of `noise`, or those of a
+    custom function."""
+    actors: Count = 1
+    """Number of actors that create negatives."""
+    prefetch_chunks: Count = 4
+    """Number of chunks whose negatives are requested ahead of the chunk that is trained on."""
+    prediction_delay: Count = 200
+    """Number of minibatches after which a label that the readout has drawn is used as a `hard_label`."""
+    store: FolderUri | None = None
+    """Folder, or its URI, from which negatives are read. Missing negatives are created and added to it."""
+
+    @model_validator(mode="after")
+    def _check_store(self) -> "Negatives":
+        if self.kind == "hard_label" and self.store is not None:
+            raise ValueError("negatives.kind=hard_label depends on the training and cannot be stored; leave store out")
+        return self
+
+
+class Training(Section):
+    """Training of the layers and the readout. Defaults are those of the paper's released code."""
+
+    epochs: Count = 60
+    """Number of passes over the training set; with `schedule=greedy`, per layer."""
+    batch_size: Count = 100
+    """Number of samples per minibatch, at most the size of the training set."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the layers' matrix products. Goodness, parameters and updates are float32. `auto`: bfloat16 if it is
+    faster than float32 on all devices of the run. This is measured once before the run starts, and recorded."""
+    validation_samples: Annotated[int, Number, Field(ge=0)] = 0
+    """Number of training samples to hold out for validation, chosen by the seed; less than the size of the training
+    set. 0: no validation."""
+    validate_every_epochs: Count = 5
+    """Number of epochs between validations. The last epoch is always validated."""
+    loss: Literal["logistic", "margin", "symmetric"] = "logistic"
+    """Loss of the layers. `logistic` compares the goodness with the threshold; `symmetric` compares the positive and
+    the negative goodness of a sample. `margin` is an alias of `logistic`, its name in a common PyTorch port."""
+    alpha: Positive = 1.0
+    """Factor on the margin (goodness minus threshold, or the difference of two goodness values) in the loss, greater
+    than 0. Larger values make the loss sharper."""
+    updates: Literal["joint", "alternating"] = "joint"
+    """`joint`: one update for the positive and negative samples of a minibatch. `alternating`: one update for the
+    positive samples, followed by one for the negative samples."""
+    schedule: Literal["simultaneous", "greedy"] = "simultaneous"
+    """`simultaneous`: all layers are trained at every minibatch. `greedy`: layers are trained one after another, each
+    for all epochs; the readout is always trained, and its learning rate schedule restarts with each layer."""
+    updates_per_minibatch: Count = 1
+    """Number of times that each minibatch is used for an update before the next one."""
+    optimizer: Literal["hinton", "sgd", "adam", "adamw"] = "hinton"
+    """Optimizer of the layers: `hinton` is the update of the paper's released code; the others are those of torch."""
+    learning_rate: NotNegative = 0.01
+    """Learning rate of the layers. It decays linearly in the second half of the epochs."""
+    weight_decay: NotNegative = 0.001
+    """Weight decay of the layers: decoupled from the gradient with `hinton` and `adamw`, an L2 penalty with `sgd` and
+    `adam`."""
+    readout_learning_rate: NotNegative = 0.1
+    """Learning rate of the readout. It decays linearly in the second half of the epochs."""
+    readout_weight_decay: NotNegative = 0.003
+    """Weight decay of the readout, decoupled from the gradient."""
+    momentum: Fraction = 0.9
+    """Momentum of `hinton`, `sgd` and the readout, and the first of the `betas` of `adam` and `adamw`, in [0, 1)."""
+    peer_normalization: NotNegative = 0.03
+    """Strength of the regularization that pulls each unit's mean activity towards the mean of its layer. 0: none."""
+
+
+class Pipeline(Section):
+    """Distribution of the work. It does not affect results, except for the last bits: threads_per_stage and device."""
+
+    stages: Count | Literal["auto"] = "auto"
+    """Number of stages, at most the number of layers. `auto`: one per layer, or one per GPU if there are fewer GPUs."""
+    balance: Literal["measured", "estimated"] | list[Count] = "measured"
+    """How layers are assigned to stages. `measured` and `estimated` minimize the time of the slowest stage, from costs
+    that are measured before the run starts, or from the number of weights. A list gives the number of layers of each
+    stage."""
+    chunk_size: Count | Literal["auto"] = "auto"
+    """Number of minibatches per chunk, the unit of transfer. `auto`: 0.35 s of the slowest stage's time, or 20 without
+    measured costs, limited by 32 MiB per message, `checkpoint.every_minibatches` and, with hard labels,
+    `negatives.prediction_delay`."""
+    max_in_flight: Count | Literal["auto"] = "auto"
+    """Maximum number of chunks in flight. `auto`: the number of stages plus 3. With hard labels, all chunks in flight
+    have at most `negatives.prediction_delay` minibatches."""
+    threads_per_stage: Count = 1
+    """Number of torch threads of each stage and of the readout. It affects the last bits of results."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the stages and the readout. `auto`: GPUs if the cluster has any."""
+    max_failures: Annotated[int, Number, Field(ge=0)] = 5
+    """Maximum number of lost actors or nodes within `failure_window_s`. 0: the first loss ends the run."""
+    failure_window_s: Positive = 3600.0
+    """Time in seconds after which a failure no longer counts."""
+    stall_timeout_s: Positive = 300.0
+    """Time in seconds without progress after which an actor counts as lost."""
+    stop_timeout_s: Positive = 20.0
+    """Time in seconds that the platform grants from a stop signal to the end of the process. The last checkpoint may
+    take all but 5 seconds of it, and at least half."""
+
+
+class Checkpoint(Section):
+    """Checkpoints of a run."""
+
+    keep_last: Count = 2
+    """Number of newest checkpoints to keep, in addition to the best one on validation."""
+    every_minibatches: Count | None = None
+    """Number of minibatches between checkpoints. Default: checkpoints are taken by time only."""
+    every_s: Positive | None = 60.0
+    """Time in seconds between checkpoints. `null`: checkpoints are not taken by time."""
+    uri: FolderUri | None = None
+    """Folder, or its URI, in which each run gets a folder of checkpoints. Default: the run's own folder."""
+
+
+warnings.filterwarnings("ignore", 'Field name "register" in "Tracking" shadows')  # a class method that is not used
+
+
+class Tracking(Section):
+    """Experiment tracking by MLflow."""
+
+    uri: Annotated[Uri, AfterValidator(with_absolute_path)] | None = None
+    """URI of the tracking server or database. Default: the environment variable MLFLOW_TRACKING_URI, or else a database
+    in the runs folder."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "ffdist"
+    """MLflow experiment of the run, 1 to 500 characters."""
+    log_every_minibatches: Count = 100
+    """Number of minibatches that each logged value of a training metric averages over."""
+    artifacts: list[Literal["plots", "model"]] = ["plots", "model"]
+    """Artifacts to log: plots, and the network as an MLflow model."""
+    register: Annotated[str, Field(pattern=r"^[^/:.\s][^/:]*$")] | None = None
+    """Name of the registered MLflow model to which the network is added as a new version, without / and :. Default: the
+    network is not registered."""
+    outbox_bytes: Annotated[int, Number, Field(ge=1)] = 100_000_000
+    """Approximate limit in bytes on the metrics that wait in the run's folder while the server is unreachable. Beyond
+    it, every other one is dropped."""
+    flush_timeout_s: NotNegative = 30.0
+    """Time in seconds that a finished run waits for the upload of pending data."""
+
+    @model_validator(mode="after")
+    def _check_register(self) -> "Tracking":
+        if self.register is not None and "model" not in self.artifacts:
+            raise ValueError(
+                f"tracking.register needs a model (tracking.artifacts: {self.artifacts}); add model to "
+                "tracking.artifacts, or leave register out"
+            )
+        return self
+
+
+class Reference(Section):
+    """Errors to compare with the run in the table of results. They do not affect training."""
+
+    paper_error: Fraction | None = None
+    """Test error that the paper reports for the experiment, in [0, 1)."""
+    target_error: Fraction | None = None
+    """Test error to reach, in [0, 1): by goodness, or by a fitted readout if the input has no label."""

@@ -1,0 +1,48 @@
+"""Console output: tables and progress bars on a terminal, plain data in a file or a pipe."""
+
+import csv
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from rich import progress
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Item = TypeVar("Item")
+
+
+class Screen(Console):
+    """Standard output: a terminal, a file or a pipe."""
+
+    def on_broken_pipe(self) -> None:
+        """Discards further output if the reader has exited, such as `head`; rich would exit this process."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+def track(items: Iterable[Item], description: str) -> Generator[Item, None, None]:
+    """Yields items with a progress bar that disappears at the end. Non-interactive output gets no bar."""
+    screen = Screen()
+    if is_interactive(screen):
+        items = progress.track(items, description, console=screen, transient=True)
+    yield from items
+
+
+def is_interactive(screen: Console) -> bool:
+    """Returns whether the output is a terminal or a notebook."""
+    return screen.is_jupyter or screen.file.isatty()  # rich's is_terminal also follows FORCE_COLOR
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows with equal columns: a table on a terminal, tab-separated values with a header elsewhere."""
+    screen, columns = Screen(highlight=False), list(rows[0]) if rows else []
+    if not is_interactive(screen):
+        writer = csv.writer(screen.file, "excel-tab", lineterminator="\n")
+        writer.writerows([columns, *(row.values() for row in rows)])
+        return
+    table = Table(*map(escape, columns), box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(escape(f"{value:,}" if isinstance(value, int) else str(value)) for value in row.values()))
+    screen.print(table)

@@ -1,0 +1,77 @@
+"""Saves a network as two files, weights and architecture, and loads it without its run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ffdist.ff.layers import Rule
+from ffdist.ff.local import Fields
+from ffdist.ff.network import Architecture, Network
+from ffdist.ff.optimizers import Update
+from ffdist.storage.files import file_in, read_json
+
+WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
+CLASS_NAMES = "class_names"
+"""Key of the class names in the architecture file; the list may be empty."""
+
+
+def save_network(network: Network, folder: Path, class_names: Sequence[str] = ()) -> None:
+    """Writes a network and its class names into an existing folder, without the tensors that only training uses."""
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if _is_parameter(name)}
+    weights = file_in(folder, WEIGHTS)
+    save_file(tensors, weights)
+    weights.chmod(folder.stat().st_mode & 0o666)  # safetensors makes the file private
+    values = asdict(network.architecture) | {CLASS_NAMES: list(class_names)}
+    file_in(folder, ARCHITECTURE).write_text(json.dumps(values, indent=2))
+
+
+def read_network(folder: str | Path) -> Network:
+    """Loads a network from a folder that `save_network` or `ffdist export` wrote.
+
+    Raises:
+        OSError: One of its files is missing.
+        ValueError: One of its files is damaged.
+    """
+    try:
+        architecture, weights = _parse_architecture(read_json(folder, ARCHITECTURE)), file_in(folder, WEIGHTS)
+        min_bytes, num_bytes = 4 * sum(architecture.weights), weights.stat().st_size
+        if min_bytes > num_bytes:  # before memory is allocated
+            raise ValueError(
+                f"{weights} is too small for its architecture (bytes: {num_bytes:,}, needed: {min_bytes:,})"
+            )
+        # Cloned, because the tensors map the file, which may be overwritten.
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+        return Network.for_inference(architecture, tensors)
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no network that can be read ({error})") from error
+
+
+def _is_parameter(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))
+
+
+def _parse_architecture(values: dict[str, Any]) -> Architecture:
+    rule, layers = values["rule"], values["layers"]
+    architecture = Architecture(
+        **{key: value for key, value in values.items() if key != CLASS_NAMES}
+        | {
+            "shape": tuple(values["shape"]),
+            "layers": tuple(layer if isinstance(layer, int) else Fields(**layer) for layer in layers),
+            "thresholds": tuple(values["thresholds"]),
+            "untrained": tuple(values.get("untrained", ())),
+            "rule": Rule(**rule | {"update": Update(**rule["update"])}),
+            "readout_update": Update(**values["readout_update"]),
+        }
+    )
+    for section in (architecture, architecture.rule):
+        for field in fields(section):
+            value, default = getattr(section, field.name), field.default
+            valid = (int, float) if isinstance(default, float) else type(default)
+            if default is not MISSING and not isinstance(value, valid):
+                raise ValueError(f"{field.name} must be of type {type(default).__name__} (given: {str(value)[:99]!r})")
+    return architecture

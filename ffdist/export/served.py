@@ -1,0 +1,76 @@
+"""Loader of the MLflow model: serves a network through the interface of `mlflow.pyfunc`."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, read_network
+from ffdist.ff.classify import total_goodness
+from ffdist.ff.network import Network
+from ffdist.storage.files import read_json
+
+
+class ServedModel:
+    """Model that MLflow calls for each request."""
+
+    def __init__(self, network: Network, class_names: Sequence[str]) -> None:
+        self._network = network
+        self._class_names = class_names
+
+    def predict(self, images: Any, params: Any = None) -> dict[str, Any]:
+        """Classifies images.
+
+        Args:
+            images: Pixels, uint8 `[N, channels, height, width]`.
+            params: Ignored; part of MLflow's interface.
+
+        Returns:
+            `label` `[N]`, predicted by goodness, or by the readout if goodness cannot predict; `probability` `[N, C]`;
+            `goodness` `[N, C]`, or `[N, 0]` if it cannot predict; and `name` `[N]` if the classes have names.
+
+        Raises:
+            MlflowException: The images have a wrong shape or invalid pixels.
+        """
+        prediction = self._network.predict(self._as_uint8(images).flatten(1))
+        goodness = total_goodness(prediction.goodness, self._network.architecture.predict_from)
+        tensors = {"label": prediction.label, "probability": prediction.probabilities, "goodness": goodness}
+        names = {"name": np.array(self._class_names)[prediction.label.numpy()]} if self._class_names else {}
+        return {key: tensor.numpy() for key, tensor in tensors.items()} | names
+
+    def _as_uint8(self, images: Any) -> Tensor:
+        """Converts images to uint8, which must not change any pixel."""
+        values, shape = np.asarray(images), list(self._network.architecture.shape)
+        try:
+            if list(values.shape[1:]) != shape or not len(values):
+                raise ValueError(f"images must have the shape [N, {str(shape)[1:]} (given: {list(values.shape)})")
+            if values.dtype == np.uint8:
+                return torch.from_numpy(values)
+            invalid = values[~((values >= 0) & (values <= 255) & (values % 1 == 0))]
+            if invalid.size:
+                raise ValueError(f"pixels must be whole numbers from 0 to 255 (given: {invalid.flat[0]})")
+            if values.dtype.kind == "f" and values.max() == 1:
+                raise ValueError("pixels must be whole numbers from 0 to 255, not 0.0 to 1.0")
+        except (TypeError, ValueError) as error:
+            raise _invalid_request(f"{error}") from error
+        return torch.from_numpy(values.astype(np.uint8))
+
+
+def _invalid_request(reason: str) -> Exception:
+    """Returns an error whose response is only `reason`; MLflow's server would put all of the images before it."""
+    from mlflow.exceptions import MlflowException  # always installed where the model is served
+
+    class InvalidRequest(MlflowException):
+        def serialize_as_json(self) -> str:
+            return json.dumps({"error_code": self.error_code, "message": reason})
+
+    request_error: Exception = InvalidRequest.invalid_parameter_value(reason)
+    return request_error
+
+
+def _load_pyfunc(path: str) -> ServedModel:
+    """Loads a model from its data path; MLflow requires this name."""
+    return ServedModel(read_network(path), read_json(path, ARCHITECTURE).get(CLASS_NAMES, []))

@@ -1,0 +1,62 @@
+"""The errors of a network on a split, by goodness, by readout, and per layer."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ffdist.ff.classify import confusion_matrix, error, total_goodness
+
+
+class Evaluation(NamedTuple):
+    """How well a network does on a split; errors in [0, 1]."""
+
+    goodness_error: float | None
+    """Every label tried; the one with the most goodness over the predicting layers wins. None where none is."""
+    readout_error: float
+    """One pass with the neutral label, or without any."""
+    layer_errors: list[float] | None
+    """By the goodness of each layer alone; likewise."""
+    confusion: Tensor
+    """Samples by true label (row) and label predicted by goodness, else by the readout (column) `[C, C]`."""
+    goodness: Tensor
+    """Each layer's goodness for every label `[L, N, C]`, -inf for one that is not tried; `[L, N, 0]` where none is."""
+
+    @property
+    def chief_error(self) -> float:
+        """The error by goodness, else by the readout: what chooses the best checkpoint."""
+        return self.readout_error if self.goodness_error is None else self.goodness_error
+
+    def in_words(self) -> str:
+        """Returns both errors as one reads them."""
+        return errors_in_words(self.goodness_error, self.readout_error)
+
+
+def errors_in_words(goodness_error: float | None, readout_error: float) -> str:
+    """Returns both errors as one reads them, or the one that there is."""
+    by_goodness = "" if goodness_error is None else f"{goodness_error:.2%} by goodness, "
+    return f"{by_goodness}{readout_error:.2%} by readout"
+
+
+def evaluate(
+    goodness: Tensor, readout_labels: Tensor, labels: Tensor, *, classes: int, predict_from: int
+) -> Evaluation:
+    """Computes the errors of a network on a split.
+
+    Args:
+        goodness: Of each layer for every label `[L, N, C]`; `[L, N, 0]` if no label was tried.
+        readout_labels: Labels predicted by the readout `[N]`.
+        labels: True labels `[N]`.
+        classes: Number of classes C.
+        predict_from: First layer, counted from 1, that predicts by goodness.
+    """
+    readout_error = error(readout_labels, labels)
+    if not goodness.shape[-1]:
+        return Evaluation(None, readout_error, None, confusion_matrix(readout_labels, labels, classes), goodness)
+    goodness_labels = total_goodness(goodness, predict_from).argmax(-1)
+    return Evaluation(
+        goodness_error=error(goodness_labels, labels),
+        readout_error=readout_error,
+        layer_errors=[error(layer.argmax(-1), labels) for layer in goodness],
+        confusion=confusion_matrix(goodness_labels, labels, classes),
+        goodness=goodness,
+    )

@@ -1,0 +1,86 @@
+"""Upper bounds of the host memory that a run needs."""
+
+from dataclasses import replace
+
+import torch
+
+from ffdist.ff.network import Architecture
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.schedule import EVALUATION_ROWS
+
+FLOAT32_BYTES = torch.float32.itemsize
+WORKING_VALUES = 6
+"""float32 values per activity of a minibatch while a layer is trained."""
+PROCESS_BYTES = 350_000_000
+"""Memory of an actor's process without data: torch and Ray (335 MB measured, torch 2.14 and Ray 2.60)."""
+
+
+def driver_bytes(architecture: Architecture) -> int:
+    """Returns the memory of the driver for a network.
+
+    To resume, it holds the whole state, and the largest file twice. At the end, it holds the weights for inference, and
+    once more for MLflow's model.
+    """
+    state = architecture.state_bytes
+    # The precision may not be resolved yet, and bfloat16 needs a copy of the weights.
+    copies = max(sum(each.copy_bytes) for each in (architecture, replace(architecture, precision="bfloat16")))
+    readout = architecture.classes * sum(architecture.widths[architecture.predict_from :])
+    weights = FLOAT32_BYTES * (sum(architecture.weights) + readout)
+    resuming = sum(state) + weights + copies  # largest if another run's weights are loaded
+    ending = 3 * weights + 2 * copies
+    return max(resuming, ending) + max(state)
+
+
+def layer_bytes(architecture: Architecture) -> int:
+    """Returns the memory of the largest layer while it is trained, without activations."""
+    state, copies, weights = architecture.state_bytes, architecture.copy_bytes, architecture.weights
+    return max(
+        state[layer] + 2 * copies[layer] + FLOAT32_BYTES * weights[layer] for layer in range(len(architecture.layers))
+    )
+
+
+def stage_bytes(blueprint: Blueprint, layers: range) -> int:
+    """Returns the memory of a stage's tensors on its device."""
+    architecture, order, negatives = blueprint.architecture, blueprint.order, blueprint.negatives
+    state, copies = architecture.state_bytes, architecture.copy_bytes
+    state_and_copies = sum(state[layer] + copies[layer] for layer in layers)
+    # A gradient, or the random initial weights while a layer is built.
+    gradient = max(FLOAT32_BYTES * architecture.weights[layer] + copies[layer] for layer in layers)
+    rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS)
+    widest = max(architecture.widths[layers.start : layers.stop + 1])
+    outputs = 2 * blueprint.chunk_size * blueprint.bytes_out(layers)  # each minibatch, and all of them stacked
+    return (
+        state_and_copies
+        + gradient
+        + rows * widest * FLOAT32_BYTES * WORKING_VALUES
+        + outputs
+        + _source_bytes(blueprint, layers)
+    )
+
+
+def _source_bytes(blueprint: Blueprint, layers: range) -> int:
+    """Returns the memory of the first stage's images; shifted ones have a border."""
+    if layers.start:
+        return 0
+    (channels, height, width), border = blueprint.architecture.shape, 2 * blueprint.jitter
+    sample_bytes = channels * (height + border) * (width + border) + blueprint.architecture.pixels
+    # The image and the negative of each sample, before and after the shift.
+    return 4 * blueprint.chunk_size * blueprint.order.batch_size * sample_bytes
+
+
+def machine_bytes(blueprint: Blueprint, *, stored: int | None) -> int:
+    """Returns the memory of a run on this machine, in addition to what the driver already holds.
+
+    Args:
+        blueprint: Of the run.
+        stored: Bytes in the object store; None for a serial run.
+    """
+    architecture = blueprint.architecture
+    state, features = architecture.state_bytes, sum(architecture.widths[architecture.predict_from :])
+    stages = sum(stage_bytes(blueprint, layers) for layers in blueprint.stage_layers)
+    readout = state[-1] + 3 * FLOAT32_BYTES * features * max(blueprint.order.batch_size, architecture.classes)
+    writer = max(state)  # it serializes one file at a time
+    resumed = sum(state)
+    needed = max(stages + readout + writer + resumed + (stored or 0), driver_bytes(architecture))
+    actors = 0 if stored is None else len(blueprint.stage_layers) + blueprint.negatives.num_actors + 2
+    return needed + actors * PROCESS_BYTES

@@ -1,0 +1,1 @@
+"""Plots of runs. The only package that imports matplotlib."""

@@ -1,0 +1,153 @@
+"""The folder of a run: its configuration, checkpoints and network."""
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from ffdist.checkpoint.checkpoints import CheckpointError, Checkpoints, DamagedCheckpoint, Manifest
+from ffdist.config.loading import load_config
+from ffdist.config.schema import Config
+from ffdist.data.datasets import Dataset
+from ffdist.errors import ConfigError
+from ffdist.ff.network import Architecture, Network
+from ffdist.pipeline.stage import State, layer_name
+from ffdist.storage.files import UnsafeFile, file_in
+from ffdist.storage.folder import Folder
+from ffdist.storage.paths import find_in_subfolders
+from ffdist.tracking.outbox import OUTBOX, Outbox
+
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+"""Files in the folder of a run: its resolved configuration, and the results of a finished run."""
+MAX_CONFIG_BYTES = 2**20
+
+
+def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
+    """Returns the folder of a run, given by its folder or by its MLflow run id.
+
+    If the folder is lost, but `checkpoint.uri` of `config` contains its checkpoints, returns the folder to create.
+
+    Raises:
+        ConfigError: There is no such run.
+    """
+    if run:
+        if os.path.isfile(os.path.join(run, CONFIG)):  # noqa: PTH113, PTH118, Path.is_file raises if `run` is too long
+            return Path(run)
+        for path in find_in_subfolders(runs, OUTBOX):
+            if Outbox.fact_of(path, "run_id") == run:
+                return path.parent
+        if config and config.checkpoint.uri and checkpoints_of(config, Path(run)).names():
+            return runs / Path(run).resolve().name
+    raise ConfigError(f"RUN must be the folder of a run, or the MLflow run id of a run in {runs} (given: {run})")
+
+
+def config_of(folder: Path, overrides: Iterable[str] = ()) -> Config:
+    """Returns the configuration of a run, with overrides applied.
+
+    Raises:
+        ConfigError: The configuration is missing or damaged.
+    """
+    try:
+        return load_config(str(file_in(folder, CONFIG, max_bytes=MAX_CONFIG_BYTES)), overrides)
+    except (OSError, UnsafeFile) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read ({error}); train the run again") from error
+
+
+def checkpoints_of(config: Config, folder: Path) -> Checkpoints:
+    """Returns the checkpoints of a run: in its folder, or under its name in `checkpoint.uri`."""
+    inner = folder.resolve().name if config.checkpoint.uri else "checkpoints"
+    return Checkpoints(Folder(config.checkpoint.uri or str(folder), CheckpointError, inner))
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint of a run."""
+
+    name: str
+    kind: str
+    """`best` (on validation), `last`, or empty for any other."""
+    path: str
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        """Returns the kind and the path."""
+        return f"{self.kind}, {self.path}".removeprefix(", ")
+
+
+def find_checkpoint(checkpoints: Checkpoints, which: str | None = None) -> Checkpoint:
+    """Finds a checkpoint of a run.
+
+    Args:
+        checkpoints: Checkpoints of the run.
+        which: `best`, `last` or a name; by default the best one if the run was validated, else the last.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or it is damaged.
+    """
+    with as_config_error():
+        names = checkpoints.names()
+        if not names:
+            raise ConfigError(
+                f"{checkpoints.folder.path()} contains no complete checkpoint; set checkpoint.uri in the run's "
+                f"configuration to the location of its checkpoints, or train the run again"
+            )
+        if which not in (None, "best", "last", *names):
+            raise ConfigError(
+                f"a checkpoint must be best, last or the name of one (given: {which}, {checkpoints.folder.path()} has: "
+                f"{', '.join(names)})"
+            )
+        best = None if which == "last" else checkpoints.read_manifest(names[-1]).best_checkpoint
+        if which == "best" and best is None:
+            raise ConfigError(
+                f"{checkpoints.folder.path()} has no best checkpoint, because the run was not validated; use last, or "
+                f"set training.validation_samples in a new run"
+            )
+        name = names[-1] if which == "last" else best or names[-1] if which in (None, "best") else str(which)
+        kind = "best" if name == best else "last" if name == names[-1] else ""
+        return Checkpoint(name, kind, checkpoints.path(name), checkpoints.read_manifest(name))
+
+
+def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint, only: Collection[str] | None = None) -> State:
+    """Returns the state in a checkpoint: all tensors, or `only` those with the given names.
+
+    Raises:
+        ConfigError: The checkpoint is damaged.
+    """
+    with as_config_error():
+        return checkpoints.read(checkpoint.name, only)[1]
+
+
+def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Path) -> None:
+    """Checks that a dataset is the one that a run was trained and tested on.
+
+    Raises:
+        ConfigError: It is another dataset.
+    """
+    for split, digest in (("train", manifest.dataset_sha256), ("test", manifest.test_dataset_sha256)):
+        if digest and digest != dataset.sha256(split):
+            key = "data.path" if config.data.path else "data.root"
+            raise ConfigError(
+                f"{folder} was {split}ed on other samples than {config.data.path or config.data.name} contains now "
+                f"(the SHA-256 of the {split} samples differs); set {key} to the location of the original data"
+            )
+
+
+def network_of(architecture: Architecture, state: State) -> Network:
+    """Returns a network for inference, with the weights in a state."""
+    modules = {"readout": "readout"} | {layer_name(i): f"layers.{i}" for i in range(len(architecture.layers))}
+    tensors = {f"{module}.{name}": tensor for key, module in modules.items() for name, tensor in state[key].items()}
+    return Network.for_inference(architecture, tensors)
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Converts CheckpointError in a `with` block to ConfigError, because no run has started yet."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise config_error(error, "restore it from a backup, or train the run again") from error
+
+
+def config_error(error: CheckpointError, remedy: str) -> ConfigError:
+    """Returns the ConfigError for a CheckpointError; a remedy is added if the checkpoint is damaged."""
+    return ConfigError(f"{error}; {remedy}" if isinstance(error, DamagedCheckpoint) else str(error))

@@ -1,0 +1,115 @@
+"""Evaluation and inference with finished runs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ffdist.console import Screen, is_interactive, print_rows
+from ffdist.data.inputs import Inputs, read_inputs, write_parquet
+from ffdist.errors import ConfigError
+from ffdist.ff.classify import total_goodness
+from ffdist.runs.run import Run
+
+MAX_LABELS, MAX_ROWS = 3, 100
+"""Limits of the table on a terminal: most probable labels of an image, and images."""
+
+
+def evaluate_on(run: Run, data: Path | None) -> str:
+    """Evaluates a run, and returns its errors as text.
+
+    Args:
+        run: The run.
+        data: File or folder of labeled images; by default the run's test set.
+
+    Raises:
+        ConfigError: The images cannot be read, have no labels, or do not fit the network.
+    """
+    if data is None:
+        images, labels = run.dataset.images["test"], run.dataset.labels["test"]
+    else:
+        inputs = _read(run, [data])
+        if inputs.labels is None:
+            classes = ", ".join(run.class_names) or f"integers in [0, {run.network.architecture.classes})"
+            column = run.label_column or "label"
+            raise ConfigError(
+                f"{data} must contain a label for every image: in a Parquet column {column} (class names, if the "
+                f"classes have names), or as one folder per class and nothing else (classes: {classes}; "
+                f"{inputs.label_problem})"
+            )
+        _note(f"labels: {inputs.label_source}")
+        images, labels = inputs.images, inputs.labels
+    untrained = torch.isin(labels, torch.tensor(run.network.architecture.untrained, dtype=labels.dtype)).sum().item()
+    return f"test error {run.evaluate(images, labels).in_words()}, of {len(labels):,} samples" + (
+        f"; of classes without training samples, which count as wrong: {untrained:,}" if untrained else ""
+    )
+
+
+def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
+    """Prints a run's predictions: the most probable labels of some images on a terminal, a row per image elsewhere.
+
+    Args:
+        run: The run.
+        inputs: Image files, Parquet files and folders of either.
+        to: Parquet file to write, with the columns `input`, `name` (if the classes have names), `label` (its number;
+            predicted by goodness, or by the readout if no label is shown), `probability` and `goodness` (of every
+            label; goodness is summed over the predicting layers).
+
+    Raises:
+        ConfigError: The images cannot be read, or do not fit the network.
+    """
+    images = _read(run, inputs)
+    prediction = run.predict(images.images)
+    goodness = total_goodness(prediction.goodness, run.network.architecture.predict_from)
+    labels, probability, names = prediction.label.tolist(), prediction.probabilities.tolist(), run.class_names
+    columns: dict[str, list[Any]] = {"input": images.locations}
+    if names:
+        columns["name"] = [names[label] for label in labels]
+    columns["label"] = labels
+    if to:
+        write_parquet(columns | {"probability": probability, "goodness": goodness.tolist()}, to)
+    if is_interactive(Screen()):
+        _show(columns, probability, goodness, names)
+        return
+    index = prediction.label.unsqueeze(1)
+    columns["probability"] = prediction.probabilities.gather(1, index).squeeze(1).tolist()
+    if goodness.shape[1]:
+        columns["goodness"] = goodness.gather(1, index).squeeze(1).tolist()
+    print_rows([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def _show(
+    columns: dict[str, list[Any]], probability: list[list[float]], goodness: Tensor, names: Sequence[str]
+) -> None:
+    """Prints a table of the first images with their most probable labels."""
+    inputs, rows = columns["input"], list[dict[str, str]]()
+    folder = os.path.commonpath([Path(each).absolute().parent for each in inputs])
+    for each, label, p, g in zip(inputs[:MAX_ROWS], columns["label"], probability, goodness.tolist(), strict=False):
+        ranking = sorted(range(len(p)), key=lambda k: -p[k])
+        text = "; ".join(
+            f"{names[k] if names else k}: {p[k]:.1%}" + (f", {g[k]:.5g}" if g else "")
+            for k in ranking
+            if k in (*ranking[:MAX_LABELS], label)
+        )
+        path = str(Path(each).absolute().relative_to(folder))
+        rows.append({"input": path, "label": names[label] if names else str(label), "probability, and goodness": text})
+    print_rows(rows)
+    if len(inputs) > MAX_ROWS:
+        Console(highlight=False).print(f"and {len(inputs) - MAX_ROWS:,} more; --to FILE writes all", markup=False)
+
+
+def _read(run: Run, paths: Sequence[Path]) -> Inputs:
+    architecture = run.network.architecture
+    config = run.config.data.model_copy(update={"label_column": run.label_column})
+    inputs = read_inputs(paths, config, architecture.shape, architecture.classes, run.class_names)
+    if inputs.skipped:
+        _note(f"skipped: {inputs.skipped}")
+    return inputs
+
+
+def _note(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)

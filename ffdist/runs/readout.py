@@ -1,0 +1,80 @@
+"""Fitting a readout to the frozen layers of a finished run."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ffdist import host_memory
+from ffdist.console import track
+from ffdist.errors import ConfigError
+from ffdist.ff.classify import error as classification_error
+from ffdist.ff.network import Network
+from ffdist.pipeline import memory
+from ffdist.runs.folder import SUMMARY
+from ffdist.runs.run import Run
+from ffdist.storage.folder import Folder
+from ffdist.tracking.server import log_to_run, trusted_uri
+
+BATCH_SIZE = 1000
+"""Number of images in a forward pass."""
+MAX_EVALUATIONS = 500
+"""Largest number of evaluations of the loss on all training samples."""
+
+
+def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
+    """Fits a readout to the frozen layers of a finished run until it converges; prints and returns its test error.
+
+    If the checkpoint is the one that the run's results belong to, the error is also logged to the run as
+    `test/fitted_readout_error` and added to its summary.
+
+    Args:
+        run: The run.
+        runs: Runs folder.
+        uri: Tracking URI of the run; by default found from the runs folder and MLFLOW_TRACKING_URI.
+
+    Raises:
+        ConfigError: The run's data or checkpoint is not available, or the error was printed but cannot be logged.
+    """
+    summary, run_id = run.summary, run.summary["mlflow_run_id"]
+    uri = uri or trusted_uri(run.folder, summary["mlflow_tracking_uri"], run_id, runs)
+    network, dataset = run.network, run.dataset
+    readout, samples = network.architecture.readout(), len(dataset.images["train"])
+    features = readout.weight.shape[1]
+    host_memory.check(memory.FLOAT32_BYTES * samples * features, "the activities that a readout is fitted to")
+    train, done = _activities(network, dataset.images["train"], "train"), 0
+    rows = torch.empty(samples, features)  # allocated once, because it dominates the memory use
+    for batch in train:
+        torch.cat(batch, 1, out=rows[done : done + len(batch[0])])
+        done += len(batch[0])
+    with closing(track(range(MAX_EVALUATIONS), "fitting the readout")) as bar:
+
+        def advance() -> None:
+            next(bar, None)
+
+        gradient = readout.fit(rows, dataset.labels["train"], iterations=MAX_EVALUATIONS, step=advance)
+    predicted = [readout(batch).argmax(1) for batch in _activities(network, dataset.images["test"], "test")]
+    test_error = classification_error(torch.cat(predicted), dataset.labels["test"])
+    Console(highlight=False).print(
+        f"test error {test_error:.2%} by a readout fitted to the layers of {run.folder} (largest gradient: "
+        f"{gradient:.1e} nats); {summary['test_readout_error']:.2%} by the readout trained with the layers",
+        markup=False,
+        soft_wrap=True,
+    )
+    if not run.uses_reported_checkpoint:
+        return test_error
+    log_to_run(uri, run_id, {"test/fitted_readout_error": test_error}, reference="test/readout_error")
+    Folder(str(run.folder), ConfigError).put(  # last, so that a run with this entry is also complete in MLflow
+        SUMMARY, json.dumps(summary | {"test_fitted_readout_error": test_error}, indent=2).encode()
+    )
+    return test_error
+
+
+def _activities(network: Network, images: Tensor, split: str) -> Iterator[list[Tensor]]:
+    """Yields the readout's inputs for one batch of images after another, in float32."""
+    for batch in track(torch.split(images, BATCH_SIZE), f"computing activities of {split} samples"):
+        yield [activity.float() for activity in network.read(network.architecture.neutral_rows(batch))]

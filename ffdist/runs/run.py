@@ -1,0 +1,275 @@
+"""A finished run: its results, network and plots."""
+
+import logging
+import shlex
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffdist.checkpoint.checkpoints import PARAMETERS
+from ffdist.config.architecture import build_architecture
+from ffdist.config.schema import Config
+from ffdist.console import track
+from ffdist.data.datasets import Dataset, load_dataset
+from ffdist.errors import ConfigError
+from ffdist.ff import MAX_CLASSES
+from ffdist.ff.negatives import KINDS
+from ffdist.ff.network import Network, Prediction
+from ffdist.pipeline.evaluation import Evaluation, evaluate
+from ffdist.pipeline.timeline import TIMELINE, read_timeline
+from ffdist.runs.folder import (
+    CONFIG,
+    SUMMARY,
+    Checkpoint,
+    check_data,
+    checkpoints_of,
+    config_of,
+    find_checkpoint,
+    find_run,
+    network_of,
+    read_state,
+)
+from ffdist.storage.files import read_json
+from ffdist.storage.paths import kind_of
+from ffdist.tracking.outbox import OUTBOX, Outbox
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    The files in its folder are read on first use, which raises ConfigError if they are damaged.
+    """
+
+    folder: Path
+    """Contains `config.yaml`, `summary.json`, `metrics.db`, `checkpoints/` and plots."""
+    summary: dict[str, Any]
+    """Results, as `--summary` writes them; errors in [0, 1]."""
+    which: str | None = None
+    """Checkpoint to use; see `find`."""
+    overrides: tuple[str, ...] = ()
+    """Location of its data, if it was moved; see `find`."""
+
+    @classmethod
+    def find(
+        cls,
+        run: str | Path,
+        runs: str | Path = "runs",
+        *,
+        checkpoint: str | None = None,
+        overrides: Iterable[str] = (),
+    ) -> "Run":
+        """Finds a run by its folder, or by its MLflow run id.
+
+        Args:
+            run: Folder or id.
+            runs: Runs folder to search for an id.
+            checkpoint: Checkpoint to use: `best`, `last` or a name; by default the best one if the run was validated,
+                else the last.
+            overrides: `data.path=NEW` or `data.root=NEW` if its data was moved.
+
+        Raises:
+            ConfigError: There is no such run, or it is not finished.
+        """
+        overrides = tuple(overrides)
+        if wrong := [each for each in overrides if not each.startswith(("data.path=", "data.root="))]:
+            raise ConfigError(
+                f"only the location of the data can be changed in a finished run, by data.path=NEW or data.root=NEW "
+                f"(given: {' '.join(wrong)})"
+            )
+        folder = find_run(str(run), Path(runs))
+        if kind_of(folder / SUMMARY) != "file":
+            raise ConfigError(
+                f"{folder} is not finished; resume it with `ffdist train CONFIG --resume {shlex.quote(str(folder))}`"
+            )
+        with _explain_read_errors(folder / SUMMARY) as path:
+            return cls(folder, _check_summary(read_json(folder, path.name)), checkpoint, overrides)
+
+    @cached_property
+    def config(self) -> Config:
+        """Configuration of the run."""
+        return config_of(self.folder, self.overrides)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Checkpoint whose weights are used."""
+        return find_checkpoint(checkpoints_of(self.config, self.folder), self.which)
+
+    @property
+    def uses_reported_checkpoint(self) -> bool:
+        """Whether the run's results and plots belong to the checkpoint that is used."""
+        reported = self.summary.get("checkpoint")
+        return self.checkpoint.kind == "last" if reported is None else self.checkpoint.name == reported
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The dataset of the run, loaded again.
+
+        Raises:
+            ConfigError: It is missing, or has changed.
+        """
+        config = self.config
+        dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+        check_data(config, dataset, self.checkpoint.manifest, self.folder)
+        return dataset
+
+    @cached_property
+    def network(self) -> Network:
+        """The network of the checkpoint, on the CPU; inference needs only torch."""
+        if not {"shape", "classes"} <= self.summary.keys():
+            raise ConfigError(
+                f"{self.folder} is of an earlier version, which did not record the shape of images; train it again"
+            )
+        channels, height, width = self.summary["shape"]
+        classes, untrained = self.summary["classes"], self.summary.get("untrained_classes", ())
+        architecture = build_architecture(self.config, (channels, height, width), classes, untrained)
+        architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
+        state = read_state(checkpoints_of(self.config, self.folder), self.checkpoint, PARAMETERS)
+        try:
+            return network_of(architecture, state)
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self.folder} contains weights that do not fit the layers of its {CONFIG}") from error
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by label; empty if they have none."""
+        return list(self.summary.get("class_names", []))
+
+    @property
+    def label_column(self) -> str | None:
+        """Parquet column that training read the labels from, if any."""
+        column: str | None = self.summary.get("data", {}).get("columns", {}).get("label", self.config.data.label_column)
+        return column
+
+    @property
+    def metrics(self) -> dict[str, list[tuple[int, float]]]:
+        """Points of each metric of the run, as samples seen and value."""
+        with _explain_read_errors(self.folder / OUTBOX) as path:
+            return Outbox.history_of(path)
+
+    def predict(self, images: Tensor) -> Prediction:
+        """Predicts by readout and by goodness.
+
+        Args:
+            images: uint8 `[N, D]` or `[N, channels, height, width]`, 0 to 255, or `[N, height, width]` if grayscale.
+
+        Raises:
+            ConfigError: The images have another dtype or shape than those of the dataset, or there are none.
+        """
+        architecture, images = self.network.architecture, torch.as_tensor(images)
+        shape, expected = tuple(images.shape), architecture.shape
+        accepted = (architecture.pixels,), expected, expected[1:] if expected[0] == 1 else expected
+        if images.dtype != torch.uint8 or shape[1:] not in accepted or not shape[0]:
+            raise ConfigError(
+                f"images must be uint8 of shape [N, {str(list(expected))[1:]} with N > 0 (given: {images.dtype}, "
+                f"{list(shape)})"
+            )
+        return self.network.predict(images.flatten(1), lambda batches: track(batches, "predicting"))
+
+    def plot(self, to: Path | str | None = None) -> list[Path]:
+        """Draws the run's plots again and returns their paths.
+
+        Args:
+            to: Folder of the plots; by default the run's folder.
+
+        Raises:
+            ConfigError: The dataset is not available, the folder cannot be written, or a plot cannot be drawn; all
+                other plots are drawn.
+        """
+        from ffdist.plotting.figures import draw_plots  # importing matplotlib is slow
+
+        if to is None and not self.uses_reported_checkpoint:
+            raise ConfigError(
+                f"{self.folder} contains the plots of its checkpoint {self.summary.get('checkpoint', 'last')}; give "
+                f"another folder for those of {self.checkpoint.name}, with --to"
+            )
+        folder, history = Path(to or self.folder), self.metrics
+        with _explain_read_errors(self.folder / TIMELINE):
+            spans = read_timeline(self.folder)
+        dataset = self.dataset
+        test = self.evaluate(dataset.images["test"], dataset.labels["test"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the folder {folder} cannot be created ({error.strerror}); give another --to") from error
+        failures: list[str] = []
+        is_trusted = self.config.negatives.kind in KINDS
+        if not is_trusted:
+            logging.getLogger(__name__).warning(
+                "plots of negatives are skipped, because a run's folder must not cause imports (negatives.kind: %s)",
+                self.config.negatives.kind,
+            )
+        args = (folder, self.config, dataset, self.network, test, history, spans, failures.append)
+        paths = list(draw_plots(*args, with_negatives=is_trusted))
+        if failures:
+            raise ConfigError("; ".join(failures))
+        return paths
+
+    def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
+        """Returns the errors on images.
+
+        Args:
+            images: See `predict`.
+            labels: True labels `[N]`.
+
+        Raises:
+            ConfigError: The images or labels do not fit the network, or each other.
+        """
+        prediction, architecture, labels = self.predict(images), self.network.architecture, torch.as_tensor(labels)
+        wrong = labels.is_floating_point() or not ((labels >= 0) & (labels < architecture.classes)).all()
+        if wrong or labels.shape != prediction.label.shape:
+            raise ConfigError(
+                f"labels must be integers in [0, {architecture.classes}), one per image "
+                f"(images: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
+            )
+        return evaluate(
+            prediction.goodness,
+            prediction.probabilities.argmax(-1),
+            labels.long(),
+            classes=architecture.classes,
+            predict_from=architecture.predict_from,
+        )
+
+
+def _check_summary(summary: Any) -> dict[str, Any]:
+    """Returns a summary if its entries have the right types and sizes.
+
+    Raises:
+        ValueError: Some have not; the message names them.
+    """
+    if not isinstance(summary, dict):
+        raise ValueError("it is not a JSON object")
+    shape, names = summary.get("shape", [1, 1, 1]), summary.get("class_names", [])
+    data = summary.get("data", {})
+    columns = data.get("columns", {}) if isinstance(data, dict) else None
+    classes, untrained = summary.get("classes", 1), summary.get("untrained_classes", [])
+    checks = {
+        "runner": isinstance(summary.get("runner"), str),
+        "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
+        "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
+        "test_readout_error": isinstance(summary.get("test_readout_error"), float),
+        "shape": isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape),
+        "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
+        "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
+        "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "data": isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values()),
+    }
+    if wrong := [key for key, is_valid in checks.items() if not is_valid]:
+        raise ValueError(f"missing, or of the wrong type or size: {', '.join(wrong)}")
+    return summary
+
+
+@contextmanager
+def _explain_read_errors(path: Path) -> Iterator[Path]:
+    """Re-raises read errors in a `with` block as ConfigError that names the file."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, sqlite3.Error) as error:
+        raise ConfigError(f"{path} is missing or damaged ({error!r}); train the run again") from error

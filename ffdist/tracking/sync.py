@@ -1,0 +1,322 @@
+"""Uploads from outboxes to the tracking store."""
+
+import shlex
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from ffdist.export.network import read_network
+from ffdist.storage.files import file_in, path_in
+from ffdist.storage.paths import find_in_subfolders
+from ffdist.tracking.model import create_model, log_model, register_model
+from ffdist.tracking.outbox import OUTBOX, Call, Outbox, Point
+from ffdist.tracking.server import (
+    check_server,
+    database_has_run,
+    default_uri,
+    error_text,
+    log_dataset,
+    open_client,
+    update_artifact_paths,
+)
+
+MAX_BATCH_POINTS = 1000
+"""MLflow's limit on metrics in one request."""
+PERMANENT_CODES = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+"""MLflow's codes of permanent errors. All other errors, and errors of the artifact store, are retried."""
+LOCK = ".lock"
+"""Lock file in the folder of a run. The process that trains the run holds it; `send_run` holds it while it uploads."""
+MODEL, NETWORK = "model", "network"
+"""Key of the fact that holds the MLflow model id, and the folder that holds the network until it is uploaded."""
+
+
+class RejectedUpload(Exception):
+    """An upload that can never succeed; the message is the reason."""
+
+
+class SyncResult(NamedTuple):
+    """State of a run's uploads after `send_run`."""
+
+    folder: Path
+    num_points: int
+    """Points that are still pending."""
+    num_calls: int
+    """Other uploads that are still pending."""
+    problem: str
+    """First error of this attempt; empty if there was none."""
+    rejections: list[str]
+    """Rejected uploads with their reasons."""
+
+
+def send_points(client: Any, outbox: Outbox, run_id: str) -> None:
+    """Sends all pending points in order; raises any temporary error of MLflow or the network."""
+    previous = None
+    while points := outbox.pending_points(MAX_BATCH_POINTS):
+        if points == previous:
+            raise ValueError(f"{outbox.folder / OUTBOX} is damaged")
+        previous = points
+        _send_batch(client, outbox, run_id, points)
+
+
+def _send_batch(client: Any, outbox: Outbox, run_id: str, points: list[Point]) -> None:
+    """Sends a batch of points; bisects it to find the points that the server rejects."""
+    from mlflow.entities import Metric
+
+    try:
+        client.log_batch(run_id, metrics=[Metric(*point) for point in points])
+        outbox.mark_sent(points)
+    except Exception as error:
+        reason = rejection_reason(error, client, run_id)
+        if not reason:
+            raise
+        half = len(points) // 2
+        if not half or getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            outbox.reject_points(points, reason)
+        else:
+            _send_batch(client, outbox, run_id, points[:half])
+            _send_batch(client, outbox, run_id, points[half:])
+
+
+def send_status(client: Any, outbox: Outbox, run_id: str) -> None:
+    """Sends the final status of the run if it is pending; raises any temporary error as `send_points` does."""
+    if status := outbox.fact("left"):
+        try:
+            client.set_terminated(run_id, status)
+        except Exception as error:
+            if not rejection_reason(error, client, run_id):
+                raise
+        outbox.set_facts(left="")
+
+
+def send_calls(client: Any, outbox: Outbox, run_id: str, uri: str, *, uploads: bool = True) -> None:
+    """Makes all pending calls in order.
+
+    A call with a temporary error stays pending and blocks only later calls of its group: tags keep their order, and a
+    model is registered after its upload. A failed artifact moves behind the others, so that each of them is tried.
+
+    Args:
+        client: MLflow client.
+        outbox: Outbox of the run.
+        run_id: MLflow run id.
+        uri: Tracking URI, which is checked after an error.
+        uploads: Whether to make calls that need the artifact store.
+
+    Raises:
+        ConfigError: The tracking store cannot be reached.
+        Exception: The first temporary error.
+    """
+    failure: Exception | None = None
+    blocked = set[str]() if uploads else set(UPLOAD_GROUPS.values())
+    for call in outbox.calls():
+        group = UPLOAD_GROUPS.get(call.kind, call.kind)
+        if group in blocked:
+            continue
+        try:
+            _send_call(client, run_id, outbox, call)
+            outbox.drop(call)
+        except Exception as error:  # MLflow, artifact stores and the network raise many types
+            if reason := rejection_reason(error, client, run_id):
+                outbox.reject(call, reason)
+                continue
+            check_server(uri)
+            failure = failure or error
+            blocked.add(group)
+            if call.kind == "artifact":
+                outbox.postpone(call)
+    if failure:
+        raise failure
+
+
+def rejection_reason(error: Exception, client: Any, run_id: str) -> str:
+    """Returns why an upload can never succeed; an empty text if a retry may succeed."""
+    if isinstance(error, RejectedUpload):
+        return str(error)
+    if getattr(error, "error_code", None) not in PERMANENT_CODES:
+        return ""
+    try:
+        if client.get_run(run_id).info.lifecycle_stage == "deleted":
+            return ""  # the run may be restored
+    except Exception as run_error:
+        return error_text(run_error) if getattr(run_error, "error_code", None) in PERMANENT_CODES else ""
+    return error_text(error)
+
+
+def send_leftovers(client: Any, uri: str, runs: Path, should_stop: Callable[[], bool]) -> None:
+    """Sends the pending uploads of earlier runs; errors are ignored.
+
+    Args:
+        client: MLflow client.
+        uri: Tracking URI; runs with another one are skipped.
+        runs: Runs folder.
+        should_stop: Returns whether to stop before the next run.
+    """
+    for folder in _find_pending(runs):
+        if should_stop():
+            return
+        # An error of another run, such as one that was deleted, must not affect the tracking of this run.
+        with suppress(Exception):
+            if _is_tracked_at(folder, uri, runs):
+                send_run(client, folder, uri)
+
+
+def send_run(client: Any, folder: Path, uri: str) -> SyncResult:
+    """Sends the pending uploads of a run that no process is training.
+
+    Raises:
+        Timeout: Another process is training the run or sending its uploads.
+        OSError: The folder cannot be written.
+        ValueError: One of its files is unsafe.
+        sqlite3.Error: Its outbox is damaged.
+    """
+    with (
+        FileLock(file_in(folder, LOCK)).acquire(timeout=0),
+        closing(Outbox(folder / OUTBOX, 0)) as outbox,  # no points are added
+    ):
+        run_id, problem = str(outbox.fact("run_id") or ""), ""
+        steps: tuple[Callable[[], None], ...] = (
+            lambda: send_points(client, outbox, run_id),
+            lambda: send_status(client, outbox, run_id),
+            lambda: send_calls(client, outbox, run_id, uri),
+        )
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # the next step may need a different store
+                problem = problem or error_text(error)
+        return SyncResult(folder, outbox.num_pending, outbox.num_calls, problem, outbox.rejected())
+
+
+def sync(folders: list[Path], uri: str, runs: Path) -> Iterator[tuple[str, bool]]:
+    """Sends the pending uploads of several runs.
+
+    Args:
+        folders: Folders of the runs.
+        uri: Tracking URI; runs with another one are only reported.
+        runs: Runs folder.
+
+    Yields:
+        A message for each run, and whether it still has pending uploads.
+
+    Raises:
+        ConfigError: The tracking store cannot be reached.
+    """
+    if folders and uri == default_uri(runs):
+        update_artifact_paths(runs)
+    for folder in folders:
+        if not _is_tracked_at(folder, uri, runs):
+            run_uri = Outbox.fact_of(folder / OUTBOX, "uri") or "nowhere"
+            yield f"{folder}: tracked at {run_uri}; set MLFLOW_TRACKING_URI={shlex.quote(run_uri)} to upload", True
+            continue
+        try:
+            with open_client(uri) as client:
+                result = send_run(client, folder, uri)
+        except Timeout:
+            yield f"{folder}: in use by another process, which uploads it", True
+            continue
+        except (OSError, ValueError, sqlite3.Error) as error:
+            yield f"{folder}: {error_text(error)}", True
+            continue
+        rejected = "".join(f"; rejected: {each}" for each in result.rejections)
+        is_pending = bool(result.num_points or result.num_calls or result.problem)
+        pending = f"{result.num_points} points and {result.num_calls} other uploads wait ({result.problem})"
+        yield f"{folder}: {pending if is_pending else 'everything is uploaded'}{rejected}", is_pending
+
+
+def pending_runs(runs: Path) -> list[Path]:
+    """Returns the folders of all runs with pending uploads, without writing to them."""
+    return list(_find_pending(runs))
+
+
+def _find_pending(runs: Path) -> Iterator[Path]:
+    for path in find_in_subfolders(runs, OUTBOX):
+        if Outbox.is_pending(path) and Outbox.fact_of(path, "run_id"):
+            yield path.parent
+
+
+def _is_tracked_at(folder: Path, uri: str, runs: Path) -> bool:
+    """Returns whether a run is tracked at `uri`, including a default database that was moved with its runs folder."""
+    run_uri, run_id = (Outbox.fact_of(folder / OUTBOX, key) or "" for key in ("uri", "run_id"))
+    return run_uri == uri or (uri == default_uri(runs) and database_has_run(uri, run_id))
+
+
+def _send_call(client: Any, run_id: str, outbox: Outbox, call: Call) -> None:
+    content_type, send = HANDLERS.get(call.kind, (type(None), None))
+    if send is None or not isinstance(call.content, content_type):
+        raise RejectedUpload(f"{OUTBOX} is damaged")
+    send(client, run_id, outbox, call.content)
+
+
+def _send_parameters(client: Any, run_id: str, outbox: Outbox, parameters: dict[str, str]) -> None:
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(*parameter) for parameter in parameters.items()])
+
+
+def _send_tags(client: Any, run_id: str, outbox: Outbox, tags: dict[str, str]) -> None:
+    rejected = []
+    for name, value in tags.items():
+        try:
+            client.set_tag(run_id, name, value)
+        except Exception as error:
+            if not (reason := rejection_reason(error, client, run_id)):
+                raise
+            rejected.append(reason)
+    if rejected:
+        raise RejectedUpload("; ".join(rejected))
+
+
+def _send_artifact(client: Any, run_id: str, outbox: Outbox, name: str) -> None:
+    try:
+        path = file_in(outbox.folder, name)
+    except ValueError as error:
+        raise RejectedUpload(str(error)) from error
+    if not path.is_file():
+        raise RejectedUpload(f"the file is missing ({outbox.folder / name})")
+    folder = path.parent.relative_to(outbox.folder.resolve()).as_posix()
+    client.log_artifact(run_id, str(path), None if folder == "." else folder)
+
+
+def _send_dataset(client: Any, run_id: str, outbox: Outbox, dataset: dict[str, Any]) -> None:
+    if dataset.keys() != {"name", "digest", "source", "profile"}:
+        raise RejectedUpload(f"{OUTBOX} is damaged")
+    log_dataset(client, run_id, **dataset)
+
+
+def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any]) -> None:
+    try:
+        folder = path_in(outbox.folder, NETWORK)
+        network, image = read_network(folder), torch.tensor(content["image"], dtype=torch.uint8)
+        class_names = [str(name) for name in content["names"]]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise RejectedUpload(f"the network cannot be read ({error_text(error)})") from error
+    model_id = outbox.fact(MODEL)
+    if not model_id:  # an earlier attempt may have created it
+        model_id = create_model(client, run_id)
+        outbox.set_facts(**{MODEL: model_id})
+    log_model(client, run_id, model_id, network, class_names, image)
+    shutil.rmtree(folder)
+
+
+def _register_model(client: Any, run_id: str, outbox: Outbox, name: str) -> None:
+    if (outbox.folder / NETWORK).exists() or not outbox.fact(MODEL):
+        raise RejectedUpload("its model was rejected")
+    register_model(client, run_id, str(outbox.fact(MODEL)), name)
+
+
+HANDLERS: dict[str, tuple[type, Callable[[Any, str, Outbox, Any], None]]] = {
+    "parameters": (dict, _send_parameters),
+    "tags": (dict, _send_tags),
+    "artifact": (str, _send_artifact),
+    "dataset": (dict, _send_dataset),
+    "model": (dict, _send_model),
+    "register": (str, _register_model),
+}
+"""Content type and handler of each kind of call."""
+UPLOAD_GROUPS = {"artifact": "artifact", "model": "model", "register": "model"}
+"""Group of each kind of call that needs the artifact store."""

@@ -1,0 +1,222 @@
+"""The loop of a run: submits the schedule to a pipeline and reports the results, in order, to observers."""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from ffdist.checkpoint.checkpoints import CheckpointError
+from ffdist.config.schema import Config
+from ffdist.errors import ActorLost, RunFailed
+from ffdist.ff.layers import MEASURED, METRICS
+from ffdist.ff.negatives import NegativesError
+from ffdist.pipeline.evaluation import Evaluation, evaluate
+from ffdist.pipeline.runner import Evaluated, Event, Pipeline, SnapshotTaken, Trained
+from ffdist.pipeline.schedule import (
+    Command,
+    Evaluate,
+    Position,
+    Snapshot,
+    Train,
+    evaluation,
+    evaluation_block,
+    schedule,
+)
+from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.observer import Observer
+from ffdist.training.prepare import Prepared
+from ffdist.training.recoveries import Recoveries
+from ffdist.training.resume import Start
+
+ALWAYS_MEASURED = [METRICS.index(name) for name in METRICS if name not in MEASURED]
+
+
+class Loop:
+    """Runs a configuration on one pipeline after another.
+
+    Args:
+        config: What to train.
+        prepared: What it describes.
+        checkpointer: Takes the checkpoints.
+        recoveries: Records failures, and limits their number.
+        observers: Receive all events, before the checkpointer.
+        say: Prints a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        checkpointer: Checkpointer,
+        recoveries: Recoveries,
+        observers: Sequence[Observer],
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
+        self._checkpointer, self._recoveries, self._say = checkpointer, recoveries, say
+        self._observers = [recoveries, *observers, checkpointer]
+        self._block_size = evaluation_block(prepared.architecture)
+        self._blocks: list[Evaluated] = []
+        self.step = 0
+        """Number of minibatches done."""
+        self.train_s = 0.0
+        """Training time, without starts and evaluations."""
+        self.test: Evaluation | None = None
+        """Of the checkpoint that the results belong to, once the run is finished."""
+        self.stopped = False
+        """Whether the run ended because of a stop request."""
+
+    def run(
+        self,
+        pipelines: Iterator[AbstractContextManager[Pipeline]],
+        start: Start,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Runs the schedule to its end, or until a stop is requested.
+
+        Args:
+            pipelines: Pipelines to run on. If an actor is lost, the next one continues from the last checkpoint.
+            start: Where to start.
+            should_stop: Returns whether a stop was requested.
+
+        Raises:
+            RunFailed: There were too many failures, a number is not finite, or something cannot be written. Nothing
+                later than a number that is not finite is saved.
+            NegativesError: No more negatives can be made.
+        """
+        for pipeline in pipelines:
+            try:
+                with pipeline as actors:
+                    self._run_on(actors, start, should_stop)
+                return
+            except ActorLost as lost:
+                self._recoveries.add(lost, self.step)
+                self._say(f"{lost}; {self._checkpointer.kept}")
+                start = self._checkpointer.restart(start, lost)
+            except (CheckpointError, OSError, sqlite3.Error) as error:  # a disk is full or gone
+                raise RunFailed(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
+            except NegativesError as error:
+                raise NegativesError(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
+
+    def _run_on(self, pipeline: Pipeline, start: Start, should_stop: Callable[[], bool]) -> None:
+        self.step, self.train_s, self._blocks = start.step, start.train_s, []
+        for observer in self._observers:
+            observer.on_start(start, pipeline)
+        if start.state:
+            pipeline.restore(start.state)
+        for observer in self._observers:
+            observer.on_restore(self.step)
+        chunk_size = pipeline.blueprint.chunk_size
+        commands = self._with_snapshots(self._schedule(chunk_size, start.position), start, should_stop)
+        self._process(pipeline.run(self._submitting(commands), self._schedule(chunk_size, start.position)))
+        if len(self._dataset.labels["validation"]) and not self.stopped:
+            if (best := self._checkpointer.read_best()) is not None:
+                pipeline.restore(best)
+            self._process(pipeline.run(self._test_blocks(should_stop), ()))
+
+    def _process(self, events: Iterator[Event]) -> None:
+        """Reports results, in their order."""
+        since, before_s = time.perf_counter(), self.train_s
+        for event in events:
+            match event:
+                case Trained(chunk):
+                    self._check_finite(event)
+                    self.step = chunk.step + chunk.num_minibatches
+                    self.train_s = before_s + time.perf_counter() - since
+                    for observer in self._observers:
+                        observer.on_chunk(event, self.step)
+                case Evaluated(block):
+                    for observer in self._observers:
+                        observer.on_block(block)
+                    self._add_block(event)
+                case SnapshotTaken():
+                    self._checkpointer.on_snapshot(event, self.train_s)
+            self._checkpointer.complete(wait=False)
+        self._checkpointer.complete(wait=True, required=True)
+
+    def _add_block(self, evaluated: Evaluated) -> None:
+        self._blocks.append(evaluated)
+        split = evaluated.block.split
+        if not evaluated.block.last:
+            return
+        blocks, self._blocks = self._blocks, []
+        result = evaluate(
+            torch.cat([torch.cat(block.goodness) for block in blocks], 1),
+            torch.cat([block.predicted for block in blocks]),
+            self._dataset.labels[split],
+            classes=self._dataset.classes,
+            predict_from=self._config.predict_from,
+        )
+        if split == "test":
+            self.test = result
+        for observer in self._observers:
+            observer.on_evaluation(split, result, self.step)
+
+    def _schedule(self, chunk_size: int, start: Position) -> Iterator[Command]:
+        config, validation_samples = self._config, len(self._dataset.labels["validation"])
+        return schedule(
+            epochs=config.training.epochs,
+            minibatches=self._order.num_minibatches,
+            chunk_size=chunk_size,
+            greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
+            validation_samples=validation_samples,
+            test_samples=0 if validation_samples else len(self._dataset.labels["test"]),  # else the best one is tested
+            validate_every_epochs=config.training.validate_every_epochs,
+            evaluation_block=self._block_size,
+            start=start,
+        )
+
+    def _with_snapshots(
+        self, commands: Iterator[Command], start: Start, should_stop: Callable[[], bool]
+    ) -> Iterator[Command]:
+        """Yields the schedule, and a snapshot where a checkpoint is due or a stop is requested."""
+        position = start.position
+        saved = position if start.manifest else None
+        for command in commands:
+            if should_stop():
+                self.stopped = True
+                if position != saved:
+                    yield self._snapshot(position)
+                return
+            if isinstance(command, Train) and position != saved:
+                snapshot = self._snapshot(position)
+                if self._checkpointer.is_due(snapshot.step):
+                    saved = position
+                    yield snapshot
+            yield command
+            if isinstance(command, Snapshot):
+                position = saved = command.position
+            elif isinstance(command, Train):
+                position = Position(command.epoch, command.first + command.num_minibatches)
+
+    def _submitting(self, commands: Iterator[Command]) -> Iterator[Command]:
+        for command in commands:
+            if isinstance(command, Snapshot):
+                self._checkpointer.on_submit(command)
+            yield command
+
+    def _test_blocks(self, should_stop: Callable[[], bool]) -> Iterator[Evaluate]:
+        for block in evaluation("test", len(self._dataset.labels["test"]), self._block_size):
+            self.stopped = self.stopped or should_stop()
+            if self.stopped:
+                return
+            yield block
+
+    def _snapshot(self, position: Position) -> Snapshot:
+        return Snapshot(position, position.epoch * self._order.num_minibatches + position.minibatch)
+
+    def _check_finite(self, trained: Trained) -> None:
+        layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, ALWAYS_MEASURED]
+        finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
+        if finite.all():
+            return
+        self._checkpointer.complete(wait=True)  # its state was taken before
+        minibatch, part = (~finite).nonzero()[0].tolist()
+        where = "the readout" if part == layers.shape[1] else f"layer {part + 1}"
+        raise RunFailed(
+            f"a number in {where} is not finite at minibatch {trained.chunk.first + minibatch} of epoch "
+            f"{trained.chunk.epoch} (counted from 0); the run stopped, and {self._checkpointer.kept}; lower "
+            f"training.learning_rate in a new run"
+        )

@@ -1,0 +1,108 @@
+"""Metrics of a run. Those of training and evaluation do not depend on how minibatches are grouped into chunks."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ffdist.ff.layers import MEASURED, METRICS
+from ffdist.pipeline.evaluation import Evaluation
+from ffdist.pipeline.runner import Pipeline, Trained
+from ffdist.training.observer import Observer
+from ffdist.training.resume import Start
+
+
+def is_learned(metric: str) -> bool:
+    """Returns whether a metric depends on no clock, so that it is the same in every run of a configuration."""
+    return metric.startswith(("layer_", "readout/", "validation/", "test/"))
+
+
+class Metrics(Observer):
+    """Logs metrics: of training as means over a fixed number of minibatches, of evaluations as they are, and of time.
+
+    Args:
+        every: Number of minibatches that a logged value averages over.
+        batch_size: Number of samples in a minibatch.
+        log: Gets metrics by name, and the number of samples seen.
+    """
+
+    def __init__(self, every: int, batch_size: int, log: Callable[[dict[str, float], int], None]) -> None:
+        self._every, self._batch_size, self._log = every, batch_size, log
+        self._layers: list[Tensor] = []
+        self._readout: list[Tensor] = []
+
+    def on_start(self, start: Start, pipeline: Pipeline) -> None:
+        """Continues with the values that were not averaged yet."""
+        state = start.state.get("position", {})
+        self._layers = list(state.get("layer_metrics", []))
+        self._readout = list(state.get("readout_metrics", []))
+        self._times: list[tuple[float, float, float]] = []
+        self._minibatches = 0
+
+    def on_restore(self, step: int) -> None:
+        """Starts the clock."""
+        self._since = time.perf_counter()
+
+    def on_chunk(self, trained: Trained, step: int) -> None:
+        """Logs every value that the chunk completes."""
+        chunk = trained.chunk
+        layers = torch.cat([report.metrics for report in trained.stages], 1)
+        times = [(report.compute_s, report.wait_s, report.negatives_wait_s) for report in trained.stages]
+        so_far = self._times or [(0.0, 0.0, 0.0)] * len(times)
+        self._times = [(a + d, b + e, c + f) for (a, b, c), (d, e, f) in zip(so_far, times, strict=True)]
+        self._minibatches += chunk.num_minibatches
+        for minibatch in range(chunk.num_minibatches):
+            self._layers.append(layers[minibatch])
+            self._readout.append(trained.readout.metrics[minibatch])
+            done = chunk.step + minibatch + 1
+            if done % self._every == 0:
+                self._log(self._averages() | self._speed(), done * self._batch_size)
+
+    def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
+        """Logs the errors."""
+        metrics = {f"{split}/readout_error": evaluation.readout_error}
+        if evaluation.goodness_error is not None:
+            metrics[f"{split}/goodness_error"] = evaluation.goodness_error
+        for layer, error in enumerate(evaluation.layer_errors or [], 1):
+            metrics[f"{split}/layer_{layer}_error"] = error
+        self._log(metrics, step * self._batch_size)
+
+    def finish(self, step: int) -> None:
+        """Logs the minibatches at the end of the run that are fewer than a logged value averages over."""
+        if self._layers:
+            self._log(self._averages() | self._speed(), step * self._batch_size)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the values that are not averaged yet; times are not kept."""
+        if not self._layers:
+            return {}
+        return {"layer_metrics": torch.stack(self._layers), "readout_metrics": torch.stack(self._readout)}
+
+    def _averages(self) -> dict[str, float]:
+        stacked = torch.stack(self._layers).double()
+        layers = stacked.mean(0)
+        layers[:, -len(MEASURED) :] = stacked[:, :, -len(MEASURED) :].nanmean(0)  # once a point
+        readout = torch.stack(self._readout).double().mean(0)
+        self._layers, self._readout = [], []
+        metrics = {
+            f"layer_{layer}/{name}": value
+            for layer, values in enumerate(layers.tolist(), 1)
+            for name, value in zip(METRICS, values, strict=True)
+            if name not in MEASURED or value == value  # a last, partial point has none
+        }
+        return metrics | dict(zip(("readout/loss", "readout/error"), readout.tolist(), strict=True))
+
+    def _speed(self) -> dict[str, float]:
+        if not self._minibatches:  # a second point of one chunk: its times went with the first
+            return {}
+        now = time.perf_counter()
+        metrics = {"samples_per_s": self._minibatches * self._batch_size / (now - self._since)}
+        compute_s, wait_s, negatives_wait_s = self._times[0]
+        metrics["negatives/wait_fraction"] = negatives_wait_s / (compute_s + wait_s)
+        for stage, (compute_s, wait_s, _) in enumerate(self._times, 1):
+            metrics[f"stage_{stage}/compute_s"] = compute_s
+            metrics[f"stage_{stage}/wait_s"] = wait_s
+            metrics[f"stage_{stage}/busy_fraction"] = compute_s / (compute_s + wait_s)
+        self._times, self._since, self._minibatches = [], now, 0
+        return metrics

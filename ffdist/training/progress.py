@@ -1,0 +1,177 @@
+"""Progress of a run on the terminal, and the texts at its end."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ffdist.console import Screen
+from ffdist.data.order import SampleOrder
+from ffdist.pipeline.evaluation import Evaluation, errors_in_words
+from ffdist.pipeline.runner import Trained
+from ffdist.pipeline.schedule import Evaluate
+from ffdist.training.observer import Observer
+
+PLAIN_EVERY_S = 10.0
+"""Interval of lines if the output is not a terminal."""
+MAX_EXCESS_ERROR = 0.05
+"""Largest difference of the test errors by goodness and by readout that needs no note."""
+PLOTS = {
+    "goodness.png": "how well each layer separates positive from negative data",
+    "negatives.png": "the negatives that it was trained on",
+    "fields.png": "the receptive fields of the first layer",
+    "timeline.png": "when each actor computed and waited",
+}
+"""Captions of plots for the description of a run in MLflow."""
+
+
+class Display(Observer):
+    """Shows a progress bar and a table of layers on a terminal, and prints a line at intervals elsewhere.
+
+    Args:
+        num_epochs: Number of epochs of the run.
+        order: Order of the training samples.
+    """
+
+    def __init__(self, num_epochs: int, order: SampleOrder) -> None:
+        self.console = Screen(highlight=False)
+        self._epochs, self._minibatches, self._batch_size = num_epochs, order.num_minibatches, order.batch_size
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[speed]:>9,.0f} samples/s"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("starting", total=num_epochs * order.num_minibatches, speed=0.0)
+        self._metrics: dict[str, float] = {}
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._plain_at = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line, unless the terminal is gone."""
+        with suppress(OSError):
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def status(self, text: str) -> None:
+        """Shows a status in front of the bar."""
+        self._bar.update(self._task, description=text)
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Shows new values of metrics, by name, from the next chunk on."""
+        self._metrics.update(metrics)
+
+    def on_chunk(self, trained: Trained, step: int) -> None:
+        """Updates the bar."""
+        self.update(step)
+
+    def on_block(self, block: Evaluate) -> None:
+        """Shows which split is evaluated."""
+        self.status(f"evaluating, {block.split}")
+
+    def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
+        """Prints the validation error."""
+        if split == "validation":
+            self.say(f"epoch {step // self._minibatches}: validation error {evaluation.in_words()}")
+
+    def update(self, step: int) -> None:
+        """Shows that `step` minibatches are done."""
+        speed = self._bar.tasks[0].speed or 0.0  # over the last 30 s, because chunks arrive in bursts
+        self._bar.update(self._task, completed=step, speed=speed * self._batch_size)
+        self.status(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
+        if (
+            not self.console.is_terminal
+            and "readout/loss" in self._metrics
+            and time.monotonic() > self._plain_at + PLAIN_EVERY_S
+        ):
+            self._plain_at = time.monotonic()
+            layers = [f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows()]
+            details = "; ".join(layers or [f"loss {self._metrics['readout/loss']:.4f}"])
+            self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {details}")
+
+    def _rows(self) -> list[list[str]]:
+        rows, layer = [], 1
+        while f"layer_{layer}/loss" in self._metrics:
+            names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error")
+            loss, positive, negative, pairwise = (self._metrics[f"layer_{layer}/{name}"] for name in names)
+            active = self._metrics.get(f"layer_{layer}/active_fraction")  # missing in short runs
+            row = [str(layer), f"{loss:.3f}", f"{positive:.4g}", f"{negative:.4g}", f"{pairwise:.4f}"]
+            rows.append([*row, "" if active is None else f"{active:.2f}"])
+            layer += 1
+        return rows
+
+    def _render(self) -> Group:
+        table = Table(
+            "layer", "loss", "goodness: positive", "negative", "pairwise error", "active", box=None, padding=(0, 2)
+        )
+        for row in self._rows():
+            table.add_row(*row)
+        return Group(self._bar, table) if table.rows else Group(self._bar)
+
+
+def description(summary: dict[str, Any], folder: Path) -> str:
+    """Returns the description of a run for its page in MLflow, as Markdown; the table of runs shows the first line.
+
+    Args:
+        summary: Results of the run.
+        folder: Folder of the run, which contains its plots.
+    """
+    plots = [f"`{name}` shows {caption}" for name, caption in PLOTS.items() if (folder / name).is_file()]
+    layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    return (
+        f"test error {errors_in_words(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
+        + (f"{layers} by the goodness of each layer alone.\n\n" if layers else "")
+        + f"Results, plots and model belong to the checkpoint {_checkpoint(summary)}.\n\n"
+        + f"Artifacts: {', '.join(plots)}; `config.yaml` reproduces the run."
+    )
+
+
+def _checkpoint(summary: dict[str, Any]) -> str:
+    return f"{summary['checkpoint']} ({'best on validation' if summary['best_checkpoint'] else 'last'})"
+
+
+def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
+    """Returns the text to print at the end of a run.
+
+    Args:
+        summary: Results of the run.
+        folder: Folder of the run.
+        look: Command or address that shows the tracked metrics.
+    """
+    layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    predicted = summary["predicted_samples_per_s"]
+    by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
+    is_worse = by_goodness is not None and by_goodness > by_readout + MAX_EXCESS_ERROR
+    suffix = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""
+    lines = {
+        "test error": errors_in_words(summary["test_goodness_error"], summary["test_readout_error"]),
+        "note": "goodness, which predicts the labels, is far worse than the readout; train longer" * is_worse,
+        "each layer": layers and f"{layers} by goodness alone",
+        "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{suffix}",
+        "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),
+        "precision": summary["precision"],
+        "checkpoint": _checkpoint(summary),
+        "weights_sha256": summary["weights_sha256"],
+        "run": folder,
+        "tracked": f"{summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}",
+        "look at it": look,
+    }
+    return "\n".join(f"{name:<16}{text}" for name, text in lines.items() if text)

@@ -1,0 +1,158 @@
+"""What a run leaves behind beside its checkpoints: summary, plots, timeline and model."""
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ffdist.checkpoint.checkpoints import PARAMETERS, Checkpoints, weights_sha256
+from ffdist.config.schema import Config
+from ffdist.errors import RunFailed, as_warning
+from ffdist.ff.network import Network
+from ffdist.pipeline.evaluation import Evaluation
+from ffdist.pipeline.runner import Pipeline, Trained
+from ffdist.pipeline.timeline import Timeline
+from ffdist.runs.folder import SUMMARY, network_of
+from ffdist.storage.folder import Folder
+from ffdist.tracking.server import DESCRIPTION
+from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.loop import Loop
+from ffdist.training.observer import Observer
+from ffdist.training.prepare import Prepared
+from ffdist.training.progress import description
+from ffdist.training.record import Record
+from ffdist.training.recoveries import Recoveries
+from ffdist.training.resume import Start
+from ffdist.training.session import Session
+
+
+class Reporter(Observer):
+    """Collects what a run reports, and writes it at the end.
+
+    Args:
+        config: Configuration of the run.
+        prepared: What it describes.
+        record: Of the run.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, record: Record) -> None:
+        self._config, self._architecture, self._dataset = config, prepared.architecture, prepared.dataset
+        self._tracker, self._folder, self._say = record.tracker, record.folder, record.say
+        self._timeline = Timeline()
+        self._to_draw: deque[tuple[Evaluation, Tensor, str]] = deque(maxlen=1)  # the newest validation
+        self._first_chunk_at: float | None = None
+
+    def on_start(self, start: Start, pipeline: Pipeline) -> None:
+        """Begins a new timeline."""
+        self._timeline = Timeline()
+
+    def on_chunk(self, trained: Trained, step: int) -> None:
+        """Adds a chunk to the timeline."""
+        self._first_chunk_at = self._first_chunk_at or time.time()
+        self._timeline.add(trained)
+
+    def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
+        """Draws the goodness of the validation samples beside the training."""
+        if split != "validation" or evaluation.goodness_error is None or "plots" not in self._config.tracking.artifacts:
+            return
+        epoch = step // (len(self._dataset.labels["train"]) // self._config.training.batch_size)
+        self._to_draw.append((evaluation, self._dataset.labels[split], f"epoch_{epoch:04}"))
+        self._tracker.draw(self._draw_validation)
+
+    def finish(
+        self,
+        loop: Loop,
+        checkpointer: Checkpointer,
+        checkpoints: Checkpoints,
+        session: Session,
+        recoveries: Recoveries,
+        started: float,
+    ) -> dict[str, Any]:
+        """Writes the summary of a finished run, and then plots, timeline and model; returns the summary.
+
+        Args:
+            loop: Of the run.
+            checkpointer: Of the run.
+            checkpoints: Of the run.
+            session: Of the run.
+            recoveries: Of the run.
+            started: Start of the run, in seconds since 1970.
+        """
+        test, (_, state) = loop.test, checkpoints.read(checkpointer.reported, PARAMETERS)
+        assert test, "the run ends with a test"
+        samples = loop.step * self._config.training.batch_size
+        summary: dict[str, Any] = {
+            "weights_sha256": weights_sha256(state),
+            "shape": list(self._dataset.shape),
+            "classes": self._dataset.classes,
+            "class_names": list(self._dataset.names),
+            "untrained_classes": list(self._dataset.untrained),
+            "data": self._dataset.facts,
+            "test_goodness_error": test.goodness_error,
+            "test_readout_error": test.readout_error,
+            "test_fitted_readout_error": None,
+            "layer_errors": test.layer_errors,
+            "samples_per_s": samples / loop.train_s,
+            "train_s": loop.train_s,
+            "checkpoint": checkpointer.reported,
+            "best_checkpoint": checkpoints.path(checkpointer.best.name) if checkpointer.best else None,
+            "epochs": self._config.num_epochs,
+            "mlflow_run_id": self._tracker.run_id,
+            "mlflow_tracking_uri": self._tracker.uri,
+            "predicted_samples_per_s": session.placed.predicted_samples_per_s,
+            "start_s": self._first_chunk_at - started if self._first_chunk_at else None,
+            "wall_s": time.time() - started,
+            "runner": session.runner,
+            "precision": session.precision.value,
+            "stages": len(session.placed.blueprint.stage_layers),
+            "recoveries": recoveries.recoveries,
+        }
+        network = network_of(self._architecture, state)
+        self._tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
+        self._tracker.log_metrics({"train_s": loop.train_s}, samples)
+        self._tracker.note_end("FINISHED")
+        Folder(str(self._folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
+        self._illustrate(test, network, summary)
+        return summary
+
+    def _illustrate(self, test: Evaluation, network: Network, summary: dict[str, Any]) -> None:
+        """Draws plots and queues uploads; any failure is a warning."""
+        try:
+            self._draw_and_upload(test, network)
+            self._tracker.log_tags({DESCRIPTION: description(summary, self._folder)})
+        except KeyboardInterrupt:
+            self._tracker.shorten_flush()
+            self._say("warning: interrupted; the run is finished, but not all plots are drawn or uploaded")
+        except Exception as error:
+            self._say(f"warning: the run is finished, but not all plots are drawn or uploaded ({error!r})")
+
+    def _draw_and_upload(self, test: Evaluation, network: Network) -> None:
+        dataset, tracker, tracking = self._dataset, self._tracker, self._config.tracking
+        spans = self._timeline.spans
+        if "model" in tracking.artifacts:
+            with as_warning(self._warn, "the model could not be kept"):
+                tracker.log_model(network, dataset.names, dataset.images["test"][0], tracking.register)
+        if spans:
+            with as_warning(self._warn, "the timeline could not be written"):
+                tracker.log_artifact(self._timeline.write(self._folder))
+        if "plots" not in tracking.artifacts:
+            return
+        from ffdist.plotting.figures import draw_plots  # matplotlib takes a while
+
+        args = (self._folder, self._config, dataset, network, test, tracker.history(), spans, self._warn)
+        for picture in draw_plots(*args):
+            tracker.log_artifact(picture)
+
+    def _draw_validation(self, folder: Path) -> Path | None:
+        from ffdist.plotting.figures import draw_goodness  # matplotlib, beside the training
+
+        try:
+            return draw_goodness(folder, self._architecture, *self._to_draw.pop())
+        except IndexError:  # already drawn
+            return None
+
+    def _warn(self, text: str) -> None:
+        self._say(f"warning: {text}")

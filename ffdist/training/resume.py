@@ -1,0 +1,153 @@
+"""The start of a run: from initial weights, from those of another run, or from a checkpoint of the run itself."""
+
+from contextlib import suppress
+from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
+
+from ffdist.checkpoint.checkpoints import CheckpointError, Manifest
+from ffdist.config.loading import parse_config
+from ffdist.config.schema import NEUTRAL_SETTINGS, Config
+from ffdist.errors import ConfigError
+from ffdist.ff.network import Architecture, Network
+from ffdist.pipeline.schedule import Position
+from ffdist.pipeline.stage import State, layer_name, state_of
+from ffdist.runs.folder import (
+    SUMMARY,
+    as_config_error,
+    check_data,
+    checkpoints_of,
+    config_error,
+    config_of,
+    find_checkpoint,
+    read_state,
+)
+from ffdist.storage.paths import kind_of
+from ffdist.training.prepare import Prepared
+from ffdist.training.provenance import BACKPROPAGATION, FORWARD_FORWARD, algorithm_of
+
+WARM_START_TENSORS = ("weight", "bias", "mean_activity")
+"""Names of the tensors that a warm start copies. The optimizer state is not copied."""
+
+
+class Start(NamedTuple):
+    """State and position from which a run starts."""
+
+    state: State
+    """State of each layer, the readout and the negatives; empty for the initial state."""
+    manifest: Manifest | None = None
+    """Manifest of the checkpoint that the run resumes from; None for a new run."""
+    remarks: tuple[str, ...] = ()
+    """Messages for the user."""
+
+    @property
+    def position(self) -> Position:
+        """Position in the schedule."""
+        return Position(self.manifest.epoch, self.manifest.minibatch) if self.manifest else Position()
+
+    @property
+    def step(self) -> int:
+        """Number of minibatches done."""
+        return self.manifest.step if self.manifest else 0
+
+    @property
+    def train_s(self) -> float:
+        """Training time so far."""
+        return self.manifest.train_s if self.manifest else 0.0
+
+    @property
+    def precision(self) -> str | None:
+        """The precision that the run resolved before; None for a new run."""
+        recorded = parse_config(self.manifest.config, "manifest").training.precision if self.manifest else "auto"
+        return None if recorded == "auto" else recorded
+
+
+def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, skip_damaged: bool) -> Start:
+    """Reads the checkpoint from which a run is resumed.
+
+    Args:
+        config: Configuration to resume with.
+        prepared: Its inputs.
+        folder: Folder of the run.
+        skip_damaged: Whether to use an older checkpoint if the newest one is damaged.
+
+    Raises:
+        ConfigError: The run is finished, has another configuration or dataset, or has no checkpoint or a damaged one.
+    """
+    if kind_of(folder / SUMMARY) == "file":
+        raise ConfigError(f"{folder} is finished; train it further as a new run, with --init-from {quote(str(folder))}")
+    checkpoints, skipped = checkpoints_of(config, folder), []
+    with as_config_error():
+        names = checkpoints.names()
+    for name in reversed(names):
+        try:
+            manifest, state = checkpoints.read(name)
+        except CheckpointError as error:
+            if not skip_damaged:
+                raise config_error(error, "add --skip-damaged to resume from the checkpoint before it") from error
+            skipped.append(f"skipped: {error}")
+            continue
+        remarks = [*skipped, f"resuming from {checkpoints.path(name)}, {manifest.step:,} minibatches into the run"]
+        check_data(config, prepared.dataset, manifest, folder)
+        now = algorithm_of(prepared.architecture)
+        if (then := manifest.provenance.get("algorithm", now)) != now:
+            raise ConfigError(
+                f"{folder} can only be resumed with its own algorithm, {then}; `ffdist baseline` trains by "
+                f"{BACKPROPAGATION}, `ffdist train` by {FORWARD_FORWARD}"
+            )
+        return Start(state, manifest, (*remarks, *_check_same(config, manifest, folder)))
+    damaged = f"; {len(skipped)} are damaged" if skipped else ""
+    raise ConfigError(
+        f"{checkpoints.folder.path()} contains no complete checkpoint to resume from{damaged}; set checkpoint.uri to "
+        f"the run's own value, or train the run again"
+    )
+
+
+def start_from_weights(config: Config, architecture: Architecture, folder: Path, which: str | None = None) -> Start:
+    """Starts a new run from the weights of another run (warm start).
+
+    Args:
+        config: Configuration of the new run.
+        architecture: Architecture of the new run.
+        folder: Folder of the other run.
+        which: Checkpoint of the other run, as `find_checkpoint` takes it.
+
+    Raises:
+        ConfigError: The other run has no checkpoint, or its layers do not fit.
+    """
+    with suppress(ConfigError):  # its own configuration says where its checkpoints are
+        config = config_of(folder)
+    checkpoints = checkpoints_of(config, folder)
+    checkpoint = find_checkpoint(checkpoints, which)
+    weights = read_state(checkpoints, checkpoint, WARM_START_TENSORS)
+    network, state, remarks = Network(architecture), State(), [f"starting from checkpoint: {checkpoint}"]
+    modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
+    for name, module in modules.items():
+        state[name] = state_of(module)
+        source = weights.get(name, {})
+        shapes = [{key: list(each[key].shape) for key in source if key in each} for each in (source, state[name])]
+        if source and shapes[0] == shapes[1]:
+            state[name] |= source
+        elif name == "readout":
+            remarks.append("the readout of that run does not fit, and is initialized instead")
+        else:
+            raise ConfigError(
+                f"the layers of {folder} do not fit ({name}: {shapes[0] or 'missing'}, expected: "
+                f"{list(state[name]['weight'].shape)}); set model.layers and data.label to the values of that run"
+            )
+    return Start(state, None, tuple(remarks))
+
+
+def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:
+    then, now = parse_config(manifest.config, str(folder)).flat(), config.flat()
+    if config.training.precision == "auto":
+        now["training.precision"] = then["training.precision"]
+    changed = [key for key in now if now[key] != then[key]]
+    free = (*NEUTRAL_SETTINGS, "data.path")  # the samples themselves were compared
+    wrong = [f"{key}: {then[key]} then, {now[key]} now" for key in changed if not key.startswith(free)]
+    if wrong:
+        raise ConfigError(
+            f"{folder} can only be resumed with its own settings ({'; '.join(wrong)}); restore them, or start a new "
+            f"run from its weights with --init-from {quote(str(folder))}"
+        )
+    return [f"changed: {key} is now {now[key]}" for key in changed]

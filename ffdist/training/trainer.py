@@ -1,0 +1,192 @@
+"""Training a network, from a configuration to a finished run."""
+
+import os
+import shlex
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, get_args
+
+from ffdist.config.loading import find_config, load_config, parse_config
+from ffdist.config.schema import Config
+from ffdist.errors import ClusterStopped, ConfigError, RunFailed
+from ffdist.ff.negatives import NegativesError
+from ffdist.runs.folder import checkpoints_of
+from ffdist.runs.run import Run
+from ffdist.runtime.access import find_cluster
+from ffdist.signals import stop_requests
+from ffdist.storage.folder import Folder
+from ffdist.tracking.server import tracking_uri, ui_command
+from ffdist.tracking.tracker import Tracker
+from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.launch import RunnerName, machine
+from ffdist.training.loop import Loop
+from ffdist.training.metrics import Metrics
+from ffdist.training.precision import driver_device, is_driver_enough, measurement, with_precision
+from ffdist.training.prepare import Prepared, prepare
+from ffdist.training.progress import Display, closing_text
+from ffdist.training.record import Record
+from ffdist.training.recoveries import Recoveries
+from ffdist.training.reporting import Reporter
+from ffdist.training.resume import Start, start_from_checkpoint, start_from_weights
+from ffdist.training.session import Session
+
+MAX_NAME_BYTES = 200
+"""Bytes of a run's name that its folder's name begins with; file systems take 255, with the time and a number."""
+
+
+def train(
+    config: Config | Path | str | dict[str, Any],
+    *,
+    runner: RunnerName = "ray",
+    address: str | None = "local",
+    runs: Path | str = "runs",
+    name: str | None = None,
+    resume: Path | str | None = None,
+    skip_damaged: bool = False,
+    init_from: Path | str | None = None,
+    checkpoint: str | None = None,
+) -> Run:
+    """Trains a network, evaluates it and keeps it.
+
+    Args:
+        config: What to train: a configuration, the path of a file, the name of a shipped one, or nested dicts.
+        runner: `ray` runs each stage in an actor; `serial` runs the same in this process; `backpropagation` trains the
+            same layers end to end in this process, as a baseline.
+        address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
+        runs: Folder for the folders of runs, and for the tracking database if no other is set.
+        name: Prefix of the run's name; by default that of the configuration.
+        resume: Folder of a run to resume from its newest checkpoint. It ends as if it had never stopped.
+        skip_damaged: Whether to resume from an older checkpoint if the newest one is damaged.
+        init_from: Folder of a run whose weights are the initial weights.
+        checkpoint: Checkpoint of `init_from`: `best`, `last` or a name; by default the best one if there is one.
+
+    Raises:
+        ConfigError: A setting or an input is wrong; nothing was trained.
+        RunFailed: The run had to stop; its checkpoints are kept.
+        KeyboardInterrupt: A stop was requested; the run can be resumed from its last checkpoint.
+    """
+    started, runs = time.time(), Path(runs)
+    config, name = _read_config(config, runner, name)
+    uri = tracking_uri(config.tracking, runs)
+    if config.checkpoint.uri:
+        Folder(config.checkpoint.uri, ConfigError).check_writable()
+    if runner == "ray":
+        address = find_cluster(address)  # a wrong address is an error before the data is read
+    with ExitStack() as stack:
+        prepared = _prepare(config, runner)
+        start = _find_start(config, prepared, resume, skip_damaged, init_from, checkpoint)
+        _make_folder(runs)
+        tracker = Tracker(uri, config.tracking, runs=runs)  # a server that is away is an error before Ray starts
+        in_driver = is_driver_enough(config, runner, address)
+        joined = stack.enter_context(machine(runner, address))  # Ray starts beside what follows
+        if start.precision:
+            config, prepared = with_precision(config, prepared, start.precision)
+        measured = [measurement(runner, prepared, config, driver_device(config))()] if in_driver else []
+        stack.enter_context(tracker)  # MLflow opens beside what follows
+        display = stack.enter_context(Display(config.num_epochs, prepared.order))
+        resources = joined()
+        should_stop = stack.enter_context(stop_requests(config.pipeline.stop_timeout_s))
+        session = stack.enter_context(Session(runner, resources, config, prepared, measured))
+        config, prepared = session.config, session.prepared
+        tracker.wait_until_open()  # before anything is written
+        record = Record(tracker, display, Path(resume) if resume is not None else _new_folder(runs, name or "run"))
+        record.begin(config, prepared.dataset, start, runner, init_from)
+        if session.precision.reason and not start.precision:
+            record.say(session.precision.reason, precision=session.precision.reason)
+        record.say(f"data: {prepared.dataset.describe()}")
+
+        checkpoints, limits = checkpoints_of(config, record.folder), config.pipeline
+        recoveries = Recoveries(
+            limits.max_failures, limits.failure_window_s, tracker.recoveries(), tracker.note_recoveries, record.say
+        )
+        if start.manifest:
+            recoveries.begin("the driver; resumed", start.step, started)
+            recoveries.mark("placed")
+        metrics = Metrics(config.tracking.log_every_minibatches, prepared.order.batch_size, record.log)
+        reporter = Reporter(config, prepared, record)
+        checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id=tracker.run_id, say=record.say)
+        loop = Loop(config, prepared, checkpointer, recoveries, [metrics, display, reporter], record.say)
+        with _resumable(record.folder, prepared):
+            loop.run(session.pipelines(record, recoveries, checkpoints.folder, should_stop), start, should_stop)
+            if loop.stopped:
+                raise KeyboardInterrupt(f"stopped in order; resume with --resume {shlex.quote(str(record.folder))}")
+            metrics.finish(loop.step)
+            summary = reporter.finish(loop, checkpointer, checkpoints, session, recoveries, started)
+    record.say(closing_text(summary, record.folder, look=ui_command(uri, config.tracking.experiment, runs)))
+    return Run(record.folder, summary)
+
+
+def _read_config(
+    config: Config | Path | str | dict[str, Any], runner: RunnerName, name: str | None
+) -> tuple[Config, str | None]:
+    """Returns the configuration of a run, and the prefix of its name."""
+    if runner not in get_args(RunnerName):
+        raise ConfigError(f"runner must be one of {', '.join(get_args(RunnerName))} (given: {runner})")
+    if name is not None and (Path(name).name != name or "\0" in name):
+        raise ConfigError(f"name is the start of a folder's name and must hold no / (name: {name!r})")
+    if isinstance(config, dict):
+        config = parse_config(config, "config")
+    elif not isinstance(config, Config):
+        name, config = name or find_config(str(config)).stem, load_config(str(config))
+    return config.by_backpropagation() if runner == "backpropagation" else config, name
+
+
+def _prepare(config: Config, runner: RunnerName) -> Prepared:
+    prepared = prepare(config)
+    if runner != "backpropagation":
+        return prepared
+    return prepared._replace(architecture=replace(prepared.architecture, learned_goodness=False))
+
+
+def _find_start(
+    config: Config,
+    prepared: Prepared,
+    resume: Path | str | None,
+    skip_damaged: bool,
+    init_from: Path | str | None,
+    checkpoint: str | None,
+) -> Start:
+    if resume is not None:
+        return start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
+    if init_from is not None:
+        return start_from_weights(config, prepared.architecture, Path(init_from), checkpoint)
+    return Start({})
+
+
+@contextmanager
+def _resumable(folder: Path, prepared: Prepared) -> Iterator[None]:
+    """Adds to errors how the run is resumed."""
+    fix = f"--resume {shlex.quote(str(folder))}"
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:  # a disk is full or gone
+        raise RunFailed(f"{error}; resume with {fix}") from error
+    except ClusterStopped as error:
+        raise ClusterStopped(f"{error}; resume the run with {fix}") from error
+    except NegativesError as error:
+        raise RunFailed(f"negatives.kind={prepared.negatives.kind}: {error}") from error
+
+
+def _new_folder(runs: Path, name: str) -> Path:
+    """Makes the folder of a run; of runs that start in one second, each gets its own."""
+    name = os.fsencode(name)[:MAX_NAME_BYTES].decode(errors="ignore")
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(
+        folder for number in count(1) if _make_folder(folder := runs / (f"{stem}-{number}" if number > 1 else stem))
+    )
+
+
+def _make_folder(folder: Path) -> bool:
+    """Makes a folder; returns whether it is new."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be written ({error.strerror}); set --runs DIR") from error
+    return True
