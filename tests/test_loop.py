@@ -11,8 +11,8 @@ import torch
 
 import ffdist.training.trainer
 from ffdist import load_config, train
-from ffdist.errors import RunFailed
-from ffdist.pipeline.runner import Runner
+from ffdist.errors import ActorLost, RunFailed
+from ffdist.pipeline.runner import Runner, serial_runner
 from ffdist.runs.folder import checkpoints_of
 
 SHORT = [
@@ -164,3 +164,22 @@ def test_the_state_that_a_run_resumed_from_is_freed(tmp_path, monkeypatch):
     assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
     assert starts[0].manifest
     assert starts[0].state == {}
+
+
+def test_an_actor_lost_at_the_start_of_a_resumed_run_does_not_hide_its_checkpoint(tmp_path, monkeypatch, capsys):
+    short = ["model.layers=[9,8]", "training.epochs=1", "training.precision=float32", "tracking.artifacts=[]"]
+    config = load_config("digits", short)
+    first = train(config, runner="serial", runs=tmp_path)
+    (first.folder / "summary.json").unlink()
+    starts = iter([ActorLost("stage 1 is gone")])
+
+    def lose_once(*args):
+        for lost in starts:
+            raise lost
+        return serial_runner(*args)
+
+    monkeypatch.setattr("ffdist.training.launch.serial_runner", lose_once)
+    again = train(config, runner="serial", runs=tmp_path, resume=first.folder)
+    assert f"stage 1 is gone; its last good checkpoint is {first.checkpoint.path}" in capsys.readouterr().out
+    assert again.summary["recoveries"][-1]["step"] == first.checkpoint.manifest.step > 0
+    assert again.summary["weights_sha256"] == first.summary["weights_sha256"]

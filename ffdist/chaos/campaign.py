@@ -46,7 +46,7 @@ class FaultResult(NamedTuple):
     kind: str
     run: int
     survived: bool
-    told: str
+    problem: str
     """Description of the problem; empty if the fault was survived."""
     redone: int
     """Number of chunks that were computed again."""
@@ -98,7 +98,7 @@ class Report(NamedTuple):
 
     def failures(self) -> list[str]:
         """Returns a description of each fault that was not survived, and of each run whose result differs."""
-        failures = [f"{fault.kind} (run {fault.run}): {fault.told}" for fault in self.faults if not fault.survived]
+        failures = [f"{fault.kind} (run {fault.run}): {fault.problem}" for fault in self.faults if not fault.survived]
         reported = {fault.run for fault in self.faults if not fault.survived}
         for run, result in self.runs.items():
             if run in reported and isinstance(result, str):
@@ -276,7 +276,7 @@ def _read_result(training: Training, cluster: LocalCluster) -> RunResult:
 
 def _line(fault: FaultResult) -> str:
     if not fault.survived:
-        return f"run {fault.run}: {fault.kind}: not survived: {fault.told}"
+        return f"run {fault.run}: {fault.kind}: not survived: {fault.problem}"
     recovery = f", recovered in {sum(fault.seconds.values()):.1f} s" if fault.seconds else ""
     return f"run {fault.run}: {fault.kind}{recovery}"
 

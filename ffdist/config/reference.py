@@ -57,7 +57,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(annotation: Any, metadata: Any = ()) -> str:
-    """Returns the values that a type permits, in words."""
+    """Returns a description of the values that a type permits."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _values(args[0], args[1:])

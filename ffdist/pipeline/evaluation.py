@@ -26,13 +26,13 @@ class Evaluation(NamedTuple):
         """The error by goodness, else by the readout: what chooses the best checkpoint."""
         return self.readout_error if self.goodness_error is None else self.goodness_error
 
-    def in_words(self) -> str:
-        """Returns both errors as one reads them."""
-        return errors_in_words(self.goodness_error, self.readout_error)
+    def describe(self) -> str:
+        """Returns the errors as text."""
+        return format_errors(self.goodness_error, self.readout_error)
 
 
-def errors_in_words(goodness_error: float | None, readout_error: float) -> str:
-    """Returns both errors as one reads them, or the one that there is."""
+def format_errors(goodness_error: float | None, readout_error: float) -> str:
+    """Returns the errors as text; the goodness error is left out if it is None."""
     by_goodness = "" if goodness_error is None else f"{goodness_error:.2%} by goodness, "
     return f"{by_goodness}{readout_error:.2%} by readout"
 

@@ -44,7 +44,7 @@ def evaluate_on(run: Run, data: Path | None) -> str:
         _note(f"labels: {inputs.label_source}")
         images, labels = inputs.images, inputs.labels
     untrained = torch.isin(labels, torch.tensor(run.network.architecture.untrained, dtype=labels.dtype)).sum().item()
-    return f"test error {run.evaluate(images, labels).in_words()}, of {len(labels):,} samples" + (
+    return f"test error {run.evaluate(images, labels).describe()}, of {len(labels):,} samples" + (
         f"; of classes without training samples, which count as wrong: {untrained:,}" if untrained else ""
     )
 

@@ -1,4 +1,4 @@
-"""Taking checkpoints during a run: when one is due, completing it, and retention."""
+"""Checkpoints during a run: when one is due, its completion, and retention."""
 
 import time
 from collections.abc import Callable
@@ -67,7 +67,7 @@ class Checkpointer(Observer):
         run_id: str,
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._architecture, self._checkpoints = config, prepared.architecture, checkpoints
+        self._config, self._architecture, self.checkpoints = config, prepared.architecture, checkpoints
         self._metrics, self._say = metrics, say
         self._facts: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
@@ -79,19 +79,22 @@ class Checkpointer(Observer):
         """Name of the newest checkpoint; empty if there is none."""
         self.best: Best | None = None
 
-    def on_start(self, start: Start, pipeline: Pipeline) -> None:
-        """Begins where the run starts."""
+    def begin(self, start: Start) -> None:
+        """Begins an attempt to run, before its pipeline is started."""
         self._start, self.last, self.best = start, "", None
         if manifest := start.manifest:
             self.last = checkpoint_name(start.position)
             if manifest.best_checkpoint is not None and manifest.best_error is not None:
                 self.best = Best(manifest.best_error, manifest.best_checkpoint)
-        self._facts["provenance"] = provenance(self._architecture, pipeline.hardware)
         self._taken_step, self._taken_at = start.step, time.monotonic()
         self._pending: _Pending | None = None
         self._validated: tuple[int, float] | None = None  # step and error of the last validation
         self._skipped = 0  # in a row
         self._unwritten = 0  # snapshots that were submitted and are not written yet
+
+    def on_start(self, start: Start, pipeline: Pipeline) -> None:
+        """Notes the hardware, which checkpoints record."""
+        self._facts["provenance"] = provenance(self._architecture, pipeline.hardware)
 
     def on_restore(self, step: int) -> None:
         """Frees the state that the run started from, if there is a checkpoint to recover from."""
@@ -113,7 +116,7 @@ class Checkpointer(Observer):
         """Says which checkpoint a run that has to stop can be resumed from."""
         if not self.last:
             return "there is no checkpoint yet"
-        return f"its last good checkpoint is {self._checkpoints.path(self.last)}"
+        return f"its last good checkpoint is {self.checkpoints.path(self.last)}"
 
     def is_due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after `step` minibatches."""
@@ -188,7 +191,7 @@ class Checkpointer(Observer):
         if not self.last:
             return start
         try:
-            manifest, state = self._checkpoints.read(self.last)
+            manifest, state = self.checkpoints.read(self.last)
             return Start(state, manifest)
         except CheckpointError as error:
             fix = "; --resume it with --skip-damaged" if isinstance(error, DamagedCheckpoint) else ""
@@ -199,7 +202,7 @@ class Checkpointer(Observer):
         if self.best is None or self.best.name == self.last:
             return None
         try:
-            return self._checkpoints.read(self.best.name)[1]
+            return self.checkpoints.read(self.best.name)[1]
         except DamagedCheckpoint as error:
             self._say(f"warning: {error}; the figures are those of the last checkpoint instead of the best")
             self.best = None
@@ -211,10 +214,10 @@ class Checkpointer(Observer):
         try:
             if written.error:
                 raise CheckpointError(written.error)
-            self._checkpoints.finish(name, written, pending.position, **pending.facts)
+            self.checkpoints.finish(name, written, pending.position, **pending.facts)
         except CheckpointError as error:
             self._skipped += 1
-            if required or not self._checkpoints.folder.is_remote or self._skipped > MAX_SKIPPED:
+            if required or not self.checkpoints.folder.is_remote or self._skipped > MAX_SKIPPED:
                 raise
             self.best = pending.best_before
             self._say(f"checkpoint {name} was skipped: {error}; the run continues, and {self.kept}")
@@ -226,6 +229,6 @@ class Checkpointer(Observer):
     def _remove_old(self) -> None:
         keep, best = self._config.checkpoint.keep_last, self.best.name if self.best else None
         try:
-            self._checkpoints.prune(self.last, keep=keep, spare=best)
+            self.checkpoints.prune(self.last, keep=keep, spare=best)
         except CheckpointError as error:  # the checkpoint itself is complete
             self._say(f"old checkpoints were not removed: {error}")

@@ -87,6 +87,8 @@ class Loop:
             NegativesError: No more negatives can be made.
         """
         for pipeline in pipelines:
+            self.step, self.train_s = start.step, start.train_s
+            self._checkpointer.begin(start)
             try:
                 with pipeline as actors:
                     self._run_on(actors, start, should_stop)
@@ -101,7 +103,7 @@ class Loop:
                 raise NegativesError(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
 
     def _run_on(self, pipeline: Pipeline, start: Start, should_stop: Callable[[], bool]) -> None:
-        self.step, self.train_s, self._blocks = start.step, start.train_s, []
+        self._blocks = []
         for observer in self._observers:
             observer.on_start(start, pipeline)
         if start.state:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ffdist.console import Screen
 from ffdist.data.order import SampleOrder
-from ffdist.pipeline.evaluation import Evaluation, errors_in_words
+from ffdist.pipeline.evaluation import Evaluation, format_errors
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Evaluate
 from ffdist.training.observer import Observer
@@ -90,7 +90,7 @@ class Display(Observer):
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
         """Prints the validation error."""
         if split == "validation":
-            self.say(f"epoch {step // self._minibatches}: validation error {evaluation.in_words()}")
+            self.say(f"epoch {step // self._minibatches}: validation error {evaluation.describe()}")
 
     def update(self, step: int) -> None:
         """Shows that `step` minibatches are done."""
@@ -137,7 +137,7 @@ def description(summary: dict[str, Any], folder: Path) -> str:
     plots = [f"`{name}` shows {caption}" for name, caption in PLOTS.items() if (folder / name).is_file()]
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
     return (
-        f"test error {errors_in_words(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
+        f"test error {format_errors(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
         + (f"{layers} by the goodness of each layer alone.\n\n" if layers else "")
         + f"Results, plots and model belong to the checkpoint {_checkpoint(summary)}.\n\n"
         + f"Artifacts: {', '.join(plots)}; `config.yaml` reproduces the run."
@@ -162,7 +162,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
     is_worse = by_goodness is not None and by_goodness > by_readout + MAX_EXCESS_ERROR
     suffix = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""
     lines = {
-        "test error": errors_in_words(summary["test_goodness_error"], summary["test_readout_error"]),
+        "test error": format_errors(summary["test_goodness_error"], summary["test_readout_error"]),
         "note": "goodness, which predicts the labels, is far worse than the readout; train longer" * is_worse,
         "each layer": layers and f"{layers} by goodness alone",
         "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{suffix}",
@@ -172,6 +172,6 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         "weights_sha256": summary["weights_sha256"],
         "run": folder,
         "tracked": f"{summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}",
-        "look at it": look,
+        "view with": look,
     }
     return "\n".join(f"{name:<16}{text}" for name, text in lines.items() if text)

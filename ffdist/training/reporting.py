@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist.checkpoint.checkpoints import PARAMETERS, Checkpoints, weights_sha256
+from ffdist.checkpoint.checkpoints import PARAMETERS, weights_sha256
 from ffdist.config.schema import Config
 from ffdist.errors import RunFailed, as_warning
 from ffdist.ff.network import Network
@@ -41,6 +41,7 @@ class Reporter(Observer):
     def __init__(self, config: Config, prepared: Prepared, record: Record) -> None:
         self._config, self._architecture, self._dataset = config, prepared.architecture, prepared.dataset
         self._tracker, self._folder, self._say = record.tracker, record.folder, record.say
+        self._num_minibatches = prepared.order.num_minibatches
         self._timeline = Timeline()
         self._to_draw: deque[tuple[Evaluation, Tensor, str]] = deque(maxlen=1)  # the newest validation
         self._first_chunk_at: float | None = None
@@ -58,7 +59,7 @@ class Reporter(Observer):
         """Draws the goodness of the validation samples beside the training."""
         if split != "validation" or evaluation.goodness_error is None or "plots" not in self._config.tracking.artifacts:
             return
-        epoch = step // (len(self._dataset.labels["train"]) // self._config.training.batch_size)
+        epoch = step // self._num_minibatches
         self._to_draw.append((evaluation, self._dataset.labels[split], f"epoch_{epoch:04}"))
         self._tracker.draw(self._draw_validation)
 
@@ -66,7 +67,6 @@ class Reporter(Observer):
         self,
         loop: Loop,
         checkpointer: Checkpointer,
-        checkpoints: Checkpoints,
         session: Session,
         recoveries: Recoveries,
         started: float,
@@ -76,12 +76,12 @@ class Reporter(Observer):
         Args:
             loop: Of the run.
             checkpointer: Of the run.
-            checkpoints: Of the run.
             session: Of the run.
             recoveries: Of the run.
             started: Start of the run, in seconds since 1970.
         """
-        test, (_, state) = loop.test, checkpoints.read(checkpointer.reported, PARAMETERS)
+        test, checkpoints = loop.test, checkpointer.checkpoints
+        _, state = checkpoints.read(checkpointer.reported, PARAMETERS)
         assert test, "the run ends with a test"
         samples = loop.step * self._config.training.batch_size
         summary: dict[str, Any] = {

@@ -116,7 +116,7 @@ def train(
             if loop.stopped:
                 raise KeyboardInterrupt(f"stopped in order; resume with --resume {shlex.quote(str(record.folder))}")
             metrics.finish(loop.step)
-            summary = reporter.finish(loop, checkpointer, checkpoints, session, recoveries, started)
+            summary = reporter.finish(loop, checkpointer, session, recoveries, started)
     record.say(closing_text(summary, record.folder, look=ui_command(uri, config.tracking.experiment, runs)))
     return Run(record.folder, summary)
 
