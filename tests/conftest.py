@@ -32,8 +32,15 @@ LONG = ("test_chaos", "test_launching", "test_transparency", "test_recovery", "t
 """Files with tests of minutes: they come first, so that no worker is left alone with one at the end."""
 
 
+@pytest.hookimpl(trylast=True)  # after plugins that change the order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)  # stable, so that fixtures of modules stay together
+    first = {item.path: number for number, item in reversed(list(enumerate(items)))}  # of each file
+
+    def key(item: pytest.Item) -> tuple[bool, int, bool]:
+        """Keeps files together. Within one, tests that share its Ray are last: others may need that there is none."""
+        return item.path.stem not in LONG, first[item.path], "ray_start_4_cpus" in getattr(item, "fixturenames", ())
+
+    items.sort(key=key)
 
 
 @pytest.fixture(scope="session", autouse=True)

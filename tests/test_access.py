@@ -106,7 +106,9 @@ def test_a_local_ray_is_refused_to_other_machines_and_commands(neighbour, tmp_pa
     before = dict(os.environ)
 
     def listening() -> set[int]:
-        return {found.laddr.port for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+        own = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+        ports = psutil.net_connections("tcp")
+        return {port.laddr.port for port in ports if port.status == psutil.CONN_LISTEN and port.pid in own}
 
     others = listening()
     with connect("local") as joined:

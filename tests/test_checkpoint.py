@@ -22,7 +22,7 @@ from ffdist.storage.folder import Folder
 
 FACTS = {
     **{"validation_error": None, "best_checkpoint": None, "best_error": None, "train_s": 1.5, "mlflow_run_id": "run"},
-    **{"dataset_sha256": "", "config": {"seed": 0}, "provenance": {"torch": "2"}},
+    **{"dataset_sha256": "", "test_dataset_sha256": "", "config": {"seed": 0}, "provenance": {"torch": "2"}},
 }
 
 

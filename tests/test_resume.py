@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from mlflow import MlflowClient
 from PIL import Image
 
 from ffdist import Config, ConfigError, Run, load_config, train
 from ffdist.runs.folder import checkpoints_of
 from ffdist.tracking.server import default_uri
+from ffdist.tracking.sync import LOCK
 
 SHORT = [
     *(
@@ -208,7 +210,8 @@ def test_checkpoints_elsewhere_outlive_the_runs_folder(runs, tmp_path, ffdist_in
     assert str(tmp_path) in truth.summary["best_checkpoint"]
     assert not (truth.folder / "checkpoints").exists()
     folder = stopped(config, runs)
-    shutil.rmtree(folder)
+    with FileLock(folder / LOCK):  # the tracker may still upload
+        shutil.rmtree(folder)
     words = ["train", truth.folder / "config.yaml", where, "--resume", folder, "--runs", runs, "--runner", "serial"]
     output = ffdist_in(tmp_path, *words)
     assert "resuming from" in output

@@ -146,7 +146,7 @@ def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]
         recoveries = Recoveries(MAX_DRIVERS, 1e9)
         metrics = Metrics(config.tracking.log_every_minibatches, BATCH_SIZE, tracker.log_metrics)
         checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id="simulated", say=_discard)
-        loop = Loop(config, prepared, checkpointer, recoveries, [metrics], _discard)
+        loop = Loop(config, prepared, checkpointer, recoveries, [metrics])
         loop.run(_make_pipelines(config, prepared, folder, injector), start, should_stop)
         if loop.stopped:
             return None

@@ -29,7 +29,7 @@ from ffdist.pipeline.stage import State
 from ffdist.storage.folder import DamagedFile, Folder
 
 MANIFEST = "manifest.json"
-SCHEMA = 2
+SCHEMA = 3
 POSITION = "position"
 PARAMETERS = ("weight", "bias")
 """Names of the tensors that inference needs; all others are for training."""
@@ -79,13 +79,12 @@ class Manifest(_StrictModel):
     mlflow_run_id: str
     dataset_sha256: str
     """Digest of the training samples."""
-    test_dataset_sha256: str | None = None
-    """Digest of the test samples; missing in checkpoints of earlier versions."""
+    test_dataset_sha256: str
+    """Digest of the test samples."""
     config: dict[str, Any]
     """Resolved configuration."""
     provenance: dict[str, str | int | dict[str, str | int]]
-    """`algorithm`, and the hardware of each layer, the readout and each negative actor, which affects the last bits.
-    Earlier versions recorded the hardware of the driver, as single values."""
+    """`algorithm`, and the hardware of each layer, the readout and each negative actor, which affects the last bits."""
     files: dict[FileName, FileInfo]
 
 

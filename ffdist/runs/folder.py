@@ -107,8 +107,8 @@ def find_checkpoint(checkpoints: Checkpoints, which: str | None = None) -> Check
         return Checkpoint(name, kind, checkpoints.path(name), checkpoints.read_manifest(name))
 
 
-def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint, only: Collection[str] | None = None) -> State:
-    """Returns the state in a checkpoint: all tensors, or `only` those with the given names.
+def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint, only: Collection[str]) -> State:
+    """Returns the tensors with the given names from the state in a checkpoint.
 
     Raises:
         ConfigError: The checkpoint is damaged.
@@ -124,7 +124,7 @@ def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Pat
         ConfigError: It is another dataset.
     """
     for split, digest in (("train", manifest.dataset_sha256), ("test", manifest.test_dataset_sha256)):
-        if digest and digest != dataset.sha256(split):
+        if digest != dataset.sha256(split):
             key = "data.path" if config.data.path else "data.root"
             raise ConfigError(
                 f"{folder} was {split}ed on other samples than {config.data.path or config.data.name} contains now "

@@ -13,7 +13,6 @@ from ffdist.errors import ActorLost, RunFailed
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, SnapshotTaken
 from ffdist.pipeline.schedule import Snapshot
-from ffdist.pipeline.stage import State
 from ffdist.training.metrics import Metrics
 from ffdist.training.observer import Observer
 from ffdist.training.prepare import Prepared
@@ -181,13 +180,14 @@ class Checkpointer(Observer):
             self._remove_old()
 
     def restart(self, start: Start, lost: ActorLost) -> Start:
-        """Returns where the run continues after a failure: at the last checkpoint, or where it started.
+        """Reports a failure, and returns where the run continues: at the last checkpoint, or where it started.
 
         A newer checkpoint than the last one that was used or taken may exist, if it is damaged and was skipped.
 
         Raises:
             RunFailed: The checkpoint cannot be read.
         """
+        self._say(f"{lost}; {self.kept}")
         if not self.last:
             return start
         try:
@@ -197,16 +197,14 @@ class Checkpointer(Observer):
             fix = "; --resume it with --skip-damaged" if isinstance(error, DamagedCheckpoint) else ""
             raise RunFailed(f"{lost}, and the run cannot continue: {error}{fix}") from error
 
-    def read_best(self) -> State | None:
-        """Returns the state of the best checkpoint; None if it is the last one, or damaged."""
-        if self.best is None or self.best.name == self.last:
-            return None
+    def restore_best(self, pipeline: Pipeline) -> None:
+        """Restores the best checkpoint, unless it is the last one, or damaged."""
         try:
-            return self.checkpoints.read(self.best.name)[1]
+            if self.best and self.best.name != self.last:
+                pipeline.restore(self.checkpoints.read(self.best.name)[1])
         except DamagedCheckpoint as error:
             self._say(f"warning: {error}; the figures are those of the last checkpoint instead of the best")
             self.best = None
-            return None
 
     def _publish(self, pending: _Pending, written: WriteResult, *, required: bool) -> bool:
         """Writes the manifest of a checkpoint, which makes it visible; returns whether that succeeded."""

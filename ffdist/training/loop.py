@@ -42,7 +42,6 @@ class Loop:
         checkpointer: Takes the checkpoints.
         recoveries: Records failures, and limits their number.
         observers: Receive all events, before the checkpointer.
-        say: Prints a line.
     """
 
     def __init__(
@@ -52,10 +51,9 @@ class Loop:
         checkpointer: Checkpointer,
         recoveries: Recoveries,
         observers: Sequence[Observer],
-        say: Callable[[str], None],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
-        self._checkpointer, self._recoveries, self._say = checkpointer, recoveries, say
+        self._architecture, self._checkpointer, self._recoveries = prepared.architecture, checkpointer, recoveries
         self._observers = [recoveries, *observers, checkpointer]
         self._block_size = evaluation_block(prepared.architecture)
         self._blocks: list[Evaluated] = []
@@ -87,7 +85,7 @@ class Loop:
             NegativesError: No more negatives can be made.
         """
         for pipeline in pipelines:
-            self.step, self.train_s = start.step, start.train_s
+            self.step, self.train_s, self.test = start.step, start.train_s, None
             self._checkpointer.begin(start)
             try:
                 with pipeline as actors:
@@ -95,14 +93,18 @@ class Loop:
                 return
             except ActorLost as lost:
                 self._recoveries.add(lost, self.step)
-                self._say(f"{lost}; {self._checkpointer.kept}")
                 start = self._checkpointer.restart(start, lost)
-            except (CheckpointError, OSError, sqlite3.Error) as error:  # a disk is full or gone
-                raise RunFailed(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
-            except NegativesError as error:
-                raise NegativesError(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
 
     def _run_on(self, pipeline: Pipeline, start: Start, should_stop: Callable[[], bool]) -> None:
+        """Runs on one pipeline; adds to errors which checkpoint is kept."""
+        try:
+            self._run(pipeline, start, should_stop)
+        except (CheckpointError, OSError, sqlite3.Error) as error:  # a disk is full or gone
+            raise RunFailed(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
+        except NegativesError as error:
+            raise NegativesError(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
+
+    def _run(self, pipeline: Pipeline, start: Start, should_stop: Callable[[], bool]) -> None:
         self._blocks = []
         for observer in self._observers:
             observer.on_start(start, pipeline)
@@ -114,8 +116,7 @@ class Loop:
         commands = self._with_snapshots(self._schedule(chunk_size, start.position), start, should_stop)
         self._process(pipeline.run(self._submitting(commands), self._schedule(chunk_size, start.position)))
         if len(self._dataset.labels["validation"]) and not self.stopped:
-            if (best := self._checkpointer.read_best()) is not None:
-                pipeline.restore(best)
+            self._checkpointer.restore_best(pipeline)
             self._process(pipeline.run(self._test_blocks(should_stop), ()))
 
     def _process(self, events: Iterator[Event]) -> None:
@@ -148,8 +149,8 @@ class Loop:
             torch.cat([torch.cat(block.goodness) for block in blocks], 1),
             torch.cat([block.predicted for block in blocks]),
             self._dataset.labels[split],
-            classes=self._dataset.classes,
-            predict_from=self._config.predict_from,
+            classes=self._architecture.classes,
+            predict_from=self._architecture.predict_from,
         )
         if split == "test":
             self.test = result

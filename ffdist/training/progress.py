@@ -88,9 +88,10 @@ class Display(Observer):
         self.status(f"evaluating, {block.split}")
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
-        """Prints the validation error."""
+        """Prints the validation error, and shows the epoch again."""
         if split == "validation":
             self.say(f"epoch {step // self._minibatches}: validation error {evaluation.describe()}")
+        self.update(step)
 
     def update(self, step: int) -> None:
         """Shows that `step` minibatches are done."""

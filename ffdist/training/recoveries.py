@@ -47,7 +47,8 @@ class Recoveries(Observer):
         """Compares the hardware with that of the checkpoint."""
         if text := differences(start.manifest, pipeline.hardware):
             self._warn(text, hardware_differences=text)
-            self.recoveries[-1]["differences"] = text
+            if self._recovering:
+                self.recoveries[-1]["differences"] = text
         self.mark("started")
 
     def on_restore(self, step: int) -> None:

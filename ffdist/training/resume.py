@@ -103,7 +103,7 @@ def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, s
     )
 
 
-def start_from_weights(config: Config, architecture: Architecture, folder: Path, which: str | None = None) -> Start:
+def start_from_weights(config: Config, architecture: Architecture, folder: Path, which: str | None) -> Start:
     """Starts a new run from the weights of another run (warm start).
 
     Args:

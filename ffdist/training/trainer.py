@@ -110,7 +110,7 @@ def train(
         metrics = Metrics(config.tracking.log_every_minibatches, prepared.order.batch_size, record.log)
         reporter = Reporter(config, prepared, record)
         checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id=tracker.run_id, say=record.say)
-        loop = Loop(config, prepared, checkpointer, recoveries, [metrics, display, reporter], record.say)
+        loop = Loop(config, prepared, checkpointer, recoveries, [metrics, display, reporter])
         with _resumable(record.folder, prepared):
             loop.run(session.pipelines(record, recoveries, checkpoints.folder, should_stop), start, should_stop)
             if loop.stopped:
