@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ffdist.config.schema import Config
     from ffdist.errors import ConfigError
     from ffdist.export.network import read_network
+    from ffdist.ff.encoders import ImageEncoder
     from ffdist.ff.network import Architecture, Network
     from ffdist.runs.run import Run
     from ffdist.training.trainer import train
@@ -28,6 +29,7 @@ _MODULES = {
     "Architecture": "ffdist.ff.network",
     "Config": "ffdist.config.schema",
     "ConfigError": "ffdist.errors",
+    "ImageEncoder": "ffdist.ff.encoders",
     "Network": "ffdist.ff.network",
     "Run": "ffdist.runs.run",
     "load_config": "ffdist.config.loading",
@@ -35,7 +37,17 @@ _MODULES = {
     "train": "ffdist.training.trainer",
 }
 
-__all__ = ["Architecture", "Config", "ConfigError", "Network", "Run", "load_config", "read_network", "train"]
+__all__ = [
+    "Architecture",
+    "Config",
+    "ConfigError",
+    "ImageEncoder",
+    "Network",
+    "Run",
+    "load_config",
+    "read_network",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import torch
+from helpers import image_architecture
 
-from ffdist.ff.layers import MEASURED, METRICS
+from ffdist.ff.layers import MEASURED
+from ffdist.ff.objectives import GoodnessObjective
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.stage import Report
@@ -10,6 +13,8 @@ from ffdist.training.metrics import Metrics
 from ffdist.training.resume import Start
 
 STEPS, BATCH_SIZE = 24, 10
+METRICS = (*GoodnessObjective.metrics, *MEASURED)
+PIPELINE = SimpleNamespace(blueprint=SimpleNamespace(architecture=image_architecture((1, 2, 2), 3, (5, 5))))
 LAYERS = torch.randn(STEPS, 2, len(METRICS), generator=torch.Generator().manual_seed(0))
 READOUT = torch.rand(STEPS, 2, generator=torch.Generator().manual_seed(1))
 
@@ -17,7 +22,7 @@ READOUT = torch.rand(STEPS, 2, generator=torch.Generator().manual_seed(1))
 def points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
     found = []
     metrics = Metrics(every, BATCH_SIZE, lambda values, samples: found.append((samples, values)))
-    metrics.on_start(Start({}), None)
+    metrics.on_start(Start({}), PIPELINE)
     metrics.on_restore(0)
     for first in range(0, STEPS, chunk_size):
         part = slice(first, first + chunk_size)
@@ -74,7 +79,7 @@ def test_throughput_counts_from_where_training_begins(monkeypatch):
     now, found = 0.0, []
     monkeypatch.setattr("time.perf_counter", lambda: now)
     metrics = Metrics(STEPS, BATCH_SIZE, lambda values, samples: found.append(values))
-    metrics.on_start(Start({}), None)
+    metrics.on_start(Start({}), PIPELINE)
     now = 100.0
     metrics.on_restore(0)
     now = 102.0

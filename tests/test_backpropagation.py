@@ -4,16 +4,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import image_architecture
 
-import ffdist.ff.local
+import ffdist.ff.specs
 from ffdist import ConfigError, load_config, read_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.export.network import save_network
-from ffdist.ff.layers import Rule
-from ffdist.ff.local import Fields
-from ffdist.ff.network import Architecture
+from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
+from ffdist.ff.specs import Local
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.runner import SnapshotTaken
@@ -26,7 +26,9 @@ IMAGES = torch.randint(0, 256, (SAMPLES, 36), dtype=torch.uint8, generator=DRAW)
 LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=DRAW)
 ORDER = SampleOrder(0, SAMPLES, BATCH)
 DESCENT = Update(0.5, 0.0, momentum=0.0)
-PLAIN = Architecture(SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=DESCENT, rule=Rule(update=DESCENT))
+PLAIN = image_architecture(
+    SHAPE, CLASSES, (7, 5), seed=1, predict_from=1, readout_update=DESCENT, rule=Rule(update=DESCENT)
+)
 START = Snapshot(Position(), 0)
 
 
@@ -37,8 +39,8 @@ class Keeper:
         return copy.deepcopy(state)
 
 
-def states(architecture, *commands, jitter=0):
-    blueprint = Blueprint(architecture, ORDER, NegativePlan("wrong_label"), jitter, [range(2)], 1, "cpu")
+def states(architecture, *commands):
+    blueprint = Blueprint(architecture, ORDER, NegativePlan("wrong_label"), [range(2)], 1, "cpu")
     pipeline = Backpropagation(blueprint, {"train": IMAGES}, LABELS, Keeper())
     for event in pipeline.run(commands):
         if isinstance(event, SnapshotTaken):
@@ -66,11 +68,11 @@ def test_an_update_follows_the_gradient_of_the_cross_entropy_through_all_layers(
 
 def test_fields_learn_the_same_however_they_are_multiplied(monkeypatch):
     """By bands the product's copy of the weights is scattered, and the gradient must come back through it."""
-    fields = (Fields(grid=2, stride=2, field=3, units=4), Fields(grid=3, stride=1, field=2, units=3))
+    fields = (Local(grid=2, stride=2, field=3, units=4), Local(grid=3, stride=1, field=2, units=3))
     learned = []
     for threshold in (0, 100):
-        monkeypatch.setattr(ffdist.ff.local, "BAND_UNITS", threshold)
-        architecture = replace(PLAIN, layers=fields, label="everywhere")
+        monkeypatch.setattr(ffdist.ff.specs, "MIN_UNITS_PER_FIELD", threshold)
+        architecture = replace(PLAIN, encoder=replace(PLAIN.encoder, label="everywhere"), layers=fields)
         learned += states(architecture, Train(0, 0, 3, 0, 1.0), START)
     for layer, tensors in learned[0].items():
         for name, tensor in tensors.items():
@@ -81,7 +83,7 @@ def test_fields_learn_the_same_however_they_are_multiplied(monkeypatch):
 def test_chunks_change_no_bit(precision):
     architecture = replace(PLAIN, precision=precision)
     one, other = (
-        list(states(architecture, *chunks, START, jitter=1))[-1]
+        list(states(replace(architecture, encoder=replace(architecture.encoder, jitter=1)), *chunks, START))[-1]
         for chunks in ([Train(0, 0, 3, 0, 1.0)], [Train(0, first, 1, first, 1.0) for first in range(3)])
     )
     assert all(torch.equal(tensor, other[layer][name]) for layer in one for name, tensor in one[layer].items())
@@ -97,16 +99,16 @@ def test_a_run_is_tracked_evaluated_and_kept_as_any_other(tmp_path):
     assert finished.summary["test_goodness_error"] is None
     dataset = load_dataset(config.data, seed=0, validation_samples=100)
     network = finished.network
-    wrong = (network(dataset.images["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
+    wrong = (network(dataset.samples["test"]).argmax(1) != dataset.labels["test"]).double().mean().item()
     assert wrong == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
     assert finished.summary["best_checkpoint"]
     assert not any(
         "goodness" in path.name for path in [*finished.folder.glob("*.png"), *finished.plot(tmp_path / "again")]
     )
-    test = finished.evaluate(dataset.images["test"], dataset.labels["test"])
+    test = finished.evaluate(dataset.samples["test"], dataset.labels["test"])
     assert (test.goodness_error, test.readout_error) == (None, pytest.approx(wrong, abs=1.5 / 360))
     save_network(network, tmp_path)
-    kept = read_network(tmp_path).predict(dataset.images["test"])
+    kept = read_network(tmp_path).predict(dataset.samples["test"])
     assert (kept.goodness.shape[-1], (kept.label != dataset.labels["test"]).double().mean().item()) == (0, wrong)
 
 

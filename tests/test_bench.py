@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ffdist.bench.report import print_figures
-from ffdist.bench.step import FIELDS
+from ffdist.bench.step import LOCAL_LAYERS
 from ffdist.bench.stretch import process_age_s
 from ffdist.cli import main
 
@@ -26,7 +26,7 @@ def test_a_step_and_its_floor(tmp_path, monkeypatch):
     names = [
         f"step_floor_fraction/{layer}/{batch}/{precision}"
         for precision in ("float32", "bfloat16")
-        for layer in ("dense_60", *FIELDS)
+        for layer in ("dense_60", *LOCAL_LAYERS)
         for batch in (10, 20)
     ]
     assert list(found) == names
@@ -65,10 +65,10 @@ def test_growth_by_layers_and_stages(tmp_path, monkeypatch):
         }
         for layers in (1, 2)
     )
-    assert set(one) == {"ray_samples_per_s", "weights", "stages_unique_bytes"}
-    assert set(two) == {*one, "ps_per_added_weight", "bytes_per_added_weight"}
-    assert two["weights"] == one["weights"] + 30 * 30
-    assert "| ps_per_added_weight" in told
+    assert set(one) == {"ray_samples_per_s", "parameters", "stages_unique_bytes"}
+    assert set(two) == {*one, "ps_per_added_parameter", "bytes_per_added_parameter"}
+    assert two["parameters"] == one["parameters"] + 30 * 31
+    assert "| ps_per_added_parameter" in told
 
 
 @pytest.mark.slow

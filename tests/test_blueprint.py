@@ -1,18 +1,16 @@
 import pytest
+from helpers import image_architecture
 
 from ffdist.data.order import SampleOrder
-from ffdist.ff.network import Architecture
 from ffdist.pipeline.blueprint import DEFAULT_CHUNK, MAX_CHUNK_BYTES, Blueprint
 from ffdist.pipeline.source import NegativePlan
 
 
 def a_blueprint(stages=3, delay=None, width=5, minibatches=500) -> Blueprint:
-    architecture = Architecture((1, 2, 2), 3, (width,) * stages)
+    architecture = image_architecture((1, 2, 2), 3, (width,) * stages)
     order = SampleOrder(0, 10 * minibatches, 10)
     plan = NegativePlan("hard_label" if delay else "hybrid", prediction_delay=delay)
-    return Blueprint(
-        architecture, order, plan, 0, [range(i, i + 1) for i in range(stages)], measure_every=1, device="cpu"
-    )
+    return Blueprint(architecture, order, plan, [range(i, i + 1) for i in range(stages)], measure_every=1, device="cpu")
 
 
 @pytest.mark.parametrize(("minibatch_s", "size"), [(None, DEFAULT_CHUNK), (0.01, 35), (0.07, 5), (10, 1), (1e-9, 500)])

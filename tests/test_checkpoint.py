@@ -33,7 +33,7 @@ def a_state(seed=0, layers=2):
         name: {
             "weight": torch.randn(3, 4, generator=draw),
             "bias": torch.randn(3, generator=draw),
-            "weight_gradient": torch.randn(3, 4, generator=draw),
+            "optimizer.weight/gradient": torch.randn(3, 4, generator=draw),
         }
         for name in names
     }
@@ -87,9 +87,9 @@ def test_labels_still_to_be_delivered_are_part_of_a_checkpoint(tmp_path):
 def test_what_is_not_finite_is_named(tmp_path):
     for bad in (torch.nan, torch.inf):
         state = a_state()
-        state["layer_2"]["weight_gradient"][1, 2] = bad
+        state["layer_2"]["optimizer.weight/gradient"][1, 2] = bad
         written = CheckpointWriter(Folder(str(tmp_path), CheckpointError)).write(Snapshot(Position(), 0), state)
-        assert written.not_finite == "layer_2/weight_gradient"
+        assert written.not_finite == "layer_2/optimizer.weight/gradient"
 
 
 def test_manifest_describes_every_file(checkpoints):
@@ -214,7 +214,7 @@ def test_digest_sees_weights_alone():
     state = a_state()
     before = weights_sha256(dict(reversed(state.items())))
     assert before == weights_sha256(state | {"negatives": {}, "position": {}})
-    state["layer_1"]["weight_gradient"] += 1
+    state["layer_1"]["optimizer.weight/gradient"] += 1
     assert weights_sha256(state) == before
     state["readout"]["bias"][2] += 1e-6
     assert weights_sha256(state) != before

@@ -143,7 +143,7 @@ def test_mlflow_has_every_series_of_both_runners(finished):
         (["train", "digits", "--resume", "", *SERIAL], "RUN must be the folder of a run, or the MLflow run id of"),
         (["train", "digits", "checkpoint.uri=nowhere://x", *SERIAL], "nowhere://x cannot be opened"),
         (["train", "digits", "checkpoint.uri=s3://", *SERIAL], "cannot be written"),
-        (["train", "digits", f"model.layers={[0] * 200}", *SERIAL], "greater than or equal to 1"),
+        (["train", "digits", f"model.layers={[0] * 200}", *SERIAL], "units must be a whole number from 1 to"),
         (["train", "x" * 300], "CONFIG must be a YAML file or the name of a shipped one"),
         (["ui"], "holds no tracked run"),
         (["train", "digits", "negatives.kind=hybird", *SERIAL], "negatives.kind=hybird: is none of wrong_label, fixed"),

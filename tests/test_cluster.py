@@ -52,14 +52,14 @@ def test_a_ray_that_is_there_is_used_and_left_alone(ray_start_4_cpus):
 
 
 def test_a_store_too_small_says_what_fills_it(ray_start_4_cpus):
-    check_object_store(image_bytes=1_000, in_flight_bytes=1_000)
-    with pytest.raises(ConfigError, match=r"images: 1,000 bytes, chunks in flight: 10,000,000,000,000.*chunk_size"):
-        check_object_store(image_bytes=1_000, in_flight_bytes=10**13)
+    check_object_store(sample_bytes=1_000, in_flight_bytes=1_000)
+    with pytest.raises(ConfigError, match=r"samples: 1,000 bytes, chunks in flight: 10,000,000,000,000.*chunk_size"):
+        check_object_store(sample_bytes=1_000, in_flight_bytes=10**13)
 
 
 def test_a_cluster_that_vanished_is_an_error_with_its_cause(monkeypatch):
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": False, "Resources": {}}])
     with pytest.raises(ConfigError, match="the Ray cluster was stopped"):
-        check_object_store(image_bytes=1, in_flight_bytes=1)
+        check_object_store(sample_bytes=1, in_flight_bytes=1)
     with pytest.raises(ConfigError, match="the Ray cluster was stopped"), reserve([{"CPU": 1}]):
         pass

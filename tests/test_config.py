@@ -14,6 +14,7 @@ from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS
 from ffdist.ff.labels import LABELS
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import OPTIMIZERS
+from ffdist.ff.specs import Dense
 
 README = (Path(__file__).parent.parent / "configs" / "README.md").read_text()
 
@@ -76,7 +77,7 @@ def test_a_mistake_is_blamed_on_who_made_it(tmp_path):
         with pytest.raises(ConfigError, match=rf"^{path}: unknown key epochs"):
             load_config(str(path), overrides)
     path.write_text("data: {name: digits}\n")
-    assert load_config(str(path), ["model.layers=[9]"]).model.layers == [9]
+    assert load_config(str(path), ["model.layers=[9]"]).model.layers == [Dense(9)]
 
 
 def test_resolved_configuration_reads_back_equal():
@@ -88,7 +89,7 @@ def test_local_layers_stand_beside_dense_ones():
     layers = load_config(
         "digits", ["model.layers=[{kind: local, grid: 3, stride: 2, field: 4, units: 9}, 30]"]
     ).model.layers
-    assert (layers[0].grid, layers[0].stride, layers[1]) == (3, 2, 30)
+    assert (layers[0].grid, layers[0].stride, layers[1]) == (3, 2, Dense(30))
 
 
 def test_a_single_layer_predicts_by_itself():
@@ -123,9 +124,15 @@ def test_a_single_layer_predicts_by_itself():
         (["pipeline.balance=[1, 1]"], r"given: \[1, 1\], 2 layers in 2 stages; pipeline.stages: auto"),
         (["pipeline.balance=[1, 2]", "pipeline.stages=3"], r"in 2 stages; pipeline.stages: 3\); correct it"),
         (["pipeline.stages=4"], r"stages: 4, layers: 3\); set pipeline\.stages between 1 and 3, or to auto"),
-        (["model.layers=[{kind: local, grid: 2, feild: 3, units: 4}]"], "unknown key .*feild; did you mean field"),
-        (["model.layers=[{kind: local, grid: 2, field: 0, units: 4}]"], "model.layers .*greater than or equal to 1"),
-        (["model.layers=[{grid: 2, field: 3, units: 4}]"], r"model\.layers\.0.*kind is missing"),
+        (
+            ["model.layers=[{kind: local, grid: 2, feild: 3, units: 4}]"],
+            "a local layer has no setting feild .its settings: grid, field",
+        ),
+        (
+            ["model.layers=[{kind: local, grid: 2, field: 0, units: 4}]"],
+            "model.layers.0: field must be a whole number from 1 to",
+        ),
+        (["model.layers=[{grid: 2, field: 3, units: 4}]"], r"model\.layers\.0.*kind must be one of dense, local"),
         (["negatives.kind=hard_label", "negatives.store=/tmp/x"], "depends on the training and cannot be stored"),
         (["data.label_scale=0"], r"data.label_scale \(0\): .*greater than 0"),
         (["training.epochs"], "an override must be section.key=value"),

@@ -20,7 +20,7 @@ def digits():
 
 
 def a_blueprint(prepared, cut) -> Blueprint:
-    return Blueprint(prepared.architecture, prepared.order, prepared.negatives, 0, cut, measure_every=1, device="cpu")
+    return Blueprint(prepared.architecture, prepared.order, prepared.negatives, cut, measure_every=1, device="cpu")
 
 
 def measure(runner, prepared, config) -> Costs | None:
@@ -62,8 +62,8 @@ def test_layers_of_one_shape_are_measured_once_and_late_ones_are_estimated(digit
     monkeypatch.setattr("ffdist.pipeline.costs.LIMIT_S", -1)
     config = load_config("digits", ["model.layers=[40,30,20]"])
     prepared = prepare(config)
-    costs, weights = measure("ray", prepared, config), prepared.architecture.weights
-    assert [cost / costs.layers[0] for cost in costs.layers] == pytest.approx([each / weights[0] for each in weights])
+    costs, counts = measure("ray", prepared, config), prepared.architecture.num_parameters
+    assert [cost / costs.layers[0] for cost in costs.layers] == pytest.approx([each / counts[0] for each in counts])
 
 
 def test_a_task_measures_where_stages_will_be_and_tells_what_fails(ray_start_4_cpus):

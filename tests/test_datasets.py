@@ -47,10 +47,10 @@ def test_parquet_files_and_folders_become_channel_after_channel(colours):
     dataset = load(colours)
     assert dataset.shape == (3, 3, 4)
     assert dataset.classes == 3
-    assert dataset.images["train"].dtype == torch.uint8
-    assert dataset.images["train"][0].view(3, 12)[:, 5].tolist() == [10, 20, 30]
+    assert dataset.samples["train"].dtype == torch.uint8
+    assert dataset.samples["train"][0].view(3, 12)[:, 5].tolist() == [10, 20, 30]
     assert dataset.labels["train"].tolist() == [0, 2, 1]
-    assert dataset.images["test"][0].view(3, 12)[:, 0].tolist() == [0, 0, 255]
+    assert dataset.samples["test"][0].view(3, 12)[:, 0].tolist() == [0, 0, 255]
 
 
 def test_names_that_hugging_face_gives_classes_are_theirs(tmp_path):
@@ -88,7 +88,7 @@ def test_raw_bytes_and_grey_images_are_read(tmp_path):
         write_parquet(tmp_path / f"{split}.parquet", [png(9, mode="L"), png(8, mode="L")], [0, 1], as_struct=False)
     dataset = load(tmp_path)
     assert dataset.shape == (1, 3, 4)
-    assert dataset.images["test"][1].unique().tolist() == [8]
+    assert dataset.samples["test"][1].unique().tolist() == [8]
 
 
 def test_images_are_resized_where_that_was_asked_for(colours):
@@ -276,7 +276,7 @@ def test_whether_a_dataset_is_in_colour_does_not_depend_on_the_order_of_its_imag
             write_parquet(tmp_path / f"{split}.parquet", [images[index] for index in order], order)
         dataset = load(tmp_path)
         assert (dataset.shape, "1 of 2 train images are grayscale" in dataset.describe()) == ((3, 3, 4), True)
-        found.append(dataset.images["train"][order])
+        found.append(dataset.samples["train"][order])
     assert torch.equal(*found)
     write_parquet(tmp_path / "train.parquet", images[:1] * 2, [0, 1])
     with pytest.raises(ConfigError, match=r"test\.parquet, row 0: the training images are grayscale, and this"):
@@ -284,7 +284,7 @@ def test_whether_a_dataset_is_in_colour_does_not_depend_on_the_order_of_its_imag
     grey = io.BytesIO()
     Image.new("L", (4, 3), 9).convert("P").save(grey, "GIF")
     write_parquet(tmp_path / "test.parquet", [grey.getvalue(), png((9, 9, 9))], [0, 1])  # as evaluation takes them
-    assert load(tmp_path).images["test"].tolist() == [[9] * 12] * 2
+    assert load(tmp_path).samples["test"].tolist() == [[9] * 12] * 2
 
 
 def test_an_exact_name_is_the_split_and_what_is_left_is_told(tmp_path):
@@ -315,7 +315,7 @@ def folders(tmp_path) -> Path:
 def test_image_folders_number_their_classes_by_name(folders):
     dataset = load(folders, name="image_folder")
     assert dataset.labels["train"].tolist() == [0, 1]
-    assert dataset.images["test"].view(2, 3, 12)[1, :, 0].tolist() == [1, 0, 0]
+    assert dataset.samples["test"].view(2, 3, 12)[1, :, 0].tolist() == [1, 0, 0]
 
 
 def test_a_test_set_may_lack_a_class_and_have_no_other(folders):
@@ -415,14 +415,14 @@ def test_a_corrupt_file_in_an_image_folder_is_named(folders):
 
 def test_digits_come_whole_and_always_in_the_same_splits():
     dataset = load_dataset(Data(name="digits"), seed=0, validation_samples=200)
-    assert {split: len(images) for split, images in dataset.images.items()} == {
+    assert {split: len(images) for split, images in dataset.samples.items()} == {
         "train": 1237,
         "validation": 200,
         "test": 360,
     }
     other = load_dataset(Data(name="digits"), seed=1, validation_samples=200)
-    assert torch.equal(dataset.images["test"], other.images["test"])
-    assert not torch.equal(dataset.images["validation"], other.images["validation"])
+    assert torch.equal(dataset.samples["test"], other.samples["test"])
+    assert not torch.equal(dataset.samples["validation"], other.samples["validation"])
     assert torch.bincount(dataset.labels["test"]).min() >= 34
 
 
@@ -483,13 +483,13 @@ def test_the_rest_of_a_training_set_is_what_was_not_held_out():
     whole, parted = (load_dataset(Data(name="digits"), seed=3, validation_samples=held) for held in (0, 700))
     rest, held_out = hold_out(3, 1437, 700)
     for name, rows in (("train", rest), ("validation", held_out)):
-        assert torch.equal(parted.images[name], whole.images["train"][rows])
+        assert torch.equal(parted.samples[name], whole.samples["train"][rows])
         assert torch.equal(parted.labels[name], whole.labels["train"][rows])
 
 
 def test_mnist_is_found_in_torchvisions_layout(mnist_root):
     dataset = load_dataset(Data(name="mnist", root=mnist_root), seed=0, validation_samples=10_000)
-    assert {split: len(images) for split, images in dataset.images.items()} == {
+    assert {split: len(images) for split, images in dataset.samples.items()} == {
         "train": 50_000,
         "validation": 10_000,
         "test": 10_000,
@@ -502,13 +502,13 @@ def test_mnist_is_found_in_torchvisions_layout(mnist_root):
 def test_cifar10_reads_as_a_users_parquet_files():
     dataset = load(Path(os.environ["FFDIST_CIFAR10"]))
     assert dataset.shape == (3, 32, 32)
-    assert len(dataset.images["train"]) == 50_000
-    mean = dataset.images["train"].view(-1, 3, 1024).double().mean((0, 2)) / 255
+    assert len(dataset.samples["train"]) == 50_000
+    mean = dataset.samples["train"].view(-1, 3, 1024).double().mean((0, 2)) / 255
     assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=2e-4)
 
 
 def test_xor_has_its_four_cases():
     dataset = load_dataset(Data(name="xor", label="none"), seed=0, validation_samples=0)
-    cases = dict(zip(map(tuple, dataset.images["test"].tolist()), dataset.labels["test"].tolist(), strict=True))
+    cases = dict(zip(map(tuple, dataset.samples["test"].tolist()), dataset.labels["test"].tolist(), strict=True))
     assert cases == {(0, 0): 0, (0, 255): 1, (255, 0): 1, (255, 255): 0}
     assert torch.bincount(dataset.labels["train"]).tolist() == [500, 500]

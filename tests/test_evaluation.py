@@ -1,8 +1,9 @@
 import pytest
 import torch
+from helpers import image_architecture
 
 from ffdist.data.order import SampleOrder
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Network
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.evaluation import evaluate
 from ffdist.pipeline.runner import serial_runner
@@ -15,9 +16,9 @@ def test_evaluation_through_stages_equals_the_whole_network(label):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (37, 20), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, 4, (37,), generator=draw)
-    architecture = Architecture((1, 4, 5), 4, (30, 25, 15), seed=1, label=label)
+    architecture = image_architecture((1, 4, 5), 4, (30, 25, 15), seed=1, label=label)
     blueprint = Blueprint(
-        architecture, SampleOrder(0, 37, 5), NegativePlan("hybrid"), 0, [range(2), range(2, 3)], 1, "cpu"
+        architecture, SampleOrder(0, 37, 5), NegativePlan("hybrid"), [range(2), range(2, 3)], 1, "cpu"
     )
     runner = serial_runner(blueprint, {"train": images, "test": images}, labels, None)
     blocks = list(runner.run(evaluation("test", 37, 8), []))

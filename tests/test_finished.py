@@ -5,12 +5,13 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from helpers import image_architecture
 from mlflow import MlflowClient
 from PIL import Image
 
-from ffdist import Architecture, ConfigError, Network, Run, load_config, train
+from ffdist import ConfigError, Network, Run, load_config, train
 from ffdist.pipeline.timeline import read_timeline
-from ffdist.plotting.plots import plot_confusion, plot_fields, plot_goodness, plot_layers, plot_negatives
+from ffdist.plotting.plots import first_filters, plot_confusion, plot_fields, plot_goodness, plot_layers, plot_negatives
 
 TREE = {
     "data": {"name": "digits", "label": "append"},
@@ -46,7 +47,7 @@ def test_it_is_found_again_and_evaluated_as_it_was(run):
     for name in (run.folder, run.summary["mlflow_run_id"]):
         found = Run.find(name, run.folder.parent)
         assert found.summary == run.summary
-    test = found.evaluate(found.dataset.images["test"], found.dataset.labels["test"])
+    test = found.evaluate(found.dataset.samples["test"], found.dataset.labels["test"])
     assert test.goodness_error == pytest.approx(run.summary["test_goodness_error"], abs=1.5 / 360)
     assert test.layer_errors == pytest.approx(run.summary["layer_errors"], abs=1.5 / 360)
 
@@ -82,12 +83,12 @@ def test_images_of_another_shape_are_refused(run):
     for shape in ((2, 8, 8, 1), (64,), (0, 64)):
         with pytest.raises(ConfigError, match="with N > 0"):
             run.predict(torch.zeros(shape, dtype=torch.uint8))
-    images = run.dataset.images["test"][:3]
+    images = run.dataset.samples["test"][:3]
     expected = run.predict(images).label
     for same in (images.view(3, 1, 8, 8), images.view(3, 8, 8), images.numpy()):
         assert torch.equal(run.predict(same).label, expected)
     for labels in ([0, 1], [0, 1, 10], [0, 1, -1], [0.0, 1.0, 2.0]):
-        with pytest.raises(ConfigError, match=r"labels must be integers in \[0, 10\), one per image"):
+        with pytest.raises(ConfigError, match=r"labels must be integers in \[0, 10\), one per sample"):
             run.evaluate(images, torch.tensor(labels))
 
 
@@ -204,8 +205,8 @@ def test_goodness_of_any_values_is_drawn(values, tmp_path):
 
 
 def test_weights_of_large_images_are_drawn(tmp_path):
-    network = Network(Architecture((1, 520, 520), 3, (64,), label="append", predict_from=1))
-    assert plot_fields(network, tmp_path / "fields.png").stat().st_size > 1000
+    network = Network(image_architecture((1, 520, 520), 3, (64,), label="append", predict_from=1))
+    assert plot_fields(first_filters(network), tmp_path / "fields.png").stat().st_size > 1000
 
 
 def test_a_class_whose_name_cannot_be_drawn_goes_by_its_number(tmp_path):

@@ -430,7 +430,7 @@ STOLEN = [
 CALLS = [
     *(("artifact", json.dumps(name)) for name in STOLEN),
     *(("artifact", text) for text in ("3", "[]", "{", NESTED, "null")),
-    *(("model", text) for text in ("3", "{}", '{"image": [1], "names": []}', '{"image": "a", "names": 3}')),
+    *(("model", text) for text in ("3", "{}", '{"example": [1], "names": []}', '{"example": "a", "names": 3}')),
     *(("register", '"name"'), ("tags", "[]"), ("parameters", "3"), ("dataset", '{"a": 1}'), ("eval", '"code"')),
 ]
 

@@ -4,12 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 
 import ffdist
+from ffdist.ff.encoders import ImageEncoder
 
 PACKAGE = Path(ffdist.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -70,6 +72,7 @@ def test_every_setting_is_used():
     read |= {
         tuple(str(node.value).split(".")) for node in nodes if isinstance(node, ast.Constant)
     }  # MLflow's parameters
+    read |= {("data", field.name) for field in fields(ImageEncoder)}  # `build_encoder` sets them by their names
     readers = {
         "data": {"config", "data", "self"},
         "model": {"model", "self"},

@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_is_never_drawn_from():
 def wearing_out(data, samples, draw, calls=iter(range(2))):  # noqa: B008, counted over all calls
     """A kind of one's own that works at first."""
     next(calls)
-    return data.images[samples].flip(-1)
+    return data.samples[samples].flip(-1)
 
 
 def test_negatives_that_fail_later_stop_a_run_in_order(tmp_path):

@@ -133,8 +133,8 @@ def test_noise_covers_the_range_of_the_data():
     assert uniform.mean().item() == pytest.approx(127.5, abs=1)
     data = a_set()
     normal = noise(data, EVERY[:2000], a_draw(), distribution="normal").double()
-    assert normal.mean().item() == pytest.approx(data.images.double().mean().item(), abs=4)
-    assert normal.std().item() == pytest.approx(data.images.double().std().item(), rel=0.1)
+    assert normal.mean().item() == pytest.approx(data.samples.double().mean().item(), abs=4)
+    assert normal.std().item() == pytest.approx(data.samples.double().std().item(), rel=0.1)
 
 
 def test_hard_labels_follow_the_prediction_with_the_true_class_removed():
@@ -155,13 +155,13 @@ def test_hard_labels_are_never_classes_without_samples():
 def test_permuted_images_keep_what_each_pixel_shows_and_nothing_else():
     """Even of a single sample: every image is of one grey, and the first pixel always white."""
     data = a_set()
-    data.images[:, 0] = 255
+    data.samples[:, 0] = 255
     negatives = permuted(data, EVERY[:3000], a_draw())
     assert (negatives[:, 0] == 255).all()
     counts = torch.stack([(negatives[:, 1:] == 20 * label).sum(0) for label in range(10)])
     assert (counts - 300).abs().max() < 6 * 300**0.5
     assert (negatives[:, 1] == negatives[:, 2]).double().mean() < 0.2
-    assert not torch.equal(permuted(data, EVERY[:1], a_draw()), data.images[:1])
+    assert not torch.equal(permuted(data, EVERY[:1], a_draw()), data.samples[:1])
 
 
 def test_a_certain_readout_still_has_wrong_labels_to_draw():
@@ -177,13 +177,13 @@ def test_every_kind_keeps_its_contract(kind):
 
 def mirrored(data, samples, draw, down=False):
     """A kind of one's own: images turned over, as letters in a mirror are none."""
-    images = data.images[samples].view(-1, *data.shape)
+    images = data.samples[samples].view(-1, *data.shape)
     return images.flip(2 if down else 3).flatten(1)
 
 
 def test_a_kind_of_ones_own_is_named_by_module_and_function():
     data, samples = a_set(shape=(1, 6, 7)), EVERY[:20]
-    data.images[:, :9] = 7
+    data.samples[:, :9] = 7
     plain, down = (
         make_checked(find_kind(f"{__name__}:mirrored", options), data, samples, a_draw(), labels_shown=False)
         for options in ({}, {"down": True})
@@ -218,8 +218,8 @@ def test_a_module_that_cannot_be_run_is_told(tmp_path, monkeypatch):
         (f"{__name__}:needing", {}, "needs the option strength; set it in negatives.options"),
         ("hybrid", {"blur": 3}, r"takes no option blur \(its options: blurs, threshold\)"),
         ("fixed", {"blurs": 3}, r"its options: none"),
-        ("hybrid", {"blurs": -1}, r"blurs must be a whole number from 0 on \(blurs: -1\)"),
-        ("hybrid", {"threshold": 2.0}, "threshold must lie between 0 and 1"),
+        ("hybrid", {"blurs": -1}, r"blurs must be an integer that is at least 0 \(blurs: -1\)"),
+        ("hybrid", {"threshold": 2.0}, "threshold must be between 0 and 1"),
         ("noise", {"distribution": "pink"}, "distribution must be uniform or normal"),
     ],
 )
@@ -234,8 +234,8 @@ def test_what_cannot_be_made_is_told(name, options, message):
         (torch.zeros(20, 42), r"must return labels .*returned: \[20, 42\], float32"),
         (torch.zeros(19, dtype=torch.long), "must return labels"),
         ([1] * 20, "must return a tensor"),
-        (LABELS[:20], "must return wrong labels, from 0 to below 10"),
-        (LABELS[:20] + 1, "must return wrong labels, from 0 to below 10"),
+        (LABELS[:20], "must return wrong labels, from 0 to 9"),
+        (LABELS[:20] + 1, "must return wrong labels, from 0 to 9"),
     ],
 )
 def test_what_breaks_the_contract_is_told(made, message):
@@ -244,7 +244,7 @@ def test_what_breaks_the_contract_is_told(made, message):
 
 
 def test_wrong_labels_are_of_no_use_where_none_is_shown():
-    with pytest.raises(NegativesError, match=r"data\.label=none shows none"):
+    with pytest.raises(NegativesError, match=r"data\.label=none shows no labels"):
         make_checked(find_kind("wrong_label", {}), a_set(), EVERY[:20], a_draw(), labels_shown=False)
 
 

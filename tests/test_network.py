@@ -2,16 +2,19 @@ import pickle
 
 import pytest
 import torch
+from helpers import image_architecture
 
 from ffdist.ff.classify import confusion_matrix, error
-from ffdist.ff.layers import Rule
-from ffdist.ff.local import Fields
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Network
+from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
+from ffdist.ff.specs import Local
 
 
 def a_network(**changes) -> Network:
-    return Network(Architecture(**({"shape": (1, 4, 5), "classes": 4, "layers": (30, 25, 15), "seed": 1} | changes)))
+    return Network(
+        image_architecture(**({"shape": (1, 4, 5), "classes": 4, "layers": (30, 25, 15), "seed": 1} | changes))
+    )
 
 
 def some_images(count=6) -> torch.Tensor:
@@ -21,10 +24,10 @@ def some_images(count=6) -> torch.Tensor:
 def test_state_dict_holds_everything_that_was_learned():
     """Layers in a plain list leave an empty state_dict; running means kept outside of it are lost."""
     names = set(a_network().state_dict())
-    tensors = ("weight", "bias", "weight_gradient", "bias_gradient")
-    assert names == {f"layers.{layer}.{name}" for layer in range(3) for name in (*tensors, "mean_activity")} | {
-        f"readout.{name}" for name in tensors
-    }
+    tensors = ("weight", "bias", "optimizer.weight/gradient", "optimizer.bias/gradient")
+    assert names == {
+        f"layers.{layer}.{name}" for layer in range(3) for name in (*tensors, "statistics.mean_activity")
+    } | {f"readout.{name}" for name in tensors}
 
 
 def test_first_hidden_layer_has_no_say_in_predictions():
@@ -68,7 +71,7 @@ def test_centred_images_differ_in_what_they_show_and_not_in_their_mean():
 
 
 def test_initial_weights_do_not_depend_on_other_layers():
-    one, other = Architecture((1, 4, 5), 4, (30, 25)), Architecture((1, 4, 5), 4, (30, 25, 9))
+    one, other = image_architecture((1, 4, 5), 4, (30, 25)), image_architecture((1, 4, 5), 4, (30, 25, 9))
     assert torch.equal(one.layer(1).weight, other.layer(1).weight)
     assert abs(one.layer(0).weight.std().item() * 20**0.5 - 1) < 0.1
 
@@ -80,11 +83,11 @@ def test_confusion_counts_true_by_predicted():
 
 
 def test_weights_are_counted_as_they_are_built():
-    layers = (Fields(3, 1, 2, 7), Fields(2, 1, 2, 5), 11, 6)
+    layers = (Local(grid=3, stride=1, field=2, units=7), Local(grid=2, stride=1, field=2, units=5), 11, 6)
     for label in ("everywhere", "none"):
-        architecture = Architecture((2, 4, 5), 4, layers, label=label)
+        architecture = image_architecture((2, 4, 5), 4, layers, label=label)
         built = [architecture.layer(index) for index in range(len(layers))]
-        assert architecture.weights == tuple(layer.weight.numel() for layer in built)
+        assert architecture.num_parameters == tuple(layer.weight.numel() + layer.bias.numel() for layer in built)
         assert architecture.widths[1:] == tuple(len(layer.bias) for layer in built) == (63, 20, 11, 6)
 
 
@@ -97,16 +100,32 @@ def test_without_labels_the_readout_alone_predicts():
 @pytest.mark.parametrize(
     ("layers", "label", "message"),
     [
-        ((30, Fields(2, 1, 2, 5)), "overwrite", "layer 2 has local fields and no plane to look at"),
-        ((Fields(9, 1, 1, 5),), "none", "layer 1 has fields that lie wholly beyond the 4 x 5 map below"),
+        (
+            (30, Local(grid=2, stride=1, field=2, units=5)),
+            "overwrite",
+            "layer 2 has local fields and needs a map as input",
+        ),
+        (
+            (Local(grid=9, stride=1, field=1, units=5),),
+            "none",
+            "layer 1 has fields that lie completely outside of its 4 x 5 input map",
+        ),
         ((30,), "everywhere", "the first layer has none"),
-        ((Fields(2, 1, 2, 5),), "append", "label=append puts the label where few fields look"),
-        ((Fields(2, 1, 2, 5),), "overwrite", "label=overwrite puts the label where few fields look"),
+        (
+            (Local(grid=2, stride=1, field=2, units=5),),
+            "append",
+            "label=append shows the label to few of the local fields",
+        ),
+        (
+            (Local(grid=2, stride=1, field=2, units=5),),
+            "overwrite",
+            "label=overwrite shows the label to few of the local fields",
+        ),
     ],
 )
 def test_layers_that_do_not_fit_say_why(layers, label, message):
     with pytest.raises(ValueError, match=message):
-        Architecture((1, 4, 5), 4, layers, label=label)
+        image_architecture((1, 4, 5), 4, layers, label=label)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +157,14 @@ def test_a_network_works_where_its_images_are():
 
 def test_a_network_without_layers_is_refused():
     with pytest.raises(ValueError, match=r"layers must name at least one layer \(layers: \(\)\)"):
-        Architecture((1, 4, 5), 4, ())
+        image_architecture((1, 4, 5), 4, ())
 
 
 def test_a_network_for_inference_predicts_the_same_and_holds_weights_alone():
-    for layers, label in (((30, 25, 15), "append"), ((Fields(2, 2, 3, 4), Fields(2, 1, 1, 33), 6), "everywhere")):
+    for layers, label in (
+        ((30, 25, 15), "append"),
+        ((Local(grid=2, stride=2, field=3, units=4), Local(grid=2, stride=1, field=1, units=33), 6), "everywhere"),
+    ):
         whole, images = a_network(layers=layers, label=label, precision="bfloat16"), some_images()
         tensors = whole.state_dict()
         light = Network.for_inference(whole.architecture, tensors)
@@ -156,11 +178,13 @@ def test_a_network_for_inference_predicts_the_same_and_holds_weights_alone():
 
 
 @pytest.mark.parametrize("optimizer", ["hinton", "adamw"])
-@pytest.mark.parametrize("layers", [(30, 20), (Fields(3, 2, 4, 5), Fields(2, 1, 2, 40), 10)])
+@pytest.mark.parametrize(
+    "layers", [(30, 20), (Local(grid=3, stride=2, field=4, units=5), Local(grid=2, stride=1, field=2, units=40), 10)]
+)
 def test_sizes_are_those_of_the_tensors(layers, optimizer):
     label = "append" if isinstance(layers[0], int) else "everywhere"
     rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
-    network = Network(Architecture((1, 8, 8), 3, layers, label=label, precision="bfloat16", rule=rule))
+    network = Network(image_architecture((1, 8, 8), 3, layers, label=label, precision="bfloat16", rule=rule))
     sizes = [sum(tensor.nbytes for tensor in part.state_dict().values()) for part in (*network.layers, network.readout)]
     assert list(network.architecture.state_bytes) == sizes
     assert list(network.architecture.copy_bytes) == [layer._compute_weight.nbytes for layer in network.layers]

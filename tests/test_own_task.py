@@ -125,7 +125,7 @@ def few_of_many(tmp_path_factory):
 
 
 def test_only_classes_with_training_samples_are_tried(few_of_many, ffdist):
-    run, images = few_of_many, few_of_many.dataset.images["test"]
+    run, images = few_of_many, few_of_many.dataset.samples["test"]
     assert run.summary["untrained_classes"] == [0, 2, 3, 5, 6, 7]
     found = run.predict(images)
     assert (found.goodness > -torch.inf).sum(2).unique().tolist() == [3]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ffdist.config.architecture import build_architecture
+from ffdist.config.architecture import build_encoder
 from ffdist.config.loading import load_config, parse_config
 from ffdist.errors import ConfigError
 from ffdist.training.prepare import prepare
@@ -14,15 +14,18 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.label=none"], "negatives.kind=wrong_label: shows wrong labels and data.label=none shows none"),
+        (["data.label=none"], "negatives.kind=wrong_label: shows wrong labels, but data.label=none shows no labels"),
         (["negatives.kind=hybird"], r"negatives.kind=hybird: is none of wrong_label, .*, nor package\.module:function"),
         (["negatives.kind=nowhere:at_all"], "negatives.kind=nowhere:at_all: cannot be imported"),
         (["negatives.kind=math:sqrt"], "negatives.kind=math:sqrt: raised TypeError"),
         (["negatives.options={blurs: 2}"], r"takes no option blurs \(its options: none\)"),
-        (["negatives.kind=hybrid", "negatives.options={blurs: many}"], "blurs must be a whole number"),
+        (["negatives.kind=hybrid", "negatives.options={blurs: many}"], "blurs must be an integer"),
         (["data.label=everywhere"], "the first layer has none"),
-        ([f"model.layers=[{LOCAL}, 20]"], "label=append puts the label where few fields look; set it to everywhere"),
-        ([f"model.layers=[20, {LOCAL}]"], "layer 2 has local fields and no plane to look at"),
+        (
+            [f"model.layers=[{LOCAL}, 20]"],
+            "label=append shows the label to few of the local fields; set it to everywhere",
+        ),
+        ([f"model.layers=[20, {LOCAL}]"], "layer 2 has local fields and needs a map as input"),
         (
             ["negatives.kind=hard_label", "negatives.prediction_delay=20", "pipeline.chunk_size=28"],
             "chunk_size: 28, negatives.prediction_delay: 20",
@@ -72,7 +75,7 @@ def test_images_in_colour_are_centred_unless_that_is_said():
         ((3, 4, 4), False, False),
     ):
         config = parse_config({"data": data | {"subtract_mean": asked}, "model": {"layers": [5]}}, "test")
-        assert build_architecture(config, shape, 3).subtract_mean is center
+        assert build_encoder(config.data, "image", shape, 3).subtract_mean is center
 
 
 def test_a_long_chunk_is_as_long_as_the_epoch():

@@ -48,7 +48,7 @@ before = state()
 changes = ["model.layers=[9]", "training.epochs=1", "data.label=none", "negatives.kind=mine:dark"]
 run = train(load_config("digits", changes), runner="serial", runs="runs")
 found = Run.find(run.folder)
-found.predict(found.dataset.images["test"][:5])
+found.predict(found.dataset.samples["test"][:5])
 found.plot()
 after = state()
 print(json.dumps({name: [before[name], after[name]] for name in before if before[name] != after[name]}))
@@ -56,7 +56,7 @@ print(json.dumps({name: [before[name], after[name]] for name in before if before
 
 
 def test_training_and_predicting_leave_the_process_as_it_was(tmp_path):
-    (tmp_path / "mine.py").write_text("def dark(data, samples, draw):\n    return data.images[samples] // 2\n")
+    (tmp_path / "mine.py").write_text("def dark(data, samples, draw):\n    return data.samples[samples] // 2\n")
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}  # a thread of MLflow's sets variables
     done = subprocess.run(
         [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ import click
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from ffdist import train
 from ffdist.cli import main
 from ffdist.config.loading import load_config
+from ffdist.ff.forms import Form
+from ffdist.ff.layers import Layer
+from ffdist.ff.specs import LAYERS, LayerSpec
 from ffdist.runtime.access import private_ray
 
 ROOT = Path(__file__).parent.parent
@@ -171,14 +177,24 @@ def test_python_examples(tmp_path, monkeypatch):
     """One after the other, as in a notebook; the network of the last one has learned."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n((?:from ffdist|import torch).*?)```", TEXT, re.S)
-    assert len(examples) == TEXT.count("```python\n") - 1 == 2  # the third one is tested below
+    assert len(examples) == TEXT.count("```python\n") - 2 == 2  # the others are tested below
     names: dict[str, Any] = {}
     exec(examples[0], names)
     data = names["run"].dataset
-    names |= {"images": data.images["train"], "labels": data.labels["train"]}
+    names |= {"images": data.samples["train"], "labels": data.labels["train"]}
     exec(examples[1], names)
-    predicted = names["network"].predict(data.images["test"]).label
+    predicted = names["network"].predict(data.samples["test"]).label
     assert (predicted == data.labels["test"]).double().mean() > 0.9
+
+
+def test_a_kind_of_layers(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(@dataclass.*?)```", TEXT, re.S)
+    names: dict[str, Any] = {"dataclass": dataclass, "LayerSpec": LayerSpec, "Layer": Layer, "Form": Form, "nn": nn}
+    exec(example, names)
+    monkeypatch.setitem(LAYERS, "low_rank", names["LowRank"])
+    layers = "model.layers=[{kind: low_rank, units: 40, rank: 9}, 30]"
+    config = load_config("digits", [layers, "training.epochs=10", "training.optimizer=adam", "tracking.artifacts=[]"])
+    assert train(config, runner="serial", runs=tmp_path).summary["test_goodness_error"] < 0.5
 
 
 @pytest.mark.slow  # test_access has a user-defined function, too

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers import image_architecture
 
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.keyed import generator
-from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import Drawn, HardLabels, NegativePlan, NegativeSource, Shard, Source
 
@@ -53,8 +53,8 @@ def test_hard_label_is_the_newest_that_was_drawn_a_delay_ago(delay, chunk_size):
 
 
 def a_source(plan: NegativePlan, jitter=0, **changes) -> tuple[Source, NegativeSource]:
-    architecture = Architecture(SHAPE, CLASSES, (8, 8), **changes)
-    return Source(architecture, ORDER, "cpu", plan, jitter, IMAGES, LABELS), NegativeSource(
+    architecture = image_architecture(SHAPE, CLASSES, (8, 8), jitter=jitter, **changes)
+    return Source(architecture, ORDER, "cpu", plan, IMAGES, LABELS), NegativeSource(
         plan, IMAGES, LABELS, architecture, ORDER
     )
 
@@ -62,10 +62,10 @@ def a_source(plan: NegativePlan, jitter=0, **changes) -> tuple[Source, NegativeS
 def rows_of(source: Source, chunk: Train, *arrived: Shard | Drawn) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of a chunk: those that no readout reads, and those that it does."""
     parts = source.train(chunk, *arrived)
-    rows, batch = torch.stack([source.rows(minibatch) for minibatch in zip(*parts, strict=True)]), parts[0].shape[1]
+    rows = torch.stack([source.rows(minibatch) for minibatch in zip(*parts, strict=True)])
     if source._architecture.labels_shown:
-        return rows[:, :-batch], rows[:, -batch:]
-    return rows[:, batch:], rows[:, :batch]
+        return rows[:, :-1].flatten(1, 2), rows[:, -1]
+    return rows[:, 1:].flatten(1, 2), rows[:, 0]
 
 
 def test_all_wrong_shows_every_label_once():
@@ -137,9 +137,9 @@ def test_a_chunk_across_shards_gets_the_negatives_of_its_own_samples():
     order = SampleOrder(0, 2 * SHARD_SAMPLES + 100, 1000)
     labels = torch.arange(order.num_samples) % 7
     images = {"train": torch.zeros(order.num_samples, 1, dtype=torch.uint8)}
-    architecture = Architecture((1, 1, 1), 7, (3,), label="append", predict_from=1)
+    architecture = image_architecture((1, 1, 1), 7, (3,), label="append", predict_from=1)
     plan = NegativePlan("fixed")
-    source = Source(architecture, order, "cpu", plan, 0, images, labels)
+    source = Source(architecture, order, "cpu", plan, images, labels)
     negatives = NegativeSource(plan, images, labels, architecture, order)
     assert [list(order.shards(first, 4)) for first in (0, 3, 4, 6)] == [[0], [0, 1], [0, 1], [1]]
     signal, _ = rows_of(source, Train(3, 3, 4, 33, 1.0), negatives.make(3, 0), negatives.make(3, 1))

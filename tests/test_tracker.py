@@ -10,11 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from helpers import image_architecture
 from mlflow import MlflowClient
 
 from ffdist.config.sections import Tracking
 from ffdist.errors import ConfigError
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Network
 from ffdist.tracking import tracker as module
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.server import check_server, default_uri, tracking_uri
@@ -155,7 +156,7 @@ def test_a_server_that_goes_away_slows_nothing_and_gets_the_rest_when_it_is_back
             (folder / "a picture.png").write_bytes(b"of something")
             tracker.log_artifact(folder / "a picture.png")
             tracker.log_tags({"kind": "test"})
-            network = Network(Architecture((1, 2, 2), 3, (5, 4)))
+            network = Network(image_architecture((1, 2, 2), 3, (5, 4)))
             tracker.log_model(network, (), torch.zeros(4, dtype=torch.uint8), "a name")
         assert f"not everything was tracked at {uri}" in caplog.text
         assert f"`ffdist sync '{folder}'`" in caplog.text

@@ -39,7 +39,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(run):
 def test_figures_and_model_are_of_the_best_checkpoint(run):
     """And so is what every command uses, unless another is named."""
     _, finished = run
-    test = finished.dataset.images["test"], finished.dataset.labels["test"]
+    test = finished.dataset.samples["test"], finished.dataset.labels["test"]
     same, last = Run.find(finished.folder), Run.find(finished.folder, checkpoint="last")
     assert finished.summary["checkpoint"] == same.checkpoint.name == finished.checkpoint.name
     assert (same.checkpoint.kind, last.checkpoint.kind, last.checkpoint.name) == ("best", "last", "0006-000000")
@@ -96,14 +96,14 @@ def test_a_readout_is_fitted_where_a_folder_is_named_like_markup(tmp_path, ffdis
     run = train(config, runner="serial", runs=tmp_path / "m[" / "x]")
     assert f"fitted to the layers of {run.folder} (" in ffdist("readout", run.folder)
     monkeypatch.setattr("ffdist.host_memory.available_bytes", lambda: 9)
-    assert "the activities that a readout is fitted to must fit into" in ffdist("readout", run.folder, code=2)
+    assert "the activations that a readout is fitted to must fit into" in ffdist("readout", run.folder, code=2)
 
 
 def test_a_checkpoint_is_a_network_that_predicts_as_the_run_says(run):
     config, finished = run
     dataset = load_dataset(config.data, seed=0, validation_samples=200)
     network = finished.network
-    prediction, labels = network.predict(dataset.images["test"]), dataset.labels["test"]
+    prediction, labels = network.predict(dataset.samples["test"]), dataset.labels["test"]
     error = (prediction.label != labels).double().mean().item()
     assert error == pytest.approx(finished.summary["test_goodness_error"], abs=1.5 / 360)
     error = (prediction.probabilities.argmax(1) != labels).double().mean().item()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import image_architecture
 from safetensors.torch import load_file
 
 from ffdist.checkpoint.checkpoints import CheckpointError, CheckpointWriter, checkpoint_name, weights_sha256
@@ -13,10 +14,10 @@ from ffdist.config.sections import Data, Pipeline
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SampleOrder
-from ffdist.ff.layers import RELEASE, Rule
-from ffdist.ff.local import Fields
-from ffdist.ff.network import Architecture
+from ffdist.ff.encoders import ImageEncoder
+from ffdist.ff.objectives import RELEASE, Rule
 from ffdist.ff.optimizers import Update
+from ffdist.ff.specs import Local
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Evaluated, Runner, SnapshotTaken, Trained, serial_runner, torch_threads
@@ -27,8 +28,8 @@ from ffdist.storage.folder import Folder
 EPOCHS, BATCH_SIZE = 2, 50
 MANY = {"train": 12_030, "validation": 200, "test": 360}
 DENSE = (60, 50, 40)
-MIXED = (Fields(grid=3, stride=2, field=4, units=6), Fields(grid=2, stride=1, field=2, units=12), 40)
-CLIPPED = (Fields(grid=8, stride=1, field=5, units=2), 50, 40)
+MIXED = (Local(grid=3, stride=2, field=4, units=6), Local(grid=2, stride=1, field=2, units=12), 40)
+CLIPPED = (Local(grid=8, stride=1, field=5, units=2), 50, 40)
 
 
 class Results(NamedTuple):
@@ -63,7 +64,7 @@ def a_blueprint(
     subtract_mean=False,
     device="cpu",
 ) -> Blueprint:
-    architecture = Architecture(
+    architecture = image_architecture(
         digits.shape,
         digits.classes,
         layers,
@@ -74,12 +75,13 @@ def a_blueprint(
         rule=rule,
         thresholds=thresholds,
         subtract_mean=subtract_mean,
+        jitter=jitter,
     )
     plan = NegativePlan(
         kind, num_actors=actors, prefetch_chunks=2, prediction_delay=32 if kind == "hard_label" else None, store=store
     )
-    cut = partition(architecture.weights, stages)
-    return Blueprint(architecture, an_order(digits), plan, jitter, cut, measure_every=5, device=device)
+    cut = partition(architecture.num_parameters, stages)
+    return Blueprint(architecture, an_order(digits), plan, cut, measure_every=5, device=device)
 
 
 def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greedy_layers: int | None = None) -> Results:
@@ -112,7 +114,7 @@ def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, 
     blueprint = a_blueprint(digits, stages, precision, **changes)
     with torch_threads(threads), TemporaryDirectory() as folder:
         runner = serial_runner(
-            blueprint, digits.images, digits.labels["train"], CheckpointWriter(Folder(folder, CheckpointError))
+            blueprint, digits.samples, digits.labels["train"], CheckpointWriter(Folder(folder, CheckpointError))
         )
         return results(runner, digits, chunk_size, folder, greedy)
 
@@ -216,7 +218,7 @@ def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, wind
     threads, greedy = changes.pop("threads"), changes.pop("greedy", None)
     blueprint = a_blueprint(digits, stages, **changes)
     pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=window, threads_per_stage=threads)
-    images, labels = digits.images, digits.labels["train"]
+    images, labels = digits.samples, digits.labels["train"]
     with (
         reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_actors)) as group,
         ray_runner(blueprint, group, pipeline, images, labels, Folder(str(tmp_path), CheckpointError)) as runner,
@@ -231,7 +233,7 @@ def many() -> Dataset:
     draw = torch.Generator().manual_seed(0)
     images = {split: torch.randint(0, 256, (n, 48), dtype=torch.uint8, generator=draw) for split, n in MANY.items()}
     labels = {split: torch.randint(0, 2, (n,), generator=draw) for split, n in MANY.items()}
-    return Dataset(images, labels, 2, (3, 4, 4))
+    return Dataset(images, labels, ImageEncoder((3, 4, 4), 2))
 
 
 @pytest.mark.parametrize("kind", ["hard_label", "hybrid", f"{__name__}:turned"])
@@ -251,7 +253,7 @@ def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp
                 blueprint,
                 group,
                 Pipeline(chunk_size=7),
-                many.images,
+                many.samples,
                 many.labels["train"],
                 Folder(checkpoints, CheckpointError),
             ) as runner,
@@ -264,7 +266,7 @@ def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp
 
 def turned(data, samples, draw):
     """A kind of one's own: images with their pixels in another order, the same for all."""
-    return data.images[samples][:, torch.randperm(data.images.shape[1], generator=draw)]
+    return data.samples[samples][:, torch.randperm(data.samples.shape[1], generator=draw)]
 
 
 def test_training_changes_the_weights_and_the_seed_decides_them(digits):
@@ -273,4 +275,6 @@ def test_training_changes_the_weights_and_the_seed_decides_them(digits):
     assert weights_sha256(first) != weights_sha256(last)
     start = a_blueprint(digits, 1, "bfloat16").architecture
     assert not torch.equal(start.layer(0).weight, last["layer_1"]["weight"])
-    assert not torch.equal(start.layer(0).weight, Architecture((1, 8, 8), 10, DENSE, label="append").layer(0).weight)
+    assert not torch.equal(
+        start.layer(0).weight, image_architecture((1, 8, 8), 10, DENSE, label="append").layer(0).weight
+    )

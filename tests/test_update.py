@@ -11,11 +11,18 @@ TORCH = {
 }
 
 
+def a_learner(weight, bias, optimizer) -> Learner:
+    learner = Learner(Update(RATE, DECAY, MOMENTUM, optimizer))
+    learner.weight, learner.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    learner.add_optimizer_state()
+    return learner
+
+
 @pytest.mark.parametrize("optimizer", TORCH)
 def test_optimizers_are_those_of_torch_without_decay_of_biases(optimizer):
     draw = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(4, 3, generator=draw), torch.randn(4, generator=draw)
-    learner = Learner(weight.clone(), bias.clone(), Update(RATE, DECAY, MOMENTUM, optimizer))
+    learner = a_learner(weight.clone(), bias.clone(), optimizer)
     weight.requires_grad_()
     bias.requires_grad_()
     kind, settings = TORCH[optimizer]
@@ -23,7 +30,7 @@ def test_optimizers_are_those_of_torch_without_decay_of_biases(optimizer):
     reference = kind(groups, lr=RATE, **settings)
     for lr_scale in (1.0, 1.0, 0.5, 0.25):
         gradients = torch.randn(4, 3, generator=draw), torch.randn(4, generator=draw)
-        learner.ascend(*gradients, lr_scale=lr_scale)
+        learner.ascend(dict(zip(("weight", "bias"), gradients, strict=True)), lr_scale=lr_scale)
         weight.grad, bias.grad = (-gradient for gradient in gradients)
         for group in reference.param_groups:
             group["lr"] = lr_scale * RATE
@@ -35,13 +42,12 @@ def test_optimizers_are_those_of_torch_without_decay_of_biases(optimizer):
 @pytest.mark.parametrize("optimizer", ["hinton", *TORCH])
 def test_what_an_optimizer_keeps_is_in_the_state(optimizer):
     """A learner that is loaded in the middle goes on as if it had never stopped."""
-    update = Update(RATE, DECAY, MOMENTUM, optimizer)
-    gradients = torch.ones(4, 3), torch.ones(4)
-    one, other = (Learner(torch.ones(4, 3), torch.zeros(4), update) for _ in range(2))
-    one.ascend(*gradients, lr_scale=1.0)
+    gradients = {"weight": torch.ones(4, 3), "bias": torch.ones(4)}
+    one, other = (a_learner(torch.ones(4, 3), torch.zeros(4), optimizer) for _ in range(2))
+    one.ascend(gradients, lr_scale=1.0)
     other.load_state_dict(one.state_dict())
     for learner in (one, other):
-        learner.ascend(*gradients, lr_scale=0.5)
+        learner.ascend(gradients, lr_scale=0.5)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
     assert not torch.equal(one.weight, torch.ones(4, 3))
 
@@ -52,13 +58,10 @@ def test_an_update_in_pieces_is_that_of_the_whole(optimizer, monkeypatch):
     weight, gradient = torch.randn(3, 7, 5, generator=draw), torch.randn(3, 7, 5, generator=draw).bfloat16()
     found = []
     for piece in (4, 20, 1000):  # of numbers: a row at a time, four of them, all
-        monkeypatch.setattr("ffdist.ff.optimizers.PIECE", piece)
-        learner, copy = (
-            Learner(weight.clone(), torch.zeros(21), Update(RATE, DECAY, MOMENTUM, optimizer)),
-            weight.half(),
-        )
+        monkeypatch.setattr("ffdist.ff.optimizers.BLOCK_VALUES", piece)
+        learner, copy = a_learner(weight.clone(), torch.zeros(21), optimizer), weight.half()
         for _ in range(2):
-            learner.ascend(gradient, torch.ones(21), lr_scale=1.0, copy=copy)
+            learner.ascend({"weight": gradient, "bias": torch.ones(21)}, lr_scale=1.0, copies={"weight": copy})
         torch.testing.assert_close(copy, learner.weight.half(), rtol=0, atol=0)
         found.append(learner.state_dict())
     for name, tensor in found.pop().items():

@@ -12,14 +12,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import image_architecture
 from onnxruntime import InferenceSession
 from PIL import Image
 
 from ffdist import load_config, read_network, train
 from ffdist.cli import main
 from ffdist.export.network import save_network
-from ffdist.ff.local import Fields
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Network
+from ffdist.ff.specs import Local
 from ffdist.runs.export import export_network
 
 
@@ -29,11 +30,11 @@ def run(tmp_path_factory):
     return train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("layers", [(5, 4), (Fields(2, 2, 3, 4), 6)])
+@pytest.mark.parametrize("layers", [(5, 4), (Local(grid=2, stride=2, field=3, units=4), 6)])
 @pytest.mark.parametrize("label", ["append", "none"])
 def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
     label = "everywhere" if label == "append" and not isinstance(layers[0], int) else label
-    network = Network(Architecture((1, 6, 6), 3, layers, label=label, precision="bfloat16", seed=3))
+    network = Network(image_architecture((1, 6, 6), 3, layers, label=label, precision="bfloat16", seed=3))
     for parameter in network.parameters():  # or what the seed alone makes would do
         parameter.data += torch.randn_like(parameter)
     network.load_state_dict(network.state_dict())
@@ -53,7 +54,7 @@ def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
 
 def test_exported_files_need_torch_alone(run, tmp_path, ffdist):
     assert "readout.pt2" in ffdist("export", run.folder, "--to", tmp_path / "out")
-    images = run.dataset.images["test"][:9]
+    images = run.dataset.samples["test"][:9]
     torch.save(images, tmp_path / "images.pt")
     code = (
         "import sys, torch; images = torch.load(sys.argv[1]); network = torch.export.load(sys.argv[2]).module(); "
@@ -62,7 +63,7 @@ def test_exported_files_need_torch_alone(run, tmp_path, ffdist):
     command = [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "out" / "readout.pt2"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
     assert json.loads(said) == run.predict(images).probabilities.argmax(1).tolist()
-    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"images": images.numpy()})
+    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"samples": images.numpy()})
     assert torch.allclose(torch.as_tensor(logits), run.network(images), atol=0.05)  # trained in bfloat16
     assert "new or empty" in ffdist("export", run.folder, "--to", tmp_path / "out", code=2)
 
@@ -75,15 +76,15 @@ def test_fields_in_bfloat16_are_exported(tmp_path):
     words = [f"model.layers=[{layers}]", "data.label=everywhere", "training.precision=bfloat16", "training.epochs=1"]
     run = train(load_config("digits", words), runner="serial", runs=tmp_path / "runs")
     assert len(export_network(run, tmp_path / "out")) == 6
-    images, network = run.dataset.images["test"], run.network
+    images, network = run.dataset.samples["test"], run.network
     program = torch.export.load(tmp_path / "out" / "readout.pt2").module()
     assert torch.equal(program(images), network(images))
-    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"images": images.numpy()})
+    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"samples": images.numpy()})
     assert (torch.as_tensor(logits).argmax(1) == network(images).argmax(1)).double().mean() > 0.98
 
 
 def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
-    images, labels = run.dataset.images["test"][:20], run.dataset.labels["test"][:20]
+    images, labels = run.dataset.samples["test"][:20], run.dataset.labels["test"][:20]
     folder = tmp_path / ("long" * 40)
     folder.mkdir()
     for number, image in enumerate(images):
@@ -174,7 +175,7 @@ def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
     said = ffdist("evaluate", run.folder)
     assert said.startswith(f"checkpoint: last, {run.folder}/checkpoints/0012-000000{told}")
     assert len(said.splitlines()) == 2  # no progress bar where nobody looks
-    images, labels = run.dataset.images["test"], run.dataset.labels["test"]
+    images, labels = run.dataset.samples["test"], run.dataset.labels["test"]
     for label in range(10):
         (tmp_path / str(label)).mkdir()
         for number in (labels == label).nonzero().flatten()[:5].tolist():
@@ -185,7 +186,7 @@ def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
 def test_the_registered_model_is_served(run, tmp_path, free_port):
     """By MLflow's own server, from the registry, with an answer for a known digit."""
     uri = run.summary["mlflow_tracking_uri"]
-    image, label = run.dataset.images["test"][0], run.predict(run.dataset.images["test"][:1]).label[0].item()
+    image, label = run.dataset.samples["test"][0], run.predict(run.dataset.samples["test"][:1]).label[0].item()
     command = [
         sys.executable,
         "-m",
@@ -230,7 +231,7 @@ def test_the_registered_model_is_served(run, tmp_path, free_port):
             assert refusal([[[[pixel, *good[0][0][0][1:]], *good[0][0][1:]]]]) == f"{whole} ({told})"
         assert refusal([[[[float(x > 99) for x in row] for row in good[0][0]]]]) == f"{whole}, not 0.0 to 1.0"
         assert refusal([[[[float("nan")] * 8] * 8]]).startswith(whole)
-        assert refusal(good[0]).startswith("images must have the shape [N, 1, 8, 8] (given: [1, 8, 8])")
+        assert refusal(good[0]).startswith("samples must have the shape [N, 1, 8, 8] (given: [1, 8, 8])")
     finally:
         server.terminate()
         server.wait(120)

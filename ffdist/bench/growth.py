@@ -24,11 +24,11 @@ def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[
         say: Gets a text about the progress.
 
     Returns:
-        Figures by `configuration/figure`. `ps_per_added_weight` is the additional time per sample divided by the number
-        of additional weights; it is the same for all sizes if the overhead does not grow with the network.
+        Figures by `configuration/figure`. `ps_per_added_parameter` is the additional time per sample divided by the
+        number of additional parameters; it is the same for all sizes if the overhead does not grow with the network.
     """
     rates: dict[str, list[float]] = {name: [] for name in configs}
-    weights, memory, precisions = dict[str, int](), dict[str, float](), dict[str, str]()
+    num_parameters, memory, precisions = dict[str, int](), dict[str, float](), dict[str, str]()
     with machine("ray", "local") as wait_for_ray:
         resources = wait_for_ray()
         for number in range(1, NUM_ROUNDS + 1):
@@ -41,7 +41,7 @@ def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[
                     precision, costs = resolve(config.training.precision, measure(allocation, prepared, config))
                 precisions[name] = precision.value
                 config, prepared = with_precision(config, prepared, precision.value)
-                weights[name] = sum(prepared.architecture.weights)
+                num_parameters[name] = sum(prepared.architecture.num_parameters)
                 with start_pipeline(config, prepared, resources, costs) as (trainer, _):
                     rates[name].append(trainer.train(seconds).samples_per_s)
                     memory[name] = sum(unique for kind, unique, _ in read_actor_memory() if kind == "stage")
@@ -49,12 +49,12 @@ def measure_growth(configs: Mapping[str, Config], seconds: float, say: Callable[
     for name, config in configs.items():
         rate = median(rates[name])
         figures[f"{name}/ray_samples_per_s"] = rate
-        figures[f"{name}/weights"] = weights[name]
+        figures[f"{name}/parameters"] = num_parameters[name]
         figures[f"{name}/stages_unique_bytes"] = memory[name]
         if before := previous.get(config.pipeline.stages):
-            added_weights = weights[name] - weights[before]
+            added = num_parameters[name] - num_parameters[before]
             added_s = 1 / rate - 1 / figures[f"{before}/ray_samples_per_s"]
-            figures[f"{name}/ps_per_added_weight"] = 1e12 * added_s / added_weights
-            figures[f"{name}/bytes_per_added_weight"] = (memory[name] - memory[before]) / added_weights
+            figures[f"{name}/ps_per_added_parameter"] = 1e12 * added_s / added
+            figures[f"{name}/bytes_per_added_parameter"] = (memory[name] - memory[before]) / added
         previous[config.pipeline.stages] = name
     return figures

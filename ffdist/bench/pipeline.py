@@ -50,7 +50,7 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
             figures["start_s"] = trainer.start_s
             num_cores, num_stages = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
             say(f"starting a copy of the network on each of {num_cores} cores")
-            data = prepared.dataset.images, prepared.dataset.labels["train"]
+            data = prepared.dataset.samples, prepared.dataset.labels["train"]
             connections = stack.enter_context(start_copies(num_cores, placed.blueprint, *data))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))

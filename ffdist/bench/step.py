@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 import torch
 
-from ffdist.ff.layers import Dense, Layer
-from ffdist.ff.local import Fields, Local, Map
+from ffdist.ff.forms import Form
+from ffdist.ff.layers import Minibatch
+from ffdist.ff.relu import ReluLayer
+from ffdist.ff.specs import Dense, Local
 from ffdist.pipeline.executor import CudaGraphs, StepMode
 from ffdist.pipeline.runner import keep_memory
 
 UNITS = {"cpu": (500, 1000, 2000, 4000), "cuda": (2000, 8000)}
 BATCHES = {"cpu": (50, 100, 250, 1000), "cuda": (128, 512, 1024, 4096)}
 PRECISIONS = "float32", "bfloat16"
-FIELDS = {  # local layers of the paper (section 3.2)
-    "local_4x4x128": (Map(28, 28, 1, channels_first=True), Fields(4, 6, 10, 128)),
-    "local_3x3x220": (Map(4, 4, 128), Fields(3, 1, 2, 220)),
-    "local_2x2x512": (Map(3, 3, 220), Fields(2, 1, 2, 512)),
+LOCAL_LAYERS = {  # of the paper (section 3.2)
+    "local_4x4x128": (Form((1, 28, 28)), Local(grid=4, field=10, units=128, stride=6)),
+    "local_3x3x220": (Form((128, 4, 4), channels_last=True), Local(grid=3, field=2, units=220)),
+    "local_2x2x512": (Form((220, 3, 3), channels_last=True), Local(grid=2, field=2, units=512)),
 }
 COPY_VALUES = 2**26
 """Number of float32 values in the copy that measures the memory bandwidth; too many for any cache."""
@@ -76,7 +78,8 @@ def measure_steps(
     Args:
         device: Device, as torch names it.
         units: Widths of the dense layers; empty for the default of the device.
-        batches: Minibatch sizes, in samples, each with a positive, a negative and a neutral row; likewise.
+        batches: Minibatch sizes, in samples, each with a positive, a negative and a neutral row; empty for the default
+                of the device.
     """
     torch.set_num_threads(1)
     keep_memory()
@@ -85,12 +88,13 @@ def measure_steps(
     byte_s = _measure_byte_s(device)
     for precision in PRECISIONS:
         settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0)}
-        layers: dict[str, Layer] = {f"dense_{width}": Dense(width, width, **settings) for width in units}
-        layers |= {name: Local(input_map, fields, **settings) for name, (input_map, fields) in FIELDS.items()}
-        for name, layer in layers.items():
-            layer.to(device).refresh()
+        specs = {f"dense_{width}": (Form((width,)), Dense(width)) for width in units} | LOCAL_LAYERS
+        for name, (form, spec) in specs.items():
+            layer = spec.build(form, **settings).to(device)
+            assert isinstance(layer, ReluLayer)
+            layer.refresh()
             for batch in batches:
-                yield _measure(name, layer, batch, precision, byte_s, device)
+                yield _measure(name, layer, form.width, batch, precision, byte_s, device)
 
 
 def _measure_byte_s(device: str) -> float:
@@ -100,8 +104,7 @@ def _measure_byte_s(device: str) -> float:
     return _median_times([lambda: target.copy_(source)], device)[0] / (2 * source.nbytes)
 
 
-def _measure(name: str, layer: Layer, batch: int, precision: str, byte_s: float, device: str) -> Step:
-    width = FIELDS[name][0].values if name in FIELDS else layer.weight.shape[1]
+def _measure(name: str, layer: ReluLayer, width: int, batch: int, precision: str, byte_s: float, device: str) -> Step:
     dtype, (*grid, units, fan_in) = layer.compute_dtype, layer.weight.shape
 
     def random(*shape: int) -> torch.Tensor:
@@ -109,15 +112,15 @@ def _measure(name: str, layer: Layer, batch: int, precision: str, byte_s: float,
 
     weight, inputs = random(*layer.weight.shape), random(*grid, 3 * batch, fan_in)
     direction, trained_inputs = random(*grid, 2 * batch, units), random(*grid, 2 * batch, fan_in)
-    rows = random(3 * batch, width)
+    rows = random(3, batch, width)
 
     def products() -> None:
         torch.matmul(inputs, weight.mT)
         torch.matmul(direction.mT, trained_inputs)
 
     def train(tensors: Sequence[torch.Tensor], mode: StepMode) -> list[torch.Tensor]:
-        output, metrics = layer.train_minibatch(tensors[0], batch=batch, lr_scale=mode.lr_scale)
-        return [output.activity, metrics]
+        output, metrics = layer.train_minibatch(Minibatch(tensors[0]), lr_scale=mode.lr_scale)
+        return [output.activations, metrics]
 
     graphs = CudaGraphs()
 

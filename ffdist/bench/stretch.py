@@ -156,10 +156,10 @@ def start_copies(num_copies: int, *network: Any) -> Iterator[list[Connection]]:
             process.join()
 
 
-def _serve(connection: Connection, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> None:
-    """Trains one network and measures it, once per request; images and labels are those of `serial_runner`."""
+def _serve(connection: Connection, blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor) -> None:
+    """Trains one network and measures it, once per request; samples and labels are those of `serial_runner`."""
     keep_memory()
-    trainer = Trainer(serial_runner(blueprint, images, labels, None))
+    trainer = Trainer(serial_runner(blueprint, samples, labels, None))
     while True:
         threads, seconds = connection.recv()
         with torch_threads(threads):

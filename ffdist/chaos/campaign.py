@@ -115,7 +115,7 @@ class Report(NamedTuple):
         return failures if failures or self.faults else ["no fault was injected; give more --minutes"]
 
     def _metrics_problem(self, result: RunResult) -> str:
-        """Returns what is wrong with a run's metrics; empty if nothing is."""
+        """Returns the errors in a run's metrics; empty if there are none."""
         if result.duplicates:
             return f"metrics with more than one value for a step: {', '.join(result.duplicates)}"
         expected, actual = self.reference.metrics, result.metrics

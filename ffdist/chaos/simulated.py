@@ -14,7 +14,8 @@ from torch import Tensor
 from ffdist.checkpoint.checkpoints import MANIFEST, CheckpointError
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ActorLost
-from ffdist.ff.layers import METRICS
+from ffdist.ff.layers import MEASURED
+from ffdist.ff.objectives import GoodnessObjective
 from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Drawn, HardLabels
 from ffdist.pipeline.stage import Report, State
@@ -22,6 +23,7 @@ from ffdist.storage.folder import Folder
 
 BATCH_SIZE, NUM_CLASSES = 2, 3
 HASH_MODULUS = 1_000_003
+NUM_METRICS = len(GoodnessObjective.metrics) + len(MEASURED)
 FAULT_PROBABILITY = 0.01
 """Probability of each fault at each point where it can occur, such as a call or a write."""
 
@@ -85,9 +87,9 @@ class SimulatedStage:
             for name in self._hash:
                 number = (self._hash[name] * 69_069 + number * 31 + chunk.step + minibatch) % HASH_MODULUS
                 self._hash[name] = number
-                metrics.append([float(number)] * len(METRICS))
+                metrics.append([float(number)] * NUM_METRICS)
             outputs.append([float(number)])
-        shape = (chunk.num_minibatches, len(self._hash), len(METRICS))
+        shape = (chunk.num_minibatches, len(self._hash), NUM_METRICS)
         signal = torch.tensor(outputs, dtype=torch.float64)
         return [Report(torch.tensor(metrics).view(shape), 1.0, 0.0), signal, *[signal] * len(self._hash)]
 

@@ -34,6 +34,7 @@ from ffdist.console import track
 from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError, RunFailed
+from ffdist.ff.encoders import ImageEncoder
 from ffdist.pipeline.blueprint import Actors, Blueprint
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Runner
@@ -164,12 +165,12 @@ def _discard(text: str) -> None:
 
 def _prepare(config: Config) -> Prepared:
     sizes = {"train": NUM_TRAINING, "validation": NUM_HELD_OUT, "test": NUM_HELD_OUT}
-    images = {split: torch.zeros(size, 4, dtype=torch.uint8) for split, size in sizes.items()}
+    samples = {split: torch.zeros(size, 4, dtype=torch.uint8) for split, size in sizes.items()}
     labels = {split: torch.arange(size) % NUM_CLASSES for split, size in sizes.items()}
-    dataset = Dataset(images, labels, NUM_CLASSES, (1, 2, 2))
+    dataset = Dataset(samples, labels, ImageEncoder((1, 2, 2), NUM_CLASSES, label=config.data.label))
     order = SampleOrder(config.seed, NUM_TRAINING, BATCH_SIZE)
     plan = NegativePlan("hard_label", prediction_delay=PREDICTION_DELAY, num_actors=2, prefetch_chunks=2)
-    return Prepared(dataset, order, build_architecture(config, dataset.shape, NUM_CLASSES), plan)
+    return Prepared(dataset, order, build_architecture(config, dataset.encoder), plan)
 
 
 def _make_pipelines(
@@ -193,7 +194,7 @@ def _make_pipeline(config: Config, prepared: Prepared, folder: Path, injector: F
         readout=SimulatedReadout(["readout"], order),
         writer=CheckpointWriter(FaultyFolder(str(folder / "checkpoints"), injector, WriterDied)),
     )
-    blueprint = Blueprint(prepared.architecture, order, plan, 0, stage_layers, 1, "cpu")
+    blueprint = Blueprint(prepared.architecture, order, plan, stage_layers, 1, "cpu")
     blueprint = blueprint.with_pace(config.pipeline.chunk_size, injector.rng.randint(1, 5))
     yield Runner(blueprint, actors, call=cluster.call, collect=cluster.collect)
 

@@ -12,7 +12,7 @@ training, and the driver renames the manifest into place once all minibatches be
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
 
@@ -23,16 +23,15 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ffdist.errors import RunFailed
+from ffdist.ff.optimizers import is_for_training
 from ffdist.pipeline.schedule import Position, Snapshot
 from ffdist.pipeline.source import Drawn
 from ffdist.pipeline.stage import State
 from ffdist.storage.folder import DamagedFile, Folder
 
 MANIFEST = "manifest.json"
-SCHEMA = 3
+SCHEMA = 4
 POSITION = "position"
-PARAMETERS = ("weight", "bias")
-"""Names of the tensors that inference needs; all others are for training."""
 MANIFEST_PATTERN = re.compile(rf"(\d+)-(\d+)/{re.escape(MANIFEST)}$")
 FILE_PATTERN = re.compile(r"(\d+)-(\d+)/")
 
@@ -197,12 +196,12 @@ class Checkpoints:
         self.folder.put(f"{name}/{MANIFEST}", json.dumps(content | {"sha256": digest(content)}, indent=2).encode())
         return manifest
 
-    def read(self, name: str, only: Collection[str] | None = None) -> tuple[Manifest, State]:
+    def read(self, name: str, select: Callable[[str], bool] | None = None) -> tuple[Manifest, State]:
         """Reads a checkpoint, and checks all its files.
 
         Args:
             name: As `checkpoint_name` returns it.
-            only: Names of the tensors to return, such as PARAMETERS; all by default.
+            select: Selects the tensors to return by their names, such as `for_inference`; all by default.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or of another version.
@@ -211,7 +210,7 @@ class Checkpoints:
         state = State()
         for file in manifest.files:
             tensors = self._read(name, file, manifest)
-            tensors = {key: tensor for key, tensor in tensors.items() if only is None or key in only}
+            tensors = {key: tensor for key, tensor in tensors.items() if select is None or select(key)}
             state[file.removesuffix(".safetensors")] = tensors
         return manifest, state
 
@@ -277,16 +276,22 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def weights_sha256(state: State) -> str:
-    """Returns the SHA-256 of the weights and biases, without optimizer state and running means.
+def for_inference(name: str) -> bool:
+    """Returns whether inference needs a tensor of this name in the state of a layer or of the readout."""
+    return not is_for_training(name)
 
-    The bytes are, for `layer_1`, `layer_2`, ... and `readout`, for `bias` and then `weight`: the line
-    `layer_1/bias float32 [1000]` with a line feed, then the values as little-endian float32 in row-major order.
+
+def weights_sha256(state: State) -> str:
+    """Returns the SHA-256 of the tensors that inference needs.
+
+    The bytes are, for `layer_1`, `layer_2`, ... and `readout`, for each tensor in the order of the names, such as
+    `bias` and `weight`: the line `layer_1/bias float32 [1000]` with a line feed, then the values as little-endian
+    float32 in row-major order.
     """
     hasher = hashlib.sha256()
     layers = [key for key in state if key.startswith("layer_") or key == "readout"]
     for layer in sorted(layers, key=lambda key: (key == "readout", len(key), key)):
-        for name in sorted(PARAMETERS):
+        for name in sorted(filter(for_inference, state[layer])):
             tensor = state[layer][name].to("cpu", torch.float32).contiguous()
             hasher.update(f"{layer}/{name} float32 {list(tensor.shape)}\n".encode())
             hasher.update(tensor.numpy().astype("<f4", copy=False).ravel().data)

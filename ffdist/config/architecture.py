@@ -1,44 +1,61 @@
 """Builds the architecture of a network from a configuration, and validates it before a run starts."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from ffdist.config.schema import Config
+from ffdist.config.sections import Data
 from ffdist.errors import ConfigError
-from ffdist.ff.layers import Rule
-from ffdist.ff.local import Fields
+from ffdist.ff.encoders import ENCODERS, Encoder
 from ffdist.ff.network import Architecture
+from ffdist.ff.objectives import OBJECTIVES, Rule
 from ffdist.ff.optimizers import Update
 
 
-def build_architecture(
-    config: Config, shape: tuple[int, int, int], classes: int, untrained: Sequence[int] = ()
-) -> Architecture:
+def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int) -> Encoder:
+    """Returns the encoder of a dataset.
+
+    Args:
+        config: Section `data` of the configuration.
+        kind: A key of `ENCODERS`.
+        shape: Shape of a sample.
+        classes: Number of classes.
+
+    Raises:
+        ConfigError: The settings do not fit the samples.
+    """
+    names = [field.name for field in fields(ENCODERS[kind]) if field.name not in ("shape", "classes")]
+    settings = {name: getattr(config, name) for name in names}
+    if settings.get("subtract_mean") == "auto":
+        settings["subtract_mean"] = shape[0] > 1
+    try:
+        return ENCODERS[kind](shape=tuple(shape), classes=classes, **settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_architecture(config: Config, encoder: Encoder, untrained: Sequence[int] = ()) -> Architecture:
     """Returns the architecture that a configuration describes.
 
     Args:
         config: The configuration.
-        shape: Channels, height and width of the images.
-        classes: Number of classes.
+        encoder: Encoder of the samples.
         untrained: Classes without training samples.
 
     Raises:
         ConfigError: The layers do not fit together, or the label cannot be embedded in their input.
     """
     model, training = config.model, config.training
+    if training.objective not in OBJECTIVES:
+        raise ConfigError(f"training.objective must be one of {', '.join(OBJECTIVES)} (given: {training.objective})")
     try:
         return Architecture(
-            shape=shape,
-            classes=classes,
-            layers=tuple(
-                layer if isinstance(layer, int) else Fields(layer.grid, layer.stride, layer.field, layer.units)
-                for layer in model.layers
-            ),
-            label=config.data.label,
-            label_scale=config.data.label_scale,
-            subtract_mean=shape[0] > 1 if config.data.subtract_mean == "auto" else config.data.subtract_mean,
+            encoder,
+            tuple(model.layers),
             predict_from=config.predict_from,
             seed=config.seed,
             rule=Rule(
+                objective=training.objective,
                 goodness=model.goodness,
                 normalization=model.normalization,
                 loss=training.loss,

@@ -10,7 +10,6 @@ import yaml
 from pydantic import ValidationError
 
 from ffdist.config.schema import FLOAT, Config
-from ffdist.config.sections import LocalLayer
 from ffdist.errors import ConfigError
 
 RENAMED_SETTINGS = {
@@ -168,8 +167,6 @@ def _explain(error: ValidationError) -> Iterator[str]:
 def _keys(section: list[str]) -> list[str]:
     inner: Any = Config
     for part in section:
-        if part == "local":  # a layer in model.layers
-            return list(LocalLayer.model_fields)
         inner = inner.model_fields[part].annotation if part in getattr(inner, "model_fields", {}) else inner
     return list(inner.model_fields)
 

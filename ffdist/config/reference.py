@@ -3,6 +3,11 @@
 `configs/README.md` ends with it, and a test compares the two.
 """
 
+import ast
+import inspect
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,7 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
-from ffdist.config.sections import MAX_VALUE, LocalLayer, Section
+from ffdist.config.sections import MAX_VALUE, LayerEntry, Section
+from ffdist.ff.specs import LAYERS, LayerSpec
 
 TYPE_NAMES: dict[Any, str] = {
     bool: "`true`, `false`",
@@ -35,17 +41,45 @@ def settings_reference() -> str:
     parts = [_table({name: field for name, field in Config.model_fields.items() if name not in sections}, "")]
     for name, section in sections.items():
         parts += [f"### {name}", " ".join(str(section.__doc__).split()), _table(section.model_fields, f"{name}.")]
-    parts += ["### Entries of `model.layers`", "A dense layer is an integer, its number of units. A local layer is:"]
-    parts.append(_table(LocalLayer.model_fields, ""))
+    for kind, spec in LAYERS.items():
+        parts += [f"### Layers of `kind: {kind}`", " ".join(str(spec.__doc__).split()), _layer_table(spec)]
     return "\n\n".join(parts)
 
 
+def _layer_table(spec: type[LayerSpec]) -> str:
+    """Returns the table of a kind of layer, from the types and docstrings of its fields."""
+    (definition,) = ast.parse(inspect.getsource(spec)).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {
+        attribute.target.id: text.value.value
+        for attribute, text in pairwise(definition.body)
+        if isinstance(attribute, ast.AnnAssign) and isinstance(attribute.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    rows = [
+        (
+            f"`{field.name}`",
+            "integer >= 1" if field.type in (int, "int") else str(field.type),
+            "required" if field.default is MISSING else f"`{field.default}`",
+            "yes",
+            " ".join(str(texts[field.name]).split()),
+        )
+        for field in fields(spec)
+    ]
+    return _format_table(rows)
+
+
 def _table(fields: dict[str, FieldInfo], prefix: str) -> str:
-    rows: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows = []
     for name, field in fields.items():
         key, text = f"{prefix}{name}", " ".join((field.description or "").split())
         affects_weights = "no" if key.startswith(NEUTRAL_SETTINGS) else "yes"
         rows.append((f"`{key}`", _values(field.annotation, field.metadata), _default(field), affects_weights, text))
+    return _format_table(rows)
+
+
+def _format_table(rows: Sequence[tuple[str, ...]]) -> str:
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
@@ -59,6 +93,8 @@ def _default(field: FieldInfo) -> str:
 def _values(annotation: Any, metadata: Any = ()) -> str:
     """Returns a description of the values that a type permits."""
     origin, args = get_origin(annotation), get_args(annotation)
+    if annotation == LayerEntry:
+        return "layer"
     if origin is Annotated:
         return _values(args[0], args[1:])
     if origin is Literal:
@@ -67,7 +103,7 @@ def _values(annotation: Any, metadata: Any = ()) -> str:
         return " or ".join(_values(each) for each in args if each is not NoneType)
     if origin in (list, tuple):
         return f"list{f' of {len(args)}' if origin is tuple else ''}: {_values(args[0])}"
-    return "local layer" if annotation is LocalLayer else TYPE_NAMES[origin or annotation] + _bounds(metadata)
+    return TYPE_NAMES[origin or annotation] + _bounds(metadata)
 
 
 def _bounds(metadata: Any) -> str:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
@@ -11,13 +11,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
+    PlainSerializer,
+    PlainValidator,
     model_validator,
 )
 
 from ffdist.ff import MAX_CLASSES as MAX_CLASSES
+from ffdist.ff.specs import LayerSpec, layer_entry, parse_layer
 
 
 def _no_boolean(value: Any) -> Any:
@@ -133,32 +134,15 @@ class Data(Section):
 Threshold = Positive | Literal["units"]
 
 
-class LocalLayer(Section):
-    """A layer of local receptive fields without weight sharing."""
-
-    kind: Literal["local"]
-    grid: Count
-    """Number of fields along each axis. The grid is centered on the input map, and fields are clipped at its border."""
-    stride: Count = 1
-    """Distance between adjacent fields, in positions of the input map."""
-    field: Count
-    """Side length of a field, in positions of the input map."""
-    units: Count
-    """Number of units per field."""
-
-
-LayerEntry = Annotated[
-    Union[Annotated[Count, Tag("dense")], Annotated[LocalLayer, Tag("local")]],  # noqa: UP007, pydantic's way
-    Discriminator(lambda entry: "local" if isinstance(entry, dict | LocalLayer) else "dense"),
-]
+LayerEntry = Annotated[LayerSpec, PlainValidator(parse_layer), PlainSerializer(layer_entry)]
 
 
 class Model(Section):
     """The network."""
 
     layers: Annotated[list[LayerEntry], Field(min_length=1)]
-    """Hidden layers, first layer first: the number of units of a dense layer, or
-    `{kind: local, grid, stride, field, units}`."""
+    """Hidden layers, first layer first. Each is `{kind: ...}` with the settings of the kind, see below; a number is a
+    dense layer with as many units."""
     goodness: Literal[
         "sum_of_squares",
         "mean_of_squares",
@@ -232,6 +216,8 @@ class Training(Section):
     set. 0: no validation."""
     validate_every_epochs: Count = 5
     """Number of epochs between validations. The last epoch is always validated."""
+    objective: str = "goodness"
+    """Objective of the layers. `goodness`: high goodness of positive and low goodness of negative samples."""
     loss: Literal["logistic", "margin", "symmetric"] = "logistic"
     """Loss of the layers. `logistic` compares the goodness with the threshold; `symmetric` compares the positive and
     the negative goodness of a sample. `margin` is an alias of `logistic`, its name in a common PyTorch port."""

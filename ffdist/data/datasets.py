@@ -1,8 +1,8 @@
-"""Loading of datasets as uint8 images `[N, D]` and int64 labels `[N]` per split."""
+"""Loading of datasets as samples `[N, D]` and int64 labels `[N]` per split."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.client import HTTPException
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffdist.config.architecture import build_encoder
 from ffdist.config.sections import Data
 from ffdist.data import order
 from ffdist.data.listing import skip_suffix
 from ffdist.data.readers import Origin, Splits, read_image_folder, read_parquet
 from ffdist.errors import ConfigError
+from ffdist.ff.encoders import Encoder
 
 DIGITS_TEST_SAMPLES = 360
 """Size of the fixed test set: a fifth of scikit-learn's digits, which have no test set of their own."""
@@ -25,23 +27,21 @@ XOR_REPEATS = 250
 """Number of copies of each of the four XOR cases in the training set."""
 
 COPY_BYTES = 2**24
-"""Size of the temporary buffer for moving training images in memory."""
+"""Size of the temporary buffer for moving training samples in memory."""
 MAX_LISTED_CLASSES = 10
 """Maximum number of class names in a one-line description."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels by split: `train`, `validation` (may be empty) and `test`."""
+    """Samples and labels by split: `train`, `validation` (may be empty) and `test`."""
 
-    images: dict[str, Tensor]
-    """uint8 `[N, D]`: images of layout `[channels, height, width]`, flattened."""
+    samples: dict[str, Tensor]
+    """Samples `[N, D]`, of the encoder's type; of images uint8, ordered by channel, row and column."""
     labels: dict[str, Tensor]
     """int64 `[N]`, in [0, classes)."""
-    classes: int
-    """Number of classes."""
-    shape: tuple[int, int, int]
-    """Channels, height and width of an image."""
+    encoder: Encoder
+    """Turns samples into input rows."""
     names: tuple[str, ...] = ()
     """Class names, or empty if the dataset has none. A class beyond the named ones is named by its number."""
     name: str = ""
@@ -50,16 +50,26 @@ class Dataset:
     """Files and columns that the dataset was read from."""
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample; of an image, channels, height and width."""
+        return self.encoder.shape
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.encoder.classes
+
     @cached_property
     def untrained(self) -> tuple[int, ...]:
         """Classes without training samples."""
         return _classes_without_samples(self.labels["train"], self.classes)
 
     def sha256(self, split: str) -> str:
-        """Returns the SHA-256 digest of the images and labels of a split, in hexadecimal."""
+        """Returns the SHA-256 digest of the samples and labels of a split, in hexadecimal."""
         if split not in self._digests:
             digest = hashlib.sha256(f"{self.shape} {self.classes}".encode())
-            for tensor in (self.images[split], self.labels[split]):
+            for tensor in (self.samples[split], self.labels[split]):
                 digest.update(tensor.contiguous().view(-1).numpy().data)
             self._digests[split] = digest.hexdigest()
         return self._digests[split]
@@ -67,14 +77,11 @@ class Dataset:
     @property
     def facts(self) -> dict[str, Any]:
         """Description of the dataset as JSON data, for the summary of a run."""
-        channels, height, width = self.shape
         return {
             "name": self.name,
             "files": dict(self.origin.files),
             "columns": dict(self.origin.columns),
-            "height": height,
-            "width": width,
-            "channels": channels,
+            "shape": list(self.shape),
             "samples": {split: len(labels) for split, labels in self.labels.items()},
             "classes": self.classes,
             "classes_without_samples": {
@@ -91,9 +98,8 @@ class Dataset:
             parts.append(_format_counts(facts["files"], "files"))
         if facts["columns"]:
             parts.append(f"images in column {facts['columns']['image']}, labels in column {facts['columns']['label']}")
-        channels, height, width = self.shape
         parts.append(_format_counts(facts["samples"], "samples"))
-        parts.append(f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}")
+        parts.append(self.encoder.describe())
         parts.append(f"{self.classes} classes{': ' * bool(self.names)}{_join(self.names)}")
         for split, adjective in (("train", "training"), ("test", "test")):
             if empty := facts["classes_without_samples"][split]:
@@ -117,8 +123,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     Raises:
         ConfigError: The dataset is missing, damaged or inconsistent. The message names the file, row and rule.
     """
-    readers = {"xor": _xor, "digits": _digits, "parquet": read_parquet, "image_folder": read_image_folder}
-    images, labels, names, origin = readers.get(config.name, _torchvision)(config)
+    samples, labels, names, origin, kind = READERS.get(config.name, _torchvision)(config)
     num_samples = len(labels["train"])
     if validation_samples >= num_samples:
         raise ConfigError(
@@ -126,14 +131,12 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
             f"(validation_samples: {validation_samples}, training samples: {num_samples})"
         )
     classes = config.classes or len(names) or int(labels["train"].max()) + 1
-    channels, height, width = images["train"].shape[1:]
-    _check_shape(config, classes, channels, height, width)
-    train, validation = _hold_out(images.pop("train").flatten(1), labels["train"], seed, validation_samples)
+    encoder = build_encoder(config, kind, samples["train"].shape[1:], classes)
+    train, validation = _hold_out(samples.pop("train").flatten(1), labels["train"], seed, validation_samples)
     dataset = Dataset(
-        {"train": train[0], "validation": validation[0], "test": images.pop("test").flatten(1)},
+        {"train": train[0], "validation": validation[0], "test": samples.pop("test").flatten(1)},
         {"train": train[1], "validation": validation[1], "test": labels["test"]},
-        classes,
-        (channels, height, width),
+        encoder,
         tuple(names and [*names, *map(str, range(len(names), classes))][:classes]),
         config.name,
         origin,
@@ -146,31 +149,18 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     return dataset
 
 
-def _check_shape(config: Data, classes: int, channels: int, height: int, width: int) -> None:
-    if config.label == "overwrite" and classes >= channels * height * width:
-        raise ConfigError(
-            f"data.label=overwrite replaces the first pixels of an image by {classes} label values, but an image has "
-            f"only {channels * height * width}; set data.label to append"
-        )
-    if config.jitter >= min(height, width):
-        raise ConfigError(
-            f"data.jitter must be smaller than the images (jitter: {config.jitter}, images: {height} x {width}); "
-            f"otherwise a shift can move the whole image out of view"
-        )
-
-
 def _hold_out(
-    images: Tensor, labels: Tensor, seed: int, num_validation: int
+    samples: Tensor, labels: Tensor, seed: int, num_validation: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Splits a training set in two. Compacts the training images in place, because a copy would double their memory."""
+    """Splits a training set in two. Compacts it in place, because a copy would double its memory."""
     train, validation = order.split(seed, len(labels), num_validation)
-    validation_set = images[validation], labels[validation]
-    num_rows = max(1, COPY_BYTES // images[0].nbytes)
+    validation_set = samples[validation], labels[validation]
+    num_rows = max(1, COPY_BYTES // samples[0].nbytes)
     if num_validation:
         for start in range(0, len(train), num_rows):  # `train` is sorted: no row is overwritten before it is read
             rows = train[start : start + num_rows]
-            images[start : start + len(rows)] = images[rows]
-    return (images[: len(train)], labels[train]), validation_set
+            samples[start : start + len(rows)] = samples[rows]
+    return (samples[: len(train)], labels[train]), validation_set
 
 
 def _classes_without_samples(labels: Tensor, classes: int) -> tuple[int, ...]:
@@ -226,6 +216,15 @@ def _torchvision(config: Data) -> Splits:
         images[split] = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
         labels[split] = torch.as_tensor(dataset.targets)
     return Splits(images, labels)
+
+
+READERS: dict[str, Callable[[Data], Splits]] = {
+    "xor": _xor,
+    "digits": _digits,
+    "parquet": read_parquet,
+    "image_folder": read_image_folder,
+}
+"""Readers of datasets, by `data.name`. torchvision reads the others."""
 
 
 def _default_root() -> Path:

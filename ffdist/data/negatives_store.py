@@ -174,8 +174,8 @@ class Store:
 def _encode(negatives: Tensor) -> bytes:
     import pyarrow as pa
 
-    kind = "images" if negatives.dtype == torch.uint8 else "labels"
-    values = negatives.to(torch.uint8).contiguous()
+    kind = "labels" if negatives.dtype == torch.int64 else "samples"
+    values = (negatives.to(torch.uint8) if kind == "labels" else negatives).contiguous()
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.view(-1).numpy()), values[0].numel())
     metadata = {"holds": kind, "shape": json.dumps(list(values.shape[1:]))}
     schema = pa.schema([pa.field("negatives", column.type)], metadata=metadata)
@@ -193,7 +193,7 @@ def _decode(content: bytes) -> Tensor:
         table = file.read_all()
     column, metadata = table.column("negatives").combine_chunks(), table.schema.metadata
     values = torch.from_numpy(column.flatten().to_numpy().copy()).view(len(column), *json.loads(metadata[b"shape"]))
-    return values if metadata[b"holds"] == b"images" else values.long()
+    return values.long() if metadata[b"holds"] == b"labels" else values
 
 
 def _shard_name(epoch: int, number: int) -> str:

@@ -48,15 +48,17 @@ class Origin(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Images and labels by split."""
+    """Samples and labels by split."""
 
-    images: dict[str, Tensor]
-    """uint8 `[N, channels, height, width]`."""
+    samples: dict[str, Tensor]
+    """Samples `[N, ...]`; of images uint8 `[N, channels, height, width]`."""
     labels: dict[str, Tensor]
     """int64 `[N]`."""
     names: list[str] = []  # noqa: RUF012, never modified
     """Class names in order, or empty."""
     origin: Origin = Origin()
+    encoder: str = "image"
+    """Kind of the samples, a key of `ENCODERS`."""
 
 
 class _Encoded(NamedTuple):

@@ -9,10 +9,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ffdist.ff.layers import Rule
-from ffdist.ff.local import Fields
+from ffdist.ff.encoders import ENCODERS, encoder_kind
 from ffdist.ff.network import Architecture, Network
-from ffdist.ff.optimizers import Update
+from ffdist.ff.objectives import Rule
+from ffdist.ff.optimizers import Update, is_for_training
+from ffdist.ff.specs import layer_entry
 from ffdist.storage.files import file_in, read_json
 
 WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
@@ -22,11 +23,16 @@ CLASS_NAMES = "class_names"
 
 def save_network(network: Network, folder: Path, class_names: Sequence[str] = ()) -> None:
     """Writes a network and its class names into an existing folder, without the tensors that only training uses."""
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if _is_parameter(name)}
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if not is_for_training(name)}
     weights = file_in(folder, WEIGHTS)
     save_file(tensors, weights)
     weights.chmod(folder.stat().st_mode & 0o666)  # safetensors makes the file private
-    values = asdict(network.architecture) | {CLASS_NAMES: list(class_names)}
+    architecture = network.architecture
+    values = asdict(architecture) | {
+        "encoder": {"kind": encoder_kind(architecture.encoder), **asdict(architecture.encoder)},
+        "layers": [layer_entry(layer) for layer in architecture.layers],
+        CLASS_NAMES: list(class_names),
+    }
     file_in(folder, ARCHITECTURE).write_text(json.dumps(values, indent=2))
 
 
@@ -39,7 +45,7 @@ def read_network(folder: str | Path) -> Network:
     """
     try:
         architecture, weights = _parse_architecture(read_json(folder, ARCHITECTURE)), file_in(folder, WEIGHTS)
-        min_bytes, num_bytes = 4 * sum(architecture.weights), weights.stat().st_size
+        min_bytes, num_bytes = 4 * sum(architecture.num_parameters), weights.stat().st_size
         if min_bytes > num_bytes:  # before memory is allocated
             raise ValueError(
                 f"{weights} is too small for its architecture (bytes: {num_bytes:,}, needed: {min_bytes:,})"
@@ -51,24 +57,21 @@ def read_network(folder: str | Path) -> Network:
         raise ValueError(f"{folder} holds no network that can be read ({error})") from error
 
 
-def _is_parameter(name: str) -> bool:
-    return name.endswith((".weight", ".bias"))
-
-
 def _parse_architecture(values: dict[str, Any]) -> Architecture:
-    rule, layers = values["rule"], values["layers"]
+    rule, encoder = values["rule"], dict(values["encoder"])
+    encoder_class = ENCODERS[encoder.pop("kind")]
     architecture = Architecture(
         **{key: value for key, value in values.items() if key != CLASS_NAMES}
         | {
-            "shape": tuple(values["shape"]),
-            "layers": tuple(layer if isinstance(layer, int) else Fields(**layer) for layer in layers),
+            "encoder": encoder_class(**encoder | {"shape": tuple(encoder["shape"])}),
+            "layers": tuple(values["layers"]),
             "thresholds": tuple(values["thresholds"]),
             "untrained": tuple(values.get("untrained", ())),
             "rule": Rule(**rule | {"update": Update(**rule["update"])}),
             "readout_update": Update(**values["readout_update"]),
         }
     )
-    for section in (architecture, architecture.rule):
+    for section in (architecture, architecture.rule, architecture.encoder):
         for field in fields(section):
             value, default = getattr(section, field.name), field.default
             valid = (int, float) if isinstance(default, float) else type(default)

@@ -21,11 +21,12 @@ class ServedModel:
         self._network = network
         self._class_names = class_names
 
-    def predict(self, images: Any, params: Any = None) -> dict[str, Any]:
-        """Classifies images.
+    def predict(self, samples: Any, params: Any = None) -> dict[str, Any]:
+        """Classifies samples.
 
         Args:
-            images: Pixels, uint8 `[N, channels, height, width]`.
+            samples: `[N, ...]`, in the shape of the training samples; of images, pixels from 0 to 255
+                `[N, channels, height, width]`.
             params: Ignored; part of MLflow's interface.
 
         Returns:
@@ -33,34 +34,23 @@ class ServedModel:
             `goodness` `[N, C]`, or `[N, 0]` if it cannot predict; and `name` `[N]` if the classes have names.
 
         Raises:
-            MlflowException: The images have a wrong shape or invalid pixels.
+            MlflowException: The samples have a wrong shape or invalid values.
         """
-        prediction = self._network.predict(self._as_uint8(images).flatten(1))
+        prediction = self._network.predict(self._convert(samples).flatten(1))
         goodness = total_goodness(prediction.goodness, self._network.architecture.predict_from)
         tensors = {"label": prediction.label, "probability": prediction.probabilities, "goodness": goodness}
         names = {"name": np.array(self._class_names)[prediction.label.numpy()]} if self._class_names else {}
         return {key: tensor.numpy() for key, tensor in tensors.items()} | names
 
-    def _as_uint8(self, images: Any) -> Tensor:
-        """Converts images to uint8, which must not change any pixel."""
-        values, shape = np.asarray(images), list(self._network.architecture.shape)
+    def _convert(self, samples: Any) -> Tensor:
         try:
-            if list(values.shape[1:]) != shape or not len(values):
-                raise ValueError(f"images must have the shape [N, {str(shape)[1:]} (given: {list(values.shape)})")
-            if values.dtype == np.uint8:
-                return torch.from_numpy(values)
-            invalid = values[~((values >= 0) & (values <= 255) & (values % 1 == 0))]
-            if invalid.size:
-                raise ValueError(f"pixels must be whole numbers from 0 to 255 (given: {invalid.flat[0]})")
-            if values.dtype.kind == "f" and values.max() == 1:
-                raise ValueError("pixels must be whole numbers from 0 to 255, not 0.0 to 1.0")
+            return self._network.architecture.encoder.from_array(torch.as_tensor(np.asarray(samples)))
         except (TypeError, ValueError) as error:
             raise _invalid_request(f"{error}") from error
-        return torch.from_numpy(values.astype(np.uint8))
 
 
 def _invalid_request(reason: str) -> Exception:
-    """Returns an error whose response is only `reason`; MLflow's server would put all of the images before it."""
+    """Returns an error whose response is only `reason`; MLflow's server would put all samples before it."""
     from mlflow.exceptions import MlflowException  # always installed where the model is served
 
     class InvalidRequest(MlflowException):

@@ -1,4 +1,7 @@
-"""From goodness to a label (Hinton 2022, section 3.3), and from labels to errors."""
+"""Predicted labels from goodness (Hinton 2022, section 3.3), and errors from labels.
+
+Shapes: `L` layers, `N` samples, `C` classes.
+"""
 
 import torch
 from torch import Tensor
@@ -8,14 +11,14 @@ def total_goodness(goodness: Tensor, predict_from: int) -> Tensor:
     """Sums each layer's goodness for every label over the layers that predict: `[L, N, C] -> [N, C]`.
 
     Args:
-        goodness: Of all layers.
-        predict_from: The first that predicts, counted from 1; the label with the greatest total is the prediction.
+        goodness: Goodness of all layers.
+        predict_from: First layer, counted from 1, that predicts. The label with the greatest total is predicted.
     """
     return goodness[predict_from - 1 :].sum(0)
 
 
 def error(predicted: Tensor, labels: Tensor) -> float:
-    """Returns the share of samples `[N]` whose predicted label is wrong, in [0, 1]."""
+    """Returns the fraction of samples `[N]` whose predicted label is wrong, in [0, 1]."""
     return (predicted != labels).double().mean().item()
 
 

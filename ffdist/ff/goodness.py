@@ -1,72 +1,95 @@
-"""Goodness, and the normalization that hides it from the next layer.
+"""Goodness of a layer's activations, and their normalization, which hides it from the next layer.
 
-Hinton 2022, section 2: the goodness of a layer is the sum of its squared activities, and a row is taken for positive
-with probability `sigmoid(goodness - threshold)`. Section 2.1: a layer's activities are divided by their length before
-they go on, so that the next layer sees their direction only.
+Hinton 2022, section 2: the goodness of a layer is the sum of its squared activations, and a row is positive with
+probability `sigmoid(goodness - threshold)`. Section 2.1: activations are divided by their norm before they are passed
+to the next layer, which therefore sees only their direction.
+
+Shapes: `H` units.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 TINY = 1e-12
-"""Keeps the length of a dead row from dividing by zero: such a row stays zero."""
+"""Avoids a division by zero for rows without activity, which stay zero."""
 
 
-def squared_length(activity: Tensor) -> Tensor:
-    """Returns the sum of squares `[..., H] -> [...]`, in at least float32 (half precision loses the signal)."""
-    wide = torch.promote_types(activity.dtype, torch.float32)
-    length: Tensor = torch.linalg.vector_norm(activity, dim=-1, dtype=wide)  # in one pass
-    return length.square()
+def squared_norm(activations: Tensor) -> Tensor:
+    """Returns the sum of squares `[..., H] -> [...]`, in float32 or wider, because half precision loses the signal."""
+    wide = torch.promote_types(activations.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(activations, dim=-1, dtype=wide)  # in one pass
+    return norm.square()
 
 
-def sum_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def sum_of_squares(activations: Tensor, squares: Tensor) -> Tensor:
     """The paper's goodness (section 2)."""
-    return squares, activity
+    return squares
 
 
-def mean_of_squares(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """That of the common PyTorch port; its scale does not grow with the layer, and the loss is flatter by as much."""
-    return squares / activity.shape[-1], activity / activity.shape[-1]
+def sum_of_squares_slope(activations: Tensor) -> Tensor:
+    """Returns half of the derivative: the activations."""
+    return activations
 
 
-def softmax(activity: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """A smooth maximum, `log(sum(exp(activity)))`, whose slope is the softmax: the most active units learn most."""
-    return activity.logsumexp(-1), activity.softmax(-1) / 2 * (activity > 0)
+def mean_of_squares(activations: Tensor, squares: Tensor) -> Tensor:
+    """That of a common PyTorch port. It does not grow with the number of units, and its gradient is smaller by that."""
+    return squares / activations.shape[-1]
 
 
-GOODNESS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "sum_of_squares": sum_of_squares,
-    "mean_of_squares": mean_of_squares,
-    "softmax": softmax,
+def mean_of_squares_slope(activations: Tensor) -> Tensor:
+    """Returns half of the derivative."""
+    return activations / activations.shape[-1]
+
+
+def softmax(activations: Tensor, squares: Tensor) -> Tensor:
+    """A smooth maximum, `log(sum(exp(activations)))`, so the most active units learn most."""
+    return activations.logsumexp(-1)
+
+
+def softmax_slope(activations: Tensor) -> Tensor:
+    """Returns half of the derivative with respect to the inputs of the ReLU."""
+    return activations.softmax(-1) / 2 * (activations > 0)
+
+
+class Goodness(NamedTuple):
+    """A goodness function and its derivative."""
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    """Returns the goodness `[...]` of activations `[..., H]` with the sums of squares `[...]`."""
+    slope: Callable[[Tensor], Tensor]
+    """Returns half of the derivative `[..., H]`, 0 where an activation is 0. The factor 2 of the square is part of the
+    learning rate, as in the paper's released code."""
+
+
+GOODNESS = {
+    "sum_of_squares": Goodness(sum_of_squares, sum_of_squares_slope),
+    "mean_of_squares": Goodness(mean_of_squares, mean_of_squares_slope),
+    "softmax": Goodness(softmax, softmax_slope),
 }
-"""Kinds of goodness, by the name that `model.goodness` gives.
-
-From activities `[..., H]` and their sums of squares `[...]`, each makes the goodness `[...]`, and half of its
-derivative with respect to the total inputs `[..., H]`, 0 where a unit is silent: the factor 2 of a square is in the
-learning rate (released code).
-"""
+"""Goodness functions, by the name in `model.goodness`."""
 
 MINUS = "minus_"
-"""Before the name of a goodness: its negative, so that positives are to have little of it."""
+"""Prefix of the name of a goodness: its negative, so that positive rows have little of it."""
 
 
-def rms(activity: Tensor, squares: Tensor) -> Tensor:
-    """Divides every row by its root mean square, without subtracting the mean (released code)."""
-    return activity * torch.rsqrt(squares / activity.shape[-1] + TINY).unsqueeze(-1)
+def rms(activations: Tensor, squares: Tensor) -> Tensor:
+    """Divides every row by its root mean square, without subtracting the mean (the paper's released code)."""
+    return activations * torch.rsqrt(squares / activations.shape[-1] + TINY).unsqueeze(-1)
 
 
-def l2(activity: Tensor, squares: Tensor) -> Tensor:
-    """Divides every row by its length."""
-    return activity * torch.rsqrt(squares + TINY).unsqueeze(-1)
+def l2(activations: Tensor, squares: Tensor) -> Tensor:
+    """Divides every row by its L2 norm."""
+    return activations * torch.rsqrt(squares + TINY).unsqueeze(-1)
 
 
-def none(activity: Tensor, squares: Tensor) -> Tensor:
-    """Leaves rows as they are, so that the next layer can read the goodness off their length."""
-    return activity
+def none(activations: Tensor, squares: Tensor) -> Tensor:
+    """Returns rows unchanged, so that the next layer can see their goodness."""
+    return activations
 
 
 NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"rms": rms, "l2": l2, "none": none}
-"""What is done to a row, by the name that `model.normalization` gives, from activities `[..., H]`, float32 or wider,
-and their sums of squares `[...]`; a row of zeros stays one."""
+"""Normalizations, by the name in `model.normalization`, from activations `[..., H]`, float32 or wider, and their sums
+of squares `[...]`. A row of zeros stays zero."""

@@ -1,4 +1,4 @@
-"""Random draws that are keyed by what they are for, so that no generator has a state to save."""
+"""Random generators that are keyed by their purpose, so that no generator state has to be saved."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """Makes a fresh generator for one draw: equal keys give equal draws, wherever and whenever they are made.
+    """Returns a new generator. Equal keys give equal random numbers, in any process and at any time.
 
     torch's CPU generator uses 32 bits of the key's hash. Two different keys therefore give the same numbers with
     probability 2^-32: among 100,000 keys, one such pair is likely. This does no harm where a pair is drawn for
@@ -14,8 +14,8 @@ def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
 
     Args:
         seed: The run's seed.
-        purpose: What is drawn, such as `"order"`.
-        *position: The epoch, minibatch or layer that the draw belongs to.
+        purpose: Purpose of the random numbers, such as `"order"`.
+        *position: Epoch, minibatch or layer that they belong to.
 
     Returns:
         A CPU generator.

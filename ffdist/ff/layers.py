@@ -1,270 +1,245 @@
-"""Layers that train on their own loss: forward pass, closed-form gradient and update of one minibatch."""
+"""The interface of layers that train on their own loss. Each kind of layer has a file of its own.
 
-import math
+Shapes: `P` passes, `T` passes that are trained on, `B` samples of a minibatch, `R` rows, `D` inputs, `H` units.
+"""
+
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, squared_length
-from ffdist.ff.losses import LOSSES
-from ffdist.ff.optimizers import LAYER_UPDATE, Learner, Update
+from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
+from ffdist.ff.objectives import OBJECTIVES, RELEASE, Rule
+from ffdist.ff.optimizers import Learner
 
 MEASURED = ("active_fraction", "weight_rms")
-"""What takes a pass over all activities or weights, and so is only measured now and then."""
-METRICS = ("loss", "goodness_positive", "goodness_negative", "pairwise_error", *MEASURED)
-"""What a layer reports of a minibatch, in this order."""
-
-PEER_SMOOTHING, PEER_START = 0.9, 0.5
-"""Running mean of each unit's activity: weight of the past, and where it starts."""
+"""The last metrics of every layer. They read all activations or weights, so they are only measured now and then."""
+MEAN_ACTIVITY_MOMENTUM, INITIAL_MEAN_ACTIVITY = 0.9, 0.5
+"""Momentum and initial value of each unit's running mean activity."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How layers learn."""
+class Passes(NamedTuple):
+    """The passes of a minibatch, in this order: positive, negative, and then the neutral one if there is one."""
 
-    goodness: str = "sum_of_squares"
-    """A key of `GOODNESS`, or one after `minus_`: low for positives."""
-    normalization: str = "rms"
-    """A key of `NORMALIZATIONS`."""
-    loss: str = "logistic"
-    """A key of `LOSSES`."""
-    alpha: float = 1.0
-    """Sharpness of the loss, which is taken of `alpha` times the margin."""
-    alternating: bool = False
-    """Whether positive and negative rows make an update each, one after the other, in place of one of both."""
-    updates_per_minibatch: int = 1
-    """Number of updates on a minibatch before the next one."""
-    peer_strength: float = 0.03
-    """Pull of each unit's mean activity towards the mean of the layer, which revives dead units; 0 turns it off."""
-    update: Update = LAYER_UPDATE
-    """How parameters follow the gradient."""
+    num_negatives: int = 1
+    """Number of negative passes M."""
+    has_neutral: bool = True
+    """Whether there is a pass with the neutral label. The readout reads it, or else the positive pass."""
 
+    @property
+    def num_trained(self) -> int:
+        """Number of passes that are trained on: positive and negative."""
+        return 1 + self.num_negatives
 
-RELEASE = Rule()
-"""The rule of the paper's released code."""
+    @property
+    def num_passes(self) -> int:
+        """Number of passes P."""
+        return self.num_trained + self.has_neutral
 
+    @property
+    def readout(self) -> int:
+        """The pass that the readout reads."""
+        return self.num_trained if self.has_neutral else 0
 
-class Passed(NamedTuple):
-    """What a layer hands on."""
+    @property
+    def others(self) -> slice:
+        """All passes except the one that the readout reads."""
+        return slice(0, self.num_trained) if self.has_neutral else slice(1, None)
 
-    activity: Tensor
-    """Normalized activities `[..., H]`, in the compute type."""
-    goodness: Tensor
-    """Goodness before normalization `[...]`, float32."""
-
-
-class _Look(NamedTuple):
-    """What a layer sees of rows."""
-
-    activity: Tensor
-    """`[..., H]`."""
-    squares: Tensor
-    """Sum of squared activities `[...]`."""
-    goodness: Tensor
-    """`[...]`."""
-    slope: Tensor
-    """Half of its derivative with respect to the activities `[..., H]`."""
+    def joined(self, others: Tensor, readout: Tensor) -> Tensor:
+        """Returns all passes `[P, B, ...]` from the one that the readout reads `[B, ...]` and the others."""
+        parts = (others, readout.unsqueeze(0))
+        return torch.cat(parts if self.has_neutral else parts[::-1])
 
 
-def counted_threshold(rule: Rule, threshold: float | None, units: int) -> float:
-    """Returns a layer's threshold as its goodness is counted, any minus included; None is the number of units."""
-    size = float(units) if threshold is None else threshold
-    return -size if rule.goodness.startswith(MINUS) else size
+class Minibatch(NamedTuple):
+    """The inputs of a layer for one minibatch."""
+
+    rows: Tensor
+    """Rows `[P, B, D]`, of the layer's compute type. A neutral pass is not trained on."""
+    passes: Passes = Passes()
+    labels: Tensor | None = None
+    """True labels `[B]`, int64, if the objective needs them."""
 
 
-def _refresh(layer: "Layer", _: Any) -> None:
-    layer.refresh()
+class Output(NamedTuple):
+    """The output of a layer."""
+
+    activations: Tensor
+    """Normalized activations `[..., H]`, of the layer's compute type."""
+    scores: Tensor
+    """Scores of the objective `[...]`, such as the goodness, float32."""
+
+
+class LayerSettings(TypedDict, total=False):
+    """Arguments of all kinds of layers."""
+
+    rule: Rule
+    """The learning rule."""
+    threshold: float | None
+    """Goodness, before any minus, at which a row is as likely positive as negative; None for the number of units."""
+    compute_dtype: torch.dtype
+    """Type of the matrix products. Parameters, goodness and updates stay float32."""
+    generator: torch.Generator | None
+    """Source of the initial weights; zeros without it."""
 
 
 class Layer(Learner, ABC):
-    """A ReLU layer (Hinton 2022, sections 2 and 2.1); its kinds say which inputs reach which units.
+    """A layer that trains on its own loss.
+
+    A kind of layer creates its parameters in `__init__` and computes its output in `compute`. Its gradient is computed
+    by autograd, within the layer, unless the kind overrides `compute_for_training` and `gradients`.
 
     Args:
-        shape: Shape of the weight, fan-in F last; one unit per row.
-        rule: How it learns.
-        threshold: The goodness, before any minus, at which a row is as likely positive as negative; None for the
-            number of units.
-        compute_dtype: Type of the matrix products. Parameters, goodness and updates stay float32.
-        generator: Source of the initial weights, N(0, 1) / sqrt(F); zeros where there is none.
+        num_units: Number of outputs H.
+        rule: The learning rule.
+        threshold: See `LayerSettings`.
+        compute_dtype: See `LayerSettings`.
     """
+
+    masks_gradients: ClassVar[bool] = False
+    """Whether units that are 0 pass no gradient of the objective on, as in a ReLU."""
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        num_units: int,
         *,
         rule: Rule = RELEASE,
         threshold: float | None = None,
         compute_dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
     ) -> None:
-        units = math.prod(shape[:-1])
-        start = torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) if generator else torch.zeros(shape)
-        super().__init__(start, torch.zeros(units), rule.update)
+        super().__init__(rule.update)
         self.rule, self.compute_dtype = rule, compute_dtype
-        self._goodness = GOODNESS[rule.goodness.removeprefix(MINUS)]
+        self.objective = OBJECTIVES[rule.objective](rule, threshold, num_units)
         self._normalize = NORMALIZATIONS[rule.normalization]
-        self._is_minus = rule.goodness.startswith(MINUS)
-        self.threshold = counted_threshold(rule, threshold, units)
-        self.register_buffer("mean_activity", torch.full_like(self.bias, PEER_START))
-        self.mean_activity: Tensor
-        self._compute_weight: Tensor
-        self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
-        self.refresh()
-        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
-
-    def refresh(self) -> None:
-        """Updates the copy of the weights that the products use.
-
-        It runs by itself after in-place changes and `.to(...)`. Call it after changes that autograd does not see, such
-        as `weight.data.mul_(2)`. Gradients flow through the copy if the weights require them.
-        """
-        self._compute_weight = self.weight.to(self.compute_dtype).view_as(self.weight)
-        self._copied_version = self._weight_version
-
-    @property
-    def _weight_version(self) -> tuple[int, int]:
-        """Identifies the values of the weights; differs after in-place changes, moves and copies of the module."""
-        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
-
-    def _refresh_if_changed(self) -> None:
-        # Tracing replaces weights by symbols, and would record the copy as part of the network.
-        if not torch.compiler.is_compiling() and self._copied_version != self._weight_version:
-            self.refresh()
-
-    @property
-    def _copy(self) -> Tensor | None:
-        """The copy, where it is one of the same shape."""
-        return None if self._compute_weight.data_ptr() == self.weight.data_ptr() else self._compute_weight
-
-    def _renew(self) -> None:
-        """Brings a copy of another shape up to the weights, in place."""
+        self.statistics = nn.Module()
+        self.statistics.register_buffer("mean_activity", torch.full((num_units,), INITIAL_MEAN_ACTIVITY))
 
     @abstractmethod
-    def _inputs(self, rows: Tensor) -> Tensor:
-        """Lays rows `[R, D]` out as the products want them, `[R, ...]`."""
+    def compute(self, inputs: Tensor) -> Tensor:
+        """Returns the activations `[R, H]`, float32 or wider, from the result of `prepare`."""
 
-    @abstractmethod
-    def _product(self, inputs: Tensor) -> Tensor:
-        """Returns the units' weighted sums `[R, H]`, in the compute type."""
-
-    @abstractmethod
-    def _gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
-        """Returns the weight's gradient, summed over rows, from those of the total inputs `[R, H]`."""
-
-    def _activity(self, inputs: Tensor) -> Tensor:
-        self._refresh_if_changed()
-        return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
-
-    def _look(self, activity: Tensor) -> _Look:
-        squares = squared_length(activity)
-        goodness, slope = self._goodness(activity, squares)
-        return _Look(activity, squares, *((-goodness, -slope) if self._is_minus else (goodness, slope)))
-
-    def _pass_on(self, look: _Look) -> Passed:
-        return Passed(self._normalize(look.activity, look.squares).to(self.compute_dtype), look.goodness)
-
-    def forward(self, rows: Tensor) -> Passed:
-        """Passes rows `[..., D]` of the compute type on, at the present weights."""
-        activity = self._activity(self._inputs(rows.reshape(-1, rows.shape[-1])))
-        return self._pass_on(self._look(activity.reshape(*rows.shape[:-1], -1)))
-
-    def train_minibatch(
-        self,
-        rows: Tensor,
-        *,
-        batch: int,
-        negatives: int = 1,
-        lr_scale: float | None = 1.0,
-        measure: bool = False,
-    ) -> tuple[Passed, Tensor]:
-        """Passes a minibatch on and learns from it, all passes at the same weights.
-
-        Args:
-            rows: B positive, then `negatives` times B negative rows, then others `[R, D]`, in the compute type.
-                Those others, such as the neutral ones, only pass.
-            batch: Number of samples B.
-            negatives: Negative rows of each sample; each weighs its share of one.
-            lr_scale: Factor on the learning rate; None leaves the layer as it is.
-            measure: Whether to take MEASURED as well.
-
-        Returns:
-            What goes on, `[R, H]` and `[R]`, computed at the weights before the update; and METRICS `[6]`, float32, not
-            a number where nothing was measured.
-        """
-        inputs = self._inputs(rows)
-        look = self._look(self._activity(inputs))
-        passed = self._pass_on(look)
-        trained = slice(batch * (1 + negatives))
-        inputs, look = inputs[trained], _Look(*(part[trained] for part in look))
-        positive, negative = look.goodness[:batch], look.goodness[batch:]
-        loss, pull = self._loss(look.goodness, batch)
-        unmeasured = loss.new_full((), math.nan)
-        metrics = torch.stack(
-            (
-                (loss[:batch].mean() + loss[batch:].mean()) / 2,
-                positive.mean(),
-                negative.mean(),
-                (negative.view(negatives, batch) >= positive).float().mean(),
-                look.activity.sign().mean() if measure else unmeasured,  # none is negative
-                self.weight.square().mean().sqrt() if measure else unmeasured,
-            )
-        ).float()
-        if lr_scale is not None:
-            self._learn(inputs, look, pull, batch, lr_scale)
-        return passed, metrics
-
-    def _loss(self, goodness: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Returns each row's loss, and how hard it pulls at its goodness for the mean over samples, both `[R]`."""
-        margin = self.rule.alpha * (goodness - self.threshold)
-        loss, pull = LOSSES[self.rule.loss](margin[:batch], margin[batch:])
-        pull.mul_(self.rule.alpha / batch)
-        if len(pull) > 2 * batch:
-            pull[batch:] /= len(pull) // batch - 1
-        return loss, pull
-
-    def _learn(self, inputs: Tensor, look: _Look, pull: Tensor, batch: int, lr_scale: float) -> None:
-        """Makes the updates of a minibatch, the first by what was seen already.
-
-        The gradient with respect to the total input is that of the loss by way of the goodness (on positive rows
-        `(1 - p) h`, on negative ones `-p h`, by default), and on positive rows the pull of peer normalization, which
-        the ReLU does not stop; of the mean over samples.
-        """
-        turns = [slice(0, batch), slice(batch, None)] if self.rule.alternating else [slice(0, None)]
-        for number, turn in enumerate(turns * self.rule.updates_per_minibatch):
-            if number:
-                look = self._look(self._activity(inputs))
-                _, pull = self._loss(look.goodness, batch)
-            direction = look.slope[turn] * pull[turn].unsqueeze(1)
-            if turn.start == 0:
-                self.mean_activity.lerp_(look.activity[:batch].mean(0), 1 - PEER_SMOOTHING)
-                strength = self.rule.peer_strength / batch
-                direction[:batch] += strength * (self.mean_activity.mean() - self.mean_activity)
-            gradient = self._gradient(direction.to(self.compute_dtype), inputs[turn])
-            self.ascend(gradient, direction.sum(0), lr_scale=lr_scale, copy=self._copy)
-            self._renew()
-            self._copied_version = self._weight_version
-
-
-class Dense(Layer):
-    """A layer whose every unit reads the whole row.
-
-    Args:
-        inputs: Width D of a row.
-        units: Number of units H.
-        **settings: As `Layer` takes them.
-    """
-
-    def __init__(self, inputs: int, units: int, **settings: Any) -> None:
-        super().__init__((units, inputs), **settings)
-
-    def _inputs(self, rows: Tensor) -> Tensor:
+    def prepare(self, rows: Tensor) -> Tensor:
+        """Arranges rows `[R, D]` for `compute` and `gradients`, `[R, ...]`. By default, it returns them."""
         return rows
 
-    def _product(self, inputs: Tensor) -> Tensor:
-        return torch.mm(inputs, self._compute_weight.t())
+    def compute_for_training(self, inputs: Tensor) -> Tensor:
+        """Returns the same as `compute`, with what `gradients` needs."""
+        self.requires_grad_()
+        with torch.enable_grad():
+            return self.compute(inputs)
 
-    def _gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
-        return torch.mm(direction.t(), inputs)
+    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
+        """Returns the gradient of each parameter, by name.
+
+        Args:
+            direction: Minus the gradient of the loss with respect to some of the activations `[r, H]`.
+            inputs: Result of `prepare` for all rows.
+            activations: Result of `compute_for_training` for all rows.
+            rows: The rows that `direction` is for.
+        """
+        weights = torch.zeros_like(activations)
+        weights[rows] = direction
+        names, parameters = zip(*self.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(activations, parameters, weights)
+        self.requires_grad_(False)
+        return dict(zip(names, gradients, strict=True))
+
+    def update_parameters(self, gradients: Mapping[str, Tensor], lr_scale: float) -> None:
+        """Makes one update."""
+        self.ascend(gradients, lr_scale=lr_scale)
+
+    def refresh(self) -> None:
+        """Updates what the layer derives from its weights. Call it after changes that autograd does not see."""
+
+    @property
+    def mean_activity(self) -> Tensor:
+        """Running mean of each unit's activity on positive rows `[H]`."""
+        return self.statistics.get_buffer("mean_activity")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of a minibatch, in their order."""
+        return (*self.objective.metrics, *MEASURED)
+
+    def forward(self, rows: Tensor) -> Output:
+        """Returns the output for rows `[..., D]` of the compute type."""
+        activations = self.compute(self.prepare(rows.reshape(-1, rows.shape[-1])))
+        return self._output(activations.view(*rows.shape[:-1], -1))
+
+    def _output(self, activations: Tensor) -> Output:
+        squares = squared_norm(activations)
+        normalized = self._normalize(activations, squares).to(self.compute_dtype)
+        return Output(normalized, self.objective.scores(activations, squares))
+
+    @torch.no_grad()
+    def train_minibatch(
+        self, minibatch: Minibatch, *, lr_scale: float | None = 1.0, measure: bool = False
+    ) -> tuple[Output, Tensor]:
+        """Computes the output for a minibatch, and then learns from it.
+
+        Args:
+            minibatch: The minibatch.
+            lr_scale: Factor on the learning rate; None to not train.
+            measure: Whether to compute MEASURED.
+
+        Returns:
+            The output `[P, B, H]` and `[P, B]`, computed with the weights before the update; and the values of
+            `metrics`, float32, with NaN for those that were not measured.
+        """
+        rows, num_trained, labels = minibatch.rows, minibatch.passes.num_trained, minibatch.labels
+        inputs = self.prepare(rows.flatten(0, 1))
+        activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs)
+        values = activations.detach().view(*rows.shape[:2], -1)
+        squares = squared_norm(values)
+        scores = self.objective.scores(values, squares)
+        output = Output(self._normalize(values, squares).to(self.compute_dtype), scores)
+        trained, squares, scores = values[:num_trained], squares[:num_trained], scores[:num_trained]
+        loss = self.objective(trained, squares, scores, labels)
+        unmeasured = loss.metrics[0].new_full((), torch.nan)
+        measured = (
+            (trained != 0).to(trained.dtype).mean() if measure else unmeasured,
+            self._weight_rms() if measure else unmeasured,
+        )
+        metrics = torch.stack((*loss.metrics, *measured)).float()
+        if lr_scale is not None:
+            self._learn(inputs, activations, trained, loss.direction, labels, lr_scale)
+        return output, metrics
+
+    def _weight_rms(self) -> Tensor:
+        return torch.cat([each.flatten() for each in self.parameters() if each.dim() > 1]).square().mean().sqrt()
+
+    def _learn(
+        self,
+        inputs: Tensor,
+        activations: Tensor,
+        trained: Tensor,
+        direction: Tensor,
+        labels: Tensor | None,
+        lr_scale: float,
+    ) -> None:
+        """Makes the updates of a minibatch; the first one reuses the forward pass.
+
+        The gradient is that of the mean over samples. Peer normalization adds a pull towards the mean activity of the
+        layer to the positive pass, which reaches inactive units, too.
+        """
+        passes, batch = trained.shape[:2]
+        inputs = inputs[: passes * batch]
+        turns = [slice(0, 1), slice(1, passes)] if self.rule.alternating else [slice(0, passes)]
+        for number, turn in enumerate(turns * self.rule.updates_per_minibatch):
+            if number:
+                activations = self.compute_for_training(inputs)
+                trained = activations.detach().view_as(trained)
+                squares = squared_norm(trained)
+                direction = self.objective(trained, squares, self.objective.scores(trained, squares), labels).direction
+            part = direction[turn]
+            if self.masks_gradients and not self.objective.is_zero_where_inactive:
+                part = part * (trained[turn] != 0)
+            if turn.start == 0:
+                self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)
+                strength = self.rule.peer_strength / batch
+                part[0] += strength * (self.mean_activity.mean() - self.mean_activity)
+            rows = slice(turn.start * batch, turn.stop * batch)
+            self.update_parameters(self.gradients(part.flatten(0, 1), inputs, activations, rows), lr_scale)

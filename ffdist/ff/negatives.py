@@ -1,14 +1,14 @@
-"""Negative data: what stands against each positive sample.
+"""Negative data: what each positive sample is contrasted with.
 
-A kind is a function `kind(data, samples, draw, **options)`. It is asked for the negatives of `samples` `[n]`, indices
-into the training set, and takes every random number from `draw`, a generator that is fresh for the request. It returns
+A kind is a function `kind(data, indices, generator, **options)`. It returns the negatives of the training samples
+`indices` `[n]`, and draws all random numbers from `generator`, which is fresh in each call. It returns
 
-- labels `[n]`, int64: the negative is the sample's own image under that label, or
-- labels `[n, M]`, int64: M negatives a sample, each of which weighs a share of one, or
-- images `[n, D]`, uint8: the negative is that image, under the sample's own label where labels are shown.
+- labels `[n]`, int64: the negative is the sample with that label, or
+- labels `[n, M]`, int64: M negatives per sample, each with the weight 1 / M, or
+- samples `[n, D]`, of the type of the training samples: the negative is that sample, with the sample's own label where
+  labels are shown.
 
-Anybody's own kind is named `package.module:function` and keeps the same contract; what it gets in `data` and `samples`
-is shared, and must not be written to.
+A custom kind is named `package.module:function` and has the same contract. It must not modify `data` and `indices`.
 """
 
 import hashlib
@@ -24,96 +24,103 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ffdist.ff.keyed import generator
+from ffdist.ff import keyed
 
-COUNTED = 10_000
-"""Images that the mean and deviation of normal noise are computed from."""
+MAX_NOISE_SAMPLES = 10_000
+"""Largest number of samples that the mean and standard deviation of normal noise are computed from."""
 
 
 class TrainingSet(NamedTuple):
-    """What negatives are made from."""
+    """The data that negatives are made from."""
 
-    images: Tensor
-    """uint8 `[N, D]`, channel after channel, row after row."""
+    samples: Tensor
+    """`[N, D]`; of images uint8, ordered by channel, row and column."""
     labels: Tensor
     """int64 `[N]`, in [0, classes)."""
     classes: int
-    """Number of classes; some may have no sample here."""
-    shape: tuple[int, int, int]
-    """Channels, height and width of an image."""
+    """Number of classes; some may have no samples."""
+    shape: tuple[int, ...]
+    """Shape of a sample; of an image, channels, height and width."""
     seed: int
-    """The run's, for draws that are the same in every epoch."""
+    """Seed of the run, for draws that are the same in every epoch."""
 
     @property
     def trained(self) -> Tensor:
-        """The classes that have samples, ascending `[T]`; a label of another would be told from them by itself."""
+        """Classes that have samples, ascending `[T]`. Labels of other classes would be recognized as wrong."""
         return torch.bincount(self.labels, minlength=self.classes).nonzero().flatten()
 
 
 class NegativesError(ValueError):
-    """Negatives that cannot be made, or cannot be used; the text says why."""
+    """Negatives cannot be made or used; the message says why."""
 
 
-def wrong_label(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Draws a wrong class for every sample, each of the T - 1 that have samples equally likely: `[n]`.
+def _image_shape(data: TrainingSet) -> tuple[int, int, int]:
+    if data.samples.dtype != torch.uint8 or len(data.shape) != 3:
+        raise NegativesError(f"needs images (samples: {_name(data.samples.dtype)} of shape {list(data.shape)})")
+    channels, height, width = data.shape
+    return channels, height, width
 
-    Shuffling the labels would show the true one in a case of T.
+
+def wrong_label(data: TrainingSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a wrong label for each sample, with equal probability for each class that has samples: `[n]`.
+
+    A permutation of the labels would draw the true label for one sample in T.
     """
-    step = torch.randint(1, len(data.trained), samples.shape, generator=draw)
-    return _shifted(data, samples, step)
+    step = torch.randint(1, len(data.trained), indices.shape, generator=generator)
+    return _shifted(data, indices, step)
 
 
-def fixed(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Returns a wrong class for every sample, drawn once and the same in every epoch: `[n]`."""
-    once = generator(data.seed, "fixed negatives")
-    return wrong_label(data, torch.arange(len(data.labels)), once)[samples]
+def fixed(data: TrainingSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns a wrong label for each sample, the same in every epoch: `[n]`."""
+    once = keyed.generator(data.seed, "fixed negatives")
+    return wrong_label(data, torch.arange(len(data.labels)), once)[indices]
 
 
-def all_wrong(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Returns every wrong class of every sample, of the T that have samples: `[n, T - 1]`."""
-    return _shifted(data, samples.unsqueeze(1), torch.arange(1, len(data.trained)))
+def all_wrong(data: TrainingSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns all wrong labels of each sample, of the T classes that have samples: `[n, T - 1]`."""
+    return _shifted(data, indices.unsqueeze(1), torch.arange(1, len(data.trained)))
 
 
-def _shifted(data: TrainingSet, samples: Tensor, step: Tensor) -> Tensor:
-    """Returns the class that is `step` after each sample's, of those that have samples."""
+def _shifted(data: TrainingSet, indices: Tensor, step: Tensor) -> Tensor:
+    """Returns the class that is `step` after that of each sample, among the classes that have samples."""
     trained = data.trained
-    return trained[(torch.searchsorted(trained, data.labels[samples]) + step) % len(trained)]
+    return trained[(torch.searchsorted(trained, data.labels[indices]) + step) % len(trained)]
 
 
 def hybrid(
-    data: TrainingSet, samples: Tensor, draw: torch.Generator, *, blurs: int = 6, threshold: float = 0.5
+    data: TrainingSet, indices: Tensor, generator: torch.Generator, *, blurs: int = 6, threshold: float = 0.5
 ) -> Tensor:
-    """Mixes every sample with one of another class, by a mask of large blobs (Hinton 2022, section 3.2): `[n, D]`.
+    """Mixes each image with one of another class, by a mask of large blobs (Hinton 2022, section 3.2): `[n, D]`.
 
-    A mask is a random bit image, blurred with [1/4, 1/2, 1/4] in both directions and then cut at a threshold: 1 where
-    the sample's own image shows, 0 where its partner's does. Every sample has a mask of its own, the same for all
-    channels. At the border the outermost bit stands for what lies beyond it.
+    A mask is a random binary image that is blurred with [1/4, 1/2, 1/4] in both directions, and then thresholded: where
+    it is 1, the negative shows the image, and elsewhere the other one. Each image has its own mask, which is the same
+    for all channels. Beyond the border, the pixels of the border are repeated.
 
     Args:
         data: The training set.
-        samples: Whose negatives `[n]`.
-        draw: Source of masks and partners.
-        blurs: Times that the bits are blurred; more make larger blobs.
-        threshold: Where the blurred bits, whose mean is 1/2, are cut; in (0, 1).
+        indices: Training samples that need a negative `[n]`.
+        generator: Source of masks and of the other images.
+        blurs: Number of blurs; more blurs make larger blobs.
+        threshold: Threshold of the blurred mask, whose mean is 1/2, in (0, 1).
 
     Raises:
-        NegativesError: An option is out of its range.
+        NegativesError: An option is out of its range, or the samples are not images.
     """
     if type(blurs) is not int or blurs < 0:
-        raise NegativesError(f"blurs must be a whole number from 0 on (blurs: {blurs!r})")
+        raise NegativesError(f"blurs must be an integer that is at least 0 (blurs: {blurs!r})")
     if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise NegativesError(f"threshold must lie between 0 and 1 (threshold: {threshold!r})")
-    _, height, width = data.shape
-    drawn = torch.empty(-(-len(samples) * height * width // 8), dtype=torch.uint8).random_(0, 256, generator=draw)
+        raise NegativesError(f"threshold must be between 0 and 1 (threshold: {threshold!r})")
+    channels, height, width = _image_shape(data)
+    drawn = torch.empty(-(-len(indices) * height * width // 8), dtype=torch.uint8).random_(0, 256, generator=generator)
     bits = drawn.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()
-    bits = bits[: len(samples) * height * width].view(-1, height, width).float()
+    bits = bits[: len(indices) * height * width].view(-1, height, width).float()
     blurred = _blur(height, blurs) @ (bits @ _blur(width, blurs).t())
-    mask = (blurred > threshold).flatten(1).repeat(1, data.shape[0])
-    return torch.where(mask, data.images[samples], data.images[_partners(data, samples, draw)])
+    mask = (blurred > threshold).flatten(1).repeat(1, channels)
+    return torch.where(mask, data.samples[indices], data.samples[_partners(data, indices, generator)])
 
 
 def _blur(size: int, times: int) -> Tensor:
-    """Returns the matrix of all blurs along one side `[size, size]`; every row sums to 1."""
+    """Returns the matrix of all blurs along one side `[size, size]`, whose rows sum to 1."""
     once = (torch.eye(size) * 2 + torch.ones(size - 1).diag(1) + torch.ones(size - 1).diag(-1)) / 4
     once[0, 0] += 0.25
     once[-1, -1] += 0.25
@@ -121,62 +128,71 @@ def _blur(size: int, times: int) -> Tensor:
     return blurred
 
 
-def _partners(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Draws for every sample one of another class, each equally likely `[n]`."""
+def _partners(data: TrainingSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a sample of another class for each sample, with equal probabilities `[n]`."""
     by_class = data.labels.sort(stable=True).indices
     sizes = torch.bincount(data.labels, minlength=data.classes)
-    size, start = sizes[data.labels[samples]], (sizes.cumsum(0) - sizes)[data.labels[samples]]
+    size, start = sizes[data.labels[indices]], (sizes.cumsum(0) - sizes)[data.labels[indices]]
     others = len(data.labels) - size
-    place = (torch.rand(samples.shape, generator=draw, dtype=torch.float64) * others).long()
+    place = (torch.rand(indices.shape, generator=generator, dtype=torch.float64) * others).long()
     return by_class[torch.where(place < start, place, place + size)]
 
 
-def noise(data: TrainingSet, samples: Tensor, draw: torch.Generator, *, distribution: str = "uniform") -> Tensor:
-    """Draws images of noise `[n, D]`: `uniform` over 0 to 255, or `normal` with the data's mean and deviation.
+def noise(data: TrainingSet, indices: Tensor, generator: torch.Generator, *, distribution: str = "uniform") -> Tensor:
+    """Draws images of noise `[n, D]`.
+
+    Args:
+        data: The training set.
+        indices: Training samples that need a negative `[n]`.
+        generator: Source of the noise.
+        distribution: `uniform` from 0 to 255, or `normal` with the mean and standard deviation of the pixels.
 
     Raises:
-        NegativesError: Another distribution is asked for.
+        NegativesError: It is another distribution, or the samples are not images.
     """
-    shape = (len(samples), data.images.shape[1])
+    _image_shape(data)
+    shape = (len(indices), data.samples.shape[1])
     if distribution == "uniform":
-        return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=draw)
-    if distribution == "normal":
-        some = data.images
-        if len(some) > COUNTED:  # not the first ones, which may be of one class
-            some = some[torch.randperm(len(some), generator=generator(data.seed, "noise"))[:COUNTED]]
-        some = some.to(torch.int32)  # whole numbers: their sums do not depend on torch's threads
-        mean = some.sum().item() / some.numel()
-        deviation = math.sqrt(some.square().sum().item() / some.numel() - mean**2)
-        return (torch.randn(shape, generator=draw) * deviation + mean).round_().clamp_(0, 255).to(torch.uint8)
-    raise NegativesError(f"distribution must be uniform or normal (distribution: {distribution!r})")
+        return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=generator)
+    if distribution != "normal":
+        raise NegativesError(f"distribution must be uniform or normal (distribution: {distribution!r})")
+    pixels = data.samples
+    if len(pixels) > MAX_NOISE_SAMPLES:  # not the first ones, which may be of one class
+        order = torch.randperm(len(pixels), generator=keyed.generator(data.seed, "noise"))
+        pixels = pixels[order[:MAX_NOISE_SAMPLES]]
+    pixels = pixels.to(torch.int32)  # the sums of integers do not depend on the number of threads
+    mean = pixels.sum().item() / pixels.numel()
+    deviation = math.sqrt(pixels.square().sum().item() / pixels.numel() - mean**2)
+    values = torch.randn(shape, generator=generator) * deviation + mean
+    return values.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def permuted(data: TrainingSet, samples: Tensor, draw: torch.Generator) -> Tensor:
-    """Takes every pixel from an image of its own, drawn from the whole training set: `[n, D]`.
+def permuted(data: TrainingSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Takes each value from another random training sample: `[n, D]`.
 
-    What one pixel shows stays as likely as it was; what pixels have to do with each other is lost.
+    The distribution of each value stays the same; the dependence between values is lost.
     """
-    shape = (len(samples), data.images.shape[1])
-    return data.images.gather(0, torch.randint(len(data.images), shape, generator=draw))
+    shape = (len(indices), data.samples.shape[1])
+    return data.samples.gather(0, torch.randint(len(data.samples), shape, generator=generator))
 
 
 KINDS: dict[str, Callable[..., Tensor]] = {
     "wrong_label": wrong_label,
     "fixed": fixed,
-    "hard_label": wrong_label,  # until the readout's draws come in, see `HardLabels`
+    "hard_label": wrong_label,  # until labels drawn by the readout arrive, see `HardLabels`
     "all_wrong": all_wrong,
     "hybrid": hybrid,
     "noise": noise,
     "permuted": permuted,
 }
-"""Kinds of negatives, by the name that `negatives.kind` gives."""
+"""Kinds of negatives, by the name in `negatives.kind`."""
 
 
 def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
-    """Returns the kind of a name in `KINDS`, or a user's own by `package.module:function`, with all its options set.
+    """Returns a kind with its options, by its name in `KINDS` or as `package.module:function`.
 
     Raises:
-        NegativesError: There is none, or it does not take an option, or needs one.
+        NegativesError: There is no such kind, or an option is unknown or missing.
     """
     function = KINDS.get(name) or _import(name)
     parameters = list(inspect.signature(function).parameters.values())[3:]
@@ -194,7 +210,7 @@ def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
 
 
 def source_sha256(kind: "partial[Tensor]") -> str | None:
-    """Digests the file of a user's own kind, which may change under its name; None for those that are given here."""
+    """Returns the SHA-256 digest of the source file of a custom kind, which may change; None for those in `KINDS`."""
     if kind.func in KINDS.values():
         return None
     file = inspect.getsourcefile(kind.func)
@@ -206,66 +222,74 @@ def _import(name: str) -> Callable[..., Tensor]:
     if not colon:
         raise NegativesError(f"is none of {', '.join(KINDS)}, nor package.module:function")
     folder = str(Path.cwd())
-    added = folder not in sys.path
-    if added:
+    is_added = folder not in sys.path
+    if is_added:
         sys.path.append(folder)  # after installed packages, which files of the same name must not replace
     try:
-        found: Callable[..., Tensor] = getattr(import_module(module), function)
-        inspect.signature(found)
-    except Exception as error:  # whatever a module of one's own may raise
+        kind: Callable[..., Tensor] = getattr(import_module(module), function)
+        inspect.signature(kind)
+    except Exception as error:  # a custom module may raise anything
         raise NegativesError(f"cannot be imported as a function ({type(error).__name__}: {error})") from error
     finally:
-        if added and folder in sys.path:
+        if is_added and folder in sys.path:
             sys.path.remove(folder)
-    return found
+    return kind
 
 
 def make_checked(
-    kind: "partial[Tensor]", data: TrainingSet, samples: Tensor, draw: torch.Generator, *, labels_shown: bool
+    kind: "partial[Tensor]", data: TrainingSet, indices: Tensor, generator: torch.Generator, *, labels_shown: bool
 ) -> Tensor:
-    """Returns what a kind makes, and holds it to its contract.
+    """Returns the negatives of a kind, and checks its contract.
 
     Raises:
-        NegativesError: It raised something, or what it returned is of no use; the text says why.
+        NegativesError: It raised an error, or returned something invalid.
     """
     try:
-        made = kind(data, samples, draw)
+        negatives = kind(data, indices, generator)
     except NegativesError:
         raise
-    except Exception as error:  # whatever a function of one's own may raise
+    except Exception as error:  # a custom function may raise anything
         raise NegativesError(f"raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, Tensor):
-        raise NegativesError(f"must return a tensor, as its contract says (returned: {type(made).__name__})")
-    images = made.dtype == torch.uint8 and made.shape == (len(samples), data.images.shape[1])
-    labels = made.dtype == torch.int64 and made.dim() in (1, 2) and len(made) == len(samples) and made.numel()
-    if not images and not labels:
+    if not isinstance(negatives, Tensor):
+        raise NegativesError(f"must return a tensor (returned: {type(negatives).__name__})")
+    count, dtype = len(indices), data.samples.dtype
+    are_samples = negatives.dtype == dtype and negatives.shape == (count, data.samples.shape[1])
+    is_label_shape = negatives.dim() in (1, 2) and len(negatives) == count and negatives.numel() > 0
+    are_labels = negatives.dtype == torch.int64 and is_label_shape
+    if not are_samples and not are_labels:
         raise NegativesError(
-            f"must return labels [n] or [n, M], int64, or images [n, {data.images.shape[1]}], uint8 "
-            f"(n: {len(samples)}, returned: {list(made.shape)}, {str(made.dtype).removeprefix('torch.')})"
+            f"must return labels [n] or [n, M], int64, or samples [n, {data.samples.shape[1]}], {_name(dtype)} "
+            f"(n: {count}, returned: {list(negatives.shape)}, {_name(negatives.dtype)})"
         )
-    if labels and not labels_shown:
+    if are_labels and not labels_shown:
         raise NegativesError(
-            "shows wrong labels and data.label=none shows none; set hybrid, noise or permuted, or data.label"
+            "shows wrong labels, but data.label=none shows no labels; set hybrid, noise or permuted, or data.label"
         )
-    true = data.labels[samples].view(-1, *[1] * (made.dim() - 1))
-    if labels and not ((made >= 0) & (made < data.classes) & (made != true)).all():
-        raise NegativesError(f"must return wrong labels, from 0 to below {data.classes}")
-    return made
+    true = data.labels[indices].view(-1, *[1] * (negatives.dim() - 1))
+    if are_labels and not ((negatives >= 0) & (negatives < data.classes) & (negatives != true)).all():
+        raise NegativesError(f"must return wrong labels, from 0 to {data.classes - 1}")
+    return negatives
 
 
-def draw_wrong_labels(logits: Tensor, labels: Tensor, draw: torch.Generator, untrained: Sequence[int] = ()) -> Tensor:
-    """Draws each sample's wrong label from what a classifier takes it for (Hinton 2022, section 3.3).
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def draw_wrong_labels(
+    logits: Tensor, labels: Tensor, generator: torch.Generator, untrained: Sequence[int] = ()
+) -> Tensor:
+    """Draws a wrong label for each sample that a classifier considers likely (Hinton 2022, section 3.3).
 
     Args:
         logits: `[B, C]`.
         labels: True labels `[B]`, which are never drawn.
-        draw: Source of the draws.
-        untrained: Classes without training samples, which are never drawn either.
+        generator: Source of the draws.
+        untrained: Classes without training samples, which are never drawn.
 
     Returns:
         Labels `[B]`, int64, from the softmax over the wrong classes.
     """
     possible = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
     possible[:, list(untrained)] = -torch.inf
-    wrong = possible.softmax(1).nan_to_num(1.0)  # a run that has NaNs is stopped elsewhere
-    return torch.multinomial(wrong, 1, generator=draw).squeeze(1)
+    wrong = possible.softmax(1).nan_to_num(1.0)  # a run with NaNs is stopped elsewhere
+    return torch.multinomial(wrong, 1, generator=generator).squeeze(1)

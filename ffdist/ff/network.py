@@ -1,53 +1,51 @@
-"""The whole network: what it is made of, and how it predicts, with torch alone."""
+"""The whole network: its architecture, and how it predicts.
 
-import math
+Shapes: `N` samples, `B` samples of a minibatch, `D` values of a sample, `L` layers, `T` labels that are tried,
+`C` classes, `H` units.
+"""
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ffdist.ff import MAX_CLASSES
 from ffdist.ff.classify import total_goodness
-from ffdist.ff.goodness import NORMALIZATIONS, squared_length
+from ffdist.ff.encoders import Encoder
+from ffdist.ff.forms import Form
+from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
 from ffdist.ff.keyed import generator
-from ffdist.ff.labels import LABELS, neutral, one_hot
-from ffdist.ff.layers import RELEASE, Dense, Layer, Rule
-from ffdist.ff.local import Fields, Local, Map
-from ffdist.ff.optimizers import READOUT_UPDATE, Update
+from ffdist.ff.labels import neutral, one_hot
+from ffdist.ff.layers import MEASURED, Layer
+from ffdist.ff.objectives import OBJECTIVES, RELEASE, Rule
+from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_training
 from ffdist.ff.readout import Readout
+from ffdist.ff.specs import LayerSpec, parse_layer
 
-ROWS = 4000
-"""Rows that pass through the layers together when it predicts."""
+MAX_ROWS = 4000
+"""Largest number of rows that pass through the layers at once when labels are predicted."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What decides a network's layers, their start and their learning; enough to build any part of it anywhere."""
+    """Determines a network: its layers, their initial weights and how they learn. Any part can be built anywhere."""
 
-    shape: tuple[int, int, int]
-    """Channels, height and width of an image."""
-    classes: int
-    """Number of classes C."""
-    layers: tuple[int | Fields, ...]
-    """Each hidden layer, lowest first: the units of a dense one, or the fields of a local one."""
-    label: str = "overwrite"
-    """How the input shows the label, a key of `LABELS`, or `none`."""
-    label_scale: float = 1.0
-    """Value that stands for the label, as pixels count from 0 to 1."""
-    subtract_mean: bool = False
-    """Whether to subtract each image's own mean."""
+    encoder: Encoder
+    """Turns samples into input rows."""
+    layers: tuple[LayerSpec, ...]
+    """Hidden layers, first layer first. A number is a dense layer with as many units."""
     predict_from: int = 2
-    """First layer, counted from 1, that goodness and readout look at when they predict."""
+    """First layer, counted from 1, that predicts, by its goodness and as an input of the readout."""
     seed: int = 0
     """Key of the initial weights."""
     rule: Rule = RELEASE
-    """How the layers learn."""
+    """Learning rule of the layers."""
     learned_goodness: bool = True
-    """Whether they learned by goodness; after backpropagation it says nothing, and only the readout predicts."""
+    """Whether the layers were trained on their goodness. After backpropagation, only the readout predicts."""
     thresholds: tuple[float | None, ...] = ()
-    """Of each layer's goodness, None for the number of its units; empty where that is all layers'."""
+    """Threshold of each layer; None for its number of units, and empty if that is the threshold of all layers."""
     readout_update: Update = READOUT_UPDATE
     precision: str = "float32"
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
@@ -55,40 +53,26 @@ class Architecture:
     """Classes without training samples, whose labels are never tried."""
 
     def __post_init__(self) -> None:
-        """Holds what must fit together to its rule.
+        """Converts numbers to dense layers, and checks that everything fits together.
 
         Raises:
-            ValueError: There is no layer, none is left to predict from, a local one has nothing to read, a label cannot
-                be shown, or there are too many classes.
+            ValueError: A setting is invalid, or a layer does not fit its input.
         """
+        object.__setattr__(self, "layers", tuple(parse_layer(layer) for layer in self.layers))
         if not self.layers:
             raise ValueError("layers must name at least one layer (layers: ())")
-        is_local = [isinstance(layer, Fields) for layer in self.layers]
-        if self.label == "everywhere" and not is_local[0]:
-            raise ValueError("label=everywhere shows the label to each field, and the first layer has none; append it")
-        if self.label not in ("everywhere", "none") and is_local[0]:
-            raise ValueError(f"label={self.label} puts the label where few fields look; set it to everywhere")
+        self.layers[0].validate_label(self.encoder.label)
+        form = self.encoder.form
         for number, layer in enumerate(self.layers, 1):
-            if not isinstance(layer, Fields):
-                continue
-            below = self.map_below(number - 1)
-            if below is None:
-                raise ValueError(
-                    f"layer {number} has local fields and no plane to look at, because a dense layer is below"
-                )
-            if not layer.fit(below):
-                raise ValueError(
-                    f"layer {number} has fields that lie wholly beyond the {below.height} x {below.width} map below "
-                    f"(grid: {layer.grid}, stride: {layer.stride}, field: {layer.field})"
-                )
+            try:
+                layer.validate(form)
+            except ValueError as error:
+                raise ValueError(f"layer {number} {error}") from error
+            form = layer.output_form(form)
         if not 1 <= self.predict_from <= len(self.layers):
             raise ValueError(
                 f"predict_from must be one of the layers, 1 to {len(self.layers)} (predict_from: {self.predict_from})"
             )
-        if self.label not in (*LABELS, "none"):
-            raise ValueError(f"label must be one of {', '.join(LABELS)}, none (label: {self.label})")
-        if not 1 <= self.classes <= MAX_CLASSES:
-            raise ValueError(f"classes must be from 1 to {MAX_CLASSES} (classes: {self.classes})")
         if not set(self.untrained) < set(range(self.classes)):
             raise ValueError(f"untrained must be some of the {self.classes} classes (untrained: {self.untrained})")
         if self.precision not in ("float32", "bfloat16"):
@@ -100,120 +84,111 @@ class Architecture:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type in which products are made and activities travel."""
+        """Type of matrix products and of the activations between layers."""
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
 
     @property
-    def pixels(self) -> int:
-        """Values of one image D, all channels."""
-        return math.prod(self.shape)
+    def classes(self) -> int:
+        """Number of classes C."""
+        return self.encoder.classes
 
     @property
     def labels_shown(self) -> bool:
         """Whether the input shows a label."""
-        return self.label != "none"
+        return self.encoder.labels_shown
 
     @property
     def goodness_predicts(self) -> bool:
-        """Whether every label is tried, and the one with the most goodness predicted."""
+        """Whether the label with the most goodness is predicted, of all that are tried."""
         return self.labels_shown and self.learned_goodness
 
     @property
     def tried(self) -> list[int]:
-        """Labels that are tried when it predicts by goodness, T of the C classes."""
+        """Labels that are tried to predict by goodness, T of the C classes."""
         return [label for label in range(self.classes) if label not in self.untrained]
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Width of the input rows, then of each layer's output."""
-        shown = self.classes if self.label in ("append", "everywhere") else 0
-        return (
-            self.pixels + shown,
-            *(layer.above().values if isinstance(layer, Fields) else layer for layer in self.layers),
-        )
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of each layer for a minibatch, in their order."""
+        return (*OBJECTIVES[self.rule.objective].metrics, *MEASURED)
+
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
+        """Form of the input rows, and then of the output of each layer."""
+        forms = [self.encoder.form]
+        for layer in self.layers:
+            forms.append(layer.output_form(forms[-1]))
+        return tuple(forms)
 
     @property
-    def weights(self) -> tuple[int, ...]:
-        """Number of weights of each layer."""
-        return tuple(units * self.fan_in(index) for index, units in enumerate(self.widths[1:]))
+    def widths(self) -> tuple[int, ...]:
+        """Number of values of the input rows, and then of the output of each layer."""
+        return tuple(form.width for form in self.forms)
+
+    @property
+    def num_features(self) -> int:
+        """Number of values that the readout reads."""
+        return sum(self.widths[self.predict_from :])
+
+    @property
+    def num_parameters(self) -> tuple[int, ...]:
+        """Number of learned values of each layer."""
+        return tuple(layer.num_parameters(form) for layer, form in self._layers_and_forms)
 
     @property
     def state_bytes(self) -> tuple[int, ...]:
-        """Bytes of the parameters and optimizer state of each layer, and then of the readout."""
-        units, readout = self.widths[1:], self.classes * (1 + sum(self.widths[self.predict_from :]))
+        """Bytes of the state of each layer, and then of the readout: parameters, optimizer state and statistics."""
+        readout = self.readout_update.num_values(self.classes * (1 + self.num_features))
         values = [
-            self.rule.update.num_values(weights + count) + count  # with each unit's mean activity
-            for weights, count in zip(self.weights, units, strict=True)
+            self.rule.update.num_values(count) + form.size
+            for count, form in zip(self.num_parameters, self.forms[1:], strict=True)
         ]
-        return tuple(torch.float32.itemsize * each for each in (*values, self.readout_update.num_values(readout)))
+        return tuple(torch.float32.itemsize * each for each in (*values, readout))
 
     @property
     def copy_bytes(self) -> tuple[int, ...]:
-        """Bytes of the copy of the weights that each layer computes with, where it is one."""
-        copies = []
-        for index, layer in enumerate(self.layers):
-            below, size = self.map_below(index), self.weights[index] * (self.compute_dtype != torch.float32)
-            if isinstance(layer, Fields) and below:
-                size = layer.band_weights(below, self.widths[index] - below.values) or size
-            copies.append(size * self.compute_dtype.itemsize)
-        return tuple(copies)
+        """Bytes that each layer keeps in addition to its state."""
+        return tuple(layer.copy_bytes(form, self.compute_dtype.itemsize) for layer, form in self._layers_and_forms)
 
-    def fan_in(self, index: int) -> int:
-        """Returns how many values each unit of layer `index`, counted from 0, reads."""
-        layer, below = self.layers[index], self.map_below(index)
-        if isinstance(layer, Fields) and below:
-            return layer.field**2 * below.depth + self.widths[index] - below.values
-        return self.widths[index]
-
-    def map_below(self, index: int) -> Map | None:
-        """Returns how layer `index`, counted from 0, sees what it reads; None above a dense layer."""
-        if index == 0:
-            channels, height, width = self.shape
-            return Map(height, width, channels, channels_first=True)
-        below = self.layers[index - 1]
-        return below.above() if isinstance(below, Fields) else None
+    @property
+    def _layers_and_forms(self) -> Iterable[tuple[LayerSpec, Form]]:
+        return zip(self.layers, self.forms[:-1], strict=True)
 
     def layer(self, index: int) -> Layer:
         """Builds hidden layer `index`, counted from 0, with its initial weights."""
         has_values = torch.get_default_device().type != "meta"  # arithmetic there would import torch's compiler
-        settings = {
-            "rule": self.rule,
-            "threshold": self.thresholds[index] if self.thresholds else None,
-            "compute_dtype": self.compute_dtype,
-            "generator": generator(self.seed, "layer", index) if has_values else None,
-        }
-        layer, below = self.layers[index], self.map_below(index)
-        if isinstance(layer, Fields):
-            assert below, "holds since __post_init__"
-            return Local(below, layer, shared=self.widths[index] - below.values, **settings)
-        return Dense(self.widths[index], layer, **settings)
+        layer = self.layers[index].build(
+            self.forms[index],
+            rule=self.rule,
+            threshold=self.thresholds[index] if self.thresholds else None,
+            compute_dtype=self.compute_dtype,
+            generator=generator(self.seed, "layer", index) if has_values else None,
+        )
+        layer.add_optimizer_state()
+        return layer
 
     def readout(self) -> Readout:
-        """Builds the readout, with its initial zeros."""
-        return Readout(sum(self.widths[self.predict_from :]), self.classes, update=self.readout_update)
+        """Builds the readout, whose initial parameters are 0."""
+        return Readout(self.num_features, self.classes, update=self.readout_update)
 
-    def rows(self, images: Tensor, values: Tensor | None) -> Tensor:
-        """Turns images and label values into input rows.
+    def rows(self, samples: Tensor, claims: Tensor | None) -> Tensor:
+        """Turns samples and label values into input rows.
 
         Args:
-            images: `[..., D]`, uint8, 0 to 255.
-            values: `[..., C]`, float32, 1 for the label; None where none is shown.
+            samples: `[..., D]`.
+            claims: Label values `[..., C]`, float32, 1 for the label; None to show no label.
 
         Returns:
-            Normalized rows `[..., D']`, in the compute type.
+            Normalized rows `[..., D']`, of the compute type.
         """
-        rows = images.to(torch.float32) / 255
-        if self.subtract_mean:  # of whole numbers, whose sum is the same in any order
-            rows = rows - images.sum(-1, keepdim=True) / (255 * self.pixels)
-        if values is not None:
-            rows = LABELS[self.label](rows, values * self.label_scale)
-        return NORMALIZATIONS[self.rule.normalization](rows, squared_length(rows)).to(self.compute_dtype)
+        rows = self.encoder.rows(samples, claims)
+        return NORMALIZATIONS[self.rule.normalization](rows, squared_norm(rows)).to(self.compute_dtype)
 
-    def claiming_rows(self, images: Tensor) -> Tensor:
-        """Turns images `[N, D]` into rows with every label that is tried, in their order `[N, T, D']`."""
-        labels = torch.tensor(self.tried, device=images.device).expand(len(images), -1)
-        return self.rows(images.unsqueeze(1), one_hot(labels, self.classes))
+    def claiming_rows(self, samples: Tensor) -> Tensor:
+        """Turns samples `[N, D]` into rows with every label that is tried `[N, T, D']`."""
+        labels = torch.tensor(self.tried, device=samples.device).expand(len(samples), -1)
+        return self.rows(samples.unsqueeze(1), one_hot(labels, self.classes))
 
     def by_class(self, goodness: Tensor) -> Tensor:
         """Returns the goodness of every class `[..., C]` from that of the labels tried `[..., T]`; of others -inf."""
@@ -223,28 +198,28 @@ class Architecture:
         every[..., self.tried] = goodness
         return every
 
-    def neutral_rows(self, images: Tensor) -> Tensor:
-        """Turns images `[..., D]` into the rows that the readout's pass reads: with the neutral label, or none."""
-        return self.rows(images, neutral(images, self.classes) if self.labels_shown else None)
+    def neutral_rows(self, samples: Tensor) -> Tensor:
+        """Turns samples `[..., D]` into the rows that the readout's pass reads: with the neutral label, or none."""
+        return self.rows(samples, neutral(samples, self.classes) if self.labels_shown else None)
 
 
 class Prediction(NamedTuple):
-    """What the network makes of images."""
+    """The predictions of a network for samples."""
 
     probabilities: Tensor
-    """The readout's, from one neutral pass `[B, C]`."""
+    """Probabilities of the readout, from one pass with the neutral label, or without one `[B, C]`."""
     goodness: Tensor
-    """Each layer's goodness for every label `[L, B, C]`, -inf for one that is not tried; `[L, B, 0]` where it does not
-    predict."""
+    """Goodness of each layer for every label `[L, B, C]`, -inf for labels that are not tried; `[L, B, 0]` if goodness
+    does not predict."""
     label: Tensor
-    """The label of the greatest goodness, summed over the predicting layers; else the readout's `[B]`."""
+    """Label with the greatest goodness, summed over the predicting layers; otherwise that of the readout `[B]`."""
 
 
 class Network(nn.Module):
     """Layers and readout in one module, for use after training.
 
     Args:
-        architecture: What to build.
+        architecture: Determines the network.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -255,64 +230,64 @@ class Network(nn.Module):
 
     @classmethod
     def for_inference(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> "Network":
-        """Builds a network that cannot be trained around weights, which are not copied.
+        """Builds a network that cannot be trained, from weights that are not copied.
 
-        It draws no initial weights and has no optimizer state, so that it takes little memory beside the weights.
+        It draws no initial weights and has no optimizer state, so it needs little memory in addition to the weights.
 
         Args:
-            architecture: What to build.
-            tensors: `layers.0.weight`, `layers.0.bias`, ..., `readout.bias`; others are ignored.
+            architecture: Determines the network.
+            tensors: `layers.0.weight`, `layers.0.bias`, ..., `readout.bias`; those for training are ignored.
 
         Raises:
-            KeyError: One is missing.
-            RuntimeError: One has another shape.
+            KeyError: A tensor is missing.
+            RuntimeError: A tensor has another shape.
         """
         with torch.device("meta"):
             network = cls(architecture)
-        weights = {name: tensors[name] for name, _ in network.named_parameters()}
-        network.load_state_dict(weights, strict=False, assign=True)
+        names = [name for name in network.state_dict() if not is_for_training(name)]
+        network.load_state_dict({name: tensors[name] for name in names}, strict=False, assign=True)
         for module in network.modules():
             for name in [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]:
                 delattr(module, name)
-        return network
+        return network.requires_grad_(False)
 
     def read(self, rows: Tensor) -> list[Tensor]:
-        """Returns what the readout reads of neutral rows `[B, D]`, each layer's normalized activities `[B, H]`."""
-        activities = []
+        """Returns the readout's inputs for rows `[B, D']`: the normalized activations of each read layer `[B, H]`."""
+        activations = []
         for layer in self.layers:
-            rows = layer(rows).activity
-            activities.append(rows)
-        return activities[self.architecture.predict_from - 1 :]
+            rows = layer(rows).activations
+            activations.append(rows)
+        return activations[self.architecture.predict_from - 1 :]
 
     def goodness(self, rows: Tensor) -> Tensor:
         """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`."""
-        goodness_of_layers = []
+        scores_of_layers = []
         for layer in self.layers:
-            rows, goodness = layer(rows)
-            goodness_of_layers.append(goodness)
-        return torch.stack(goodness_of_layers)
+            rows, scores = layer(rows)
+            scores_of_layers.append(scores)
+        return torch.stack(scores_of_layers)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the readout's logits `[B, C]` for uint8 images `[B, D]`, from one pass without a claim."""
-        logits: Tensor = self.readout(self.read(self.architecture.neutral_rows(images)))
+    def forward(self, samples: Tensor) -> Tensor:
+        """Returns the readout's logits `[B, C]` for samples `[B, D]`, from one pass without a claim."""
+        logits: Tensor = self.readout(self.read(self.architecture.neutral_rows(samples)))
         return logits
 
-    def predict(self, images: Tensor, watched: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Prediction:
-        """Predicts what images show, in both ways: one neutral pass for the readout, and one pass a label for goodness.
+    def predict(self, samples: Tensor, track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Prediction:
+        """Predicts labels in both ways: one pass for the readout, and one pass per label for goodness.
 
         Args:
-            images: uint8 `[B, D]`; they are taken some at a time.
-            watched: Takes the parts and yields them, such as to show how far it is.
+            samples: `[B, D]`. They are processed in batches.
+            track: Takes the batches and yields them, for example to show progress.
         """
-        parts = torch.split(images, max(1, ROWS // len(self.architecture.tried)))
-        probabilities, goodness, label = zip(*map(self._predict, watched(parts)), strict=True)
+        batches = torch.split(samples, max(1, MAX_ROWS // len(self.architecture.tried)))
+        probabilities, goodness, label = zip(*map(self._predict, track(batches)), strict=True)
         return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
 
-    def _predict(self, images: Tensor) -> Prediction:
+    def _predict(self, samples: Tensor) -> Prediction:
         architecture = self.architecture
-        probabilities = self(images).softmax(-1)
+        probabilities = self(samples).softmax(-1)
         if not architecture.goodness_predicts:
-            none = probabilities.new_empty(len(self.layers), len(images), 0)
-            return Prediction(probabilities, none, probabilities.argmax(-1))
-        by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(images)))
+            no_goodness = probabilities.new_empty(len(self.layers), len(samples), 0)
+            return Prediction(probabilities, no_goodness, probabilities.argmax(-1))
+        by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
         return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))

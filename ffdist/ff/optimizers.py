@@ -1,6 +1,6 @@
-"""How parameters follow their gradient: the optimizers, shared by layers and readout, and the fall of their rate."""
+"""Optimizers of layers and readout, and the schedule of their learning rates."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ from torch.optim.adam import adam as torch_adam
 from torch.optim.sgd import sgd as torch_sgd
 
 BETA2, EPSILON = 0.999, 1e-8
-"""Adam's second `beta`, and the term that keeps it from dividing by zero."""
+"""Adam's second `beta`, and its constant against a division by zero."""
 
-PIECE = 2**19
-"""Numbers in a piece of a tensor, of which the passes of an update go over one after the other."""
+BLOCK_VALUES = 2**19
+"""Number of values in a block of a parameter; an update processes one block after the other."""
 
-Memory = dict[str, Tensor]
-"""What an optimizer keeps of a parameter, by slot; changed in place."""
+Slots = dict[str, Tensor]
+"""The state of an optimizer for a parameter, by slot; changed in place."""
 
 
 @dataclass(frozen=True)
@@ -26,43 +26,43 @@ class Update:
     learning_rate: float
     """Learning rate, before the factor of the schedule."""
     weight_decay: float
-    """Share of a weight taken off per unit of learning rate; biases have none."""
+    """Weight decay per unit of learning rate. Parameters with fewer than two dimensions, such as biases, have none."""
     momentum: float = 0.9
     """Momentum of `hinton` and `sgd`, in [0, 1); first of the `betas` of `adam` and `adamw`."""
     optimizer: str = "hinton"
     """A key of `OPTIMIZERS`."""
 
     def num_values(self, parameters: int) -> int:
-        """Returns the values of a weight and a bias of so many parameters together, optimizer state included."""
+        """Returns the number of values of a weight and a bias with their optimizer state, from that of both."""
         slots = OPTIMIZERS[self.optimizer].slots
         steps = slots.count("steps")
         return parameters * (1 + len(slots) - steps) + 2 * steps
 
 
 LAYER_UPDATE = Update(learning_rate=0.01, weight_decay=0.001)
-"""A layer's, in the paper's released code."""
+"""Update of a layer in the paper's released code."""
 READOUT_UPDATE = Update(learning_rate=0.1, weight_decay=0.003)
-"""The readout's, in the paper's released code."""
+"""Update of the readout in the paper's released code."""
 
 
-def hinton(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> None:
-    """The paper's released code, whose decay is apart from the gradient.
+def hinton(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update) -> None:
+    """The update of the paper's released code, with decoupled weight decay.
 
     `mean <- momentum * mean + (1 - momentum) * gradient`, then
     `parameter <- parameter + learning_rate * (mean - weight_decay * parameter)`.
     """
-    memory["gradient"].lerp_(gradient.to(parameter.dtype), 1 - update.momentum)
+    slots["gradient"].lerp_(gradient.to(parameter.dtype), 1 - update.momentum)
     if update.weight_decay:
         parameter.mul_(1 - update.learning_rate * update.weight_decay)
-    parameter.add_(memory["gradient"], alpha=update.learning_rate)
+    parameter.add_(slots["gradient"], alpha=update.learning_rate)
 
 
-def sgd(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> None:
-    """SGD of torch, with momentum, whose decay is part of the gradient."""
+def sgd(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update) -> None:
+    """SGD of torch, with momentum; its weight decay is an L2 penalty."""
     torch_sgd(
         [parameter],
         [gradient.to(parameter.dtype)],
-        [memory["momentum"]],
+        [slots["momentum"]],
         weight_decay=update.weight_decay,
         momentum=update.momentum,
         lr=update.learning_rate,
@@ -72,15 +72,15 @@ def sgd(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> 
     )
 
 
-def adam(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update, decoupled: bool = False) -> None:
-    """Adam of torch, whose decay is part of the gradient."""
+def adam(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update, decoupled: bool = False) -> None:
+    """Adam of torch; its weight decay is an L2 penalty."""
     torch_adam(
         [parameter],
         [gradient.to(parameter.dtype)],
-        [memory["mean"]],
-        [memory["mean_square"]],
+        [slots["mean"]],
+        [slots["mean_square"]],
         [],
-        [memory["steps"]],
+        [slots["steps"]],
         fused=True,
         decoupled_weight_decay=decoupled,
         amsgrad=False,
@@ -93,18 +93,18 @@ def adam(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update, de
     )
 
 
-def adamw(parameter: Tensor, memory: Memory, gradient: Tensor, update: Update) -> None:
-    """AdamW of torch, whose decay is apart from the gradient."""
-    adam(parameter, memory, gradient, update, decoupled=True)
+def adamw(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update) -> None:
+    """AdamW of torch, with decoupled weight decay."""
+    adam(parameter, slots, gradient, update, decoupled=True)
 
 
 class Optimizer(NamedTuple):
-    """A way to move a parameter."""
+    """An optimizer of a single parameter."""
 
-    ascend: Callable[[Tensor, Memory, Tensor, Update], None]
-    """Moves a parameter up its gradient, the mean over a minibatch, of any floating type."""
+    ascend: Callable[[Tensor, Slots, Tensor, Update], None]
+    """Moves a parameter up its gradient, the mean over a minibatch, of any floating-point type."""
     slots: tuple[str, ...]
-    """What it keeps of a parameter, each of its shape and zero at first; `steps` is one number."""
+    """Names of its state, each of the parameter's shape and 0 initially; `steps` is a scalar."""
 
 
 OPTIMIZERS = {
@@ -113,64 +113,85 @@ OPTIMIZERS = {
     "adam": Optimizer(adam, ("mean", "mean_square", "steps")),
     "adamw": Optimizer(adamw, ("mean", "mean_square", "steps")),
 }
-"""By the name that `training.optimizer` gives."""
+"""Optimizers, by the name in `training.optimizer`."""
 
 
 class Learner(nn.Module):
-    """A weight and a bias that learn without autograd.
+    """A module whose parameters are updated by `OPTIMIZERS`, from gradients that it gets.
+
+    Its state is that of the module. The optimizer state is in buffers of the submodule `optimizer`. Other values that
+    only training needs are in buffers of a submodule `statistics`.
 
     Args:
-        weight: Initial weight, of any shape.
-        bias: Initial bias.
-        update: How they follow their gradients. What the optimizer keeps of them is in `weight_SLOT`, `bias_SLOT`.
+        update: How parameters follow their gradients.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, update: Update) -> None:
+    def __init__(self, update: Update) -> None:
         super().__init__()
-        self.update = update
-        self.weight, self.bias = (nn.Parameter(start, requires_grad=False) for start in (weight, bias))
-        for slot in OPTIMIZERS[update.optimizer].slots:
-            for name, start in (("weight", weight), ("bias", bias)):
-                zeros = torch.zeros(()) if slot == "steps" else torch.zeros_like(start)
-                self.register_buffer(f"{name}_{slot}", zeros)
+        self.update, self.optimizer = update, nn.Module()
+
+    def add_optimizer_state(self) -> None:
+        """Adds the optimizer state of all parameters that have none, 0 initially."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(False)
+            for slot in OPTIMIZERS[self.update.optimizer].slots:
+                if not hasattr(self.optimizer, key := _buffer_name(name, slot)):
+                    zeros = torch.zeros(()) if slot == "steps" else torch.zeros_like(parameter)
+                    self.optimizer.register_buffer(key, zeros)
 
     def ascend(
-        self, weight_gradient: Tensor, bias_gradient: Tensor, *, lr_scale: float, copy: Tensor | None = None
+        self, gradients: Mapping[str, Tensor], *, lr_scale: float, copies: Mapping[str, Tensor | None] | None = None
     ) -> None:
-        """Moves both up their gradients, in place.
+        """Moves parameters up their gradients, in place.
 
         Args:
-            weight_gradient: Mean over samples, of the weight's shape and any floating type.
-            bias_gradient: The same of the bias.
-            lr_scale: Factor of the schedule on the learning rate.
-            copy: Gets the new weight, in its own type, while that is at hand.
+            gradients: Gradient of each parameter by name, the mean over samples, of any floating-point type.
+            lr_scale: Factor on the learning rate.
+            copies: Copies of parameters in other types, which get the new values, too.
         """
         step = replace(self.update, learning_rate=lr_scale * self.update.learning_rate)
-        self._ascend("bias", bias_gradient, None, replace(step, weight_decay=0.0))
-        self._ascend("weight", weight_gradient, copy, step)
+        for name, gradient in gradients.items():
+            parameter = self.get_parameter(name)
+            with_decay = step if parameter.dim() > 1 else replace(step, weight_decay=0.0)
+            self._ascend(name, parameter, gradient, (copies or {}).get(name), with_decay)
 
-    def _ascend(self, name: str, gradient: Tensor, copy: Tensor | None, step: Update) -> None:
-        optimizer, parameter = OPTIMIZERS[step.optimizer], getattr(self, name)
-        memory = [getattr(self, f"{name}_{slot}") for slot in optimizer.slots]
-        cut = [parameter, gradient, *memory, *([] if copy is None else [copy])]
-        # Piece by piece, because what the first pass over a piece brings near is still there for the last.
-        for part, by, *rest in in_pieces(cut):
-            kept = dict(zip(optimizer.slots, rest, strict=False))
-            optimizer.ascend(part, kept, by, step)
+    def _ascend(self, name: str, parameter: Tensor, gradient: Tensor, copy: Tensor | None, step: Update) -> None:
+        optimizer = OPTIMIZERS[step.optimizer]
+        slots = [self.optimizer.get_buffer(_buffer_name(name, slot)) for slot in optimizer.slots]
+        tensors = [parameter, gradient, *slots, *([] if copy is None else [copy])]
+        # Block by block, so that a block stays in the CPU's cache for all operations of the update.
+        for block, block_gradient, *rest in in_blocks(tensors):
+            block_slots = dict(zip(optimizer.slots, rest, strict=False))
+            optimizer.ascend(block, block_slots, block_gradient, step)
             if copy is not None:
-                rest[-1].copy_(part)
+                rest[-1].copy_(block)
 
 
-def in_pieces(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Cuts tensors of one shape alike, into runs of rows that a core's cache can hold; elsewhere nothing is gained.
+def _buffer_name(parameter: str, slot: str) -> str:
+    """Returns the name of a buffer, which must not contain a dot."""
+    return f"{parameter.replace('.', '/')}/{slot}"
 
-    A memory that counts steps, and so has no rows, is never cut, nor is what stands beside it.
+
+def is_optimizer_state(name: str) -> bool:
+    """Returns whether a tensor of this name in the state of a `Learner` is optimizer state."""
+    return name.startswith("optimizer.")
+
+
+def is_for_training(name: str) -> bool:
+    """Returns whether only training needs a tensor of this name in the state of a `Learner`, or of its parent."""
+    return not {"optimizer", "statistics"}.isdisjoint(name.split("."))
+
+
+def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Splits tensors of the same shape into blocks of rows that fit into the cache of a core, on CPUs.
+
+    Tensors of different shapes, such as a step counter next to a parameter, are not split.
     """
-    whole = tensors[0]
-    if whole.dim() < 2 or whole.device.type != "cpu" or any(tensor.shape != whole.shape for tensor in tensors):
+    first = tensors[0]
+    if first.dim() < 2 or first.device.type != "cpu" or any(tensor.shape != first.shape for tensor in tensors):
         return iter([tensors])
-    rows = max(1, PIECE // whole.shape[-1])
-    return zip(*(torch.split(tensor.flatten(0, -2), rows) for tensor in tensors), strict=True)
+    num_rows = max(1, BLOCK_VALUES // first.shape[-1])
+    return zip(*(torch.split(tensor.flatten(0, -2), num_rows) for tensor in tensors), strict=True)
 
 
 def epoch_lr_scale(epoch: int, epochs: int) -> float:

@@ -1,73 +1,83 @@
-"""The readout: a softmax on the normalized neutral activities of the hidden layers, trained beside them."""
+"""The readout: a softmax classifier on the normalized activations of the hidden layers, trained at the same time.
+
+Shapes: `B` samples of a minibatch, `H` units of a layer, `C` classes.
+"""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffdist.ff.optimizers import READOUT_UPDATE, Learner, Update
 
-FITTED = 1e-5
-"""Slope of the cross-entropy, in nats, at which a fit is done."""
+GRADIENT_TOLERANCE = 1e-5
+"""Largest entry of the gradient of the cross-entropy, in nats, at which `fit` ends."""
 
 
 class Readout(Learner):
-    """One linear layer and a softmax (Hinton 2022, section 3.3), in float32. No gradient goes back to the layers.
+    """A linear layer and a softmax (Hinton 2022, section 3.3), in float32. It sends no gradient to the layers.
 
     Args:
-        features: Summed widths of the layers that it reads.
+        features: Sum of the numbers of units of the layers that it reads.
         classes: Number of classes C.
         update: How its parameters follow the gradient.
     """
 
     def __init__(self, features: int, classes: int, *, update: Update = READOUT_UPDATE) -> None:
-        super().__init__(torch.zeros(classes, features), torch.zeros(classes), update)
+        super().__init__(update)
+        self.weight = nn.Parameter(torch.zeros(classes, features), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(classes), requires_grad=False)
+        self.add_optimizer_state()
 
-    def forward(self, activities: list[Tensor]) -> Tensor:
-        """Returns logits `[..., C]` from each read layer's normalized activities `[..., H]`, lowest layer first."""
-        return F.linear(self._rows(activities), self.weight, self.bias)
+    def forward(self, activations: list[Tensor]) -> Tensor:
+        """Returns logits `[..., C]` from the normalized activations `[..., H]` of each read layer, in order."""
+        return F.linear(self._rows(activations), self.weight, self.bias)
 
-    def _rows(self, activities: list[Tensor]) -> Tensor:
-        return torch.cat(activities, -1).to(self.weight.dtype)
+    def _rows(self, activations: list[Tensor]) -> Tensor:
+        return torch.cat(activations, -1).to(self.weight.dtype)
 
     def train_minibatch(
-        self, activities: list[Tensor], labels: Tensor, *, lr_scale: float = 1.0
+        self, activations: list[Tensor], labels: Tensor, *, lr_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Makes one update on the cross-entropy.
 
         Args:
-            activities: Normalized neutral activities `[B, H]` of each read layer, lowest first.
+            activations: Normalized activations `[B, H]` of each read layer, first layer first.
             labels: True labels `[B]`, int64.
             lr_scale: Factor on the learning rate.
 
         Returns:
-            The logits `[B, C]`; and loss in nats and error in [0, 1] `[2]`, float32; all before the update.
+            The logits `[B, C]`; and the loss in nats and the error in [0, 1] `[2]`, float32; all before the update.
         """
-        rows = self._rows(activities)
+        rows = self._rows(activations)
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
         direction = (F.one_hot(labels, len(self.bias)) - logits.softmax(1)) / len(rows)
-        self.ascend(direction.t() @ rows, direction.sum(0), lr_scale=lr_scale)
+        self.ascend({"weight": direction.t() @ rows, "bias": direction.sum(0)}, lr_scale=lr_scale)
         return logits, metrics
 
     def fit(
         self, rows: Tensor, labels: Tensor, *, iterations: int = 500, step: Callable[[], None] = lambda: None
     ) -> float:
-        """Finds the weights of the least cross-entropy, with the same decay of the weights, by L-BFGS.
+        """Minimizes the cross-entropy with the same weight decay, by L-BFGS.
 
         Args:
-            rows: Normalized activities of all read layers, side by side `[N, features]`, float32.
+            rows: Normalized activations of all read layers, concatenated `[N, features]`, float32.
             labels: True labels `[N]`, int64.
-            iterations: Most evaluations of all rows.
-            step: Called after each.
+            iterations: Largest number of evaluations of the loss.
+            step: Called for each evaluation.
 
         Returns:
-            The steepest slope that is left, in nats; the smaller, the nearer to the best weights.
+            The largest absolute entry of the gradient at the end, in nats.
         """
         parameters = (self.weight, self.bias)
         optimizer = torch.optim.LBFGS(
-            parameters, max_iter=iterations, max_eval=iterations, tolerance_grad=FITTED, line_search_fn="strong_wolfe"
+            parameters,
+            max_iter=iterations,
+            max_eval=iterations,
+            tolerance_grad=GRADIENT_TOLERANCE,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
@@ -80,6 +90,6 @@ class Readout(Learner):
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         closure()
-        slope = max(parameter.grad.abs().max().item() for parameter in parameters if parameter.grad is not None)
+        largest = max(parameter.grad.abs().max().item() for parameter in parameters if parameter.grad is not None)
         self.weight.grad = self.bias.grad = None
-        return slope
+        return largest

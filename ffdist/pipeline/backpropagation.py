@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffdist.ff.layers import METRICS, Layer
+from ffdist.ff.layers import Layer
 from ffdist.ff.network import Network
 from ffdist.ff.optimizers import Learner
 from ffdist.pipeline.blueprint import Blueprint
@@ -22,27 +22,27 @@ from ffdist.pipeline.stage import Report, State, layer_name, state_of
 class Backpropagation:
     """A pipeline that trains the whole network by backpropagation.
 
-    Its input is that of the readout pass: images with the neutral label, or without a label. Activities are normalized
-    between layers, and the readout reads the same layers. All parameters follow the gradient of its cross-entropy, by
-    the update rule of the layers or of the readout.
+    Its input is that of the readout pass: samples with the neutral label, or without a label. Activations are
+    normalized between layers, and the readout reads the same layers. All parameters follow the gradient of its
+    cross-entropy, by the update rule of the layers or of the readout.
 
     Args:
         blueprint: Describes the network and its data.
-        images: uint8 images of each split `[N, D]`.
+        samples: Samples of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
         writer: Has `write(snapshot, *states)`.
     """
 
-    def __init__(self, blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, writer: Any) -> None:
+    def __init__(self, blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor, writer: Any) -> None:
         self.blueprint, architecture = blueprint, blueprint.architecture
         self._network = Network(architecture).to(blueprint.device)
         self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
         self._device = blueprint.device
         self.hardware = {"network": read_hardware(blueprint.device)}
         self._refresh()
-        data = blueprint.negatives, blueprint.jitter, images, labels
+        data = blueprint.negatives, samples, labels
         self._source = Source(architecture, blueprint.order, blueprint.device, *data)
-        self._order, self._images, self._labels, self._writer = blueprint.order, images, labels, writer
+        self._order, self._samples, self._labels, self._writer = blueprint.order, samples, labels, writer
 
     def restore(self, state: State) -> None:
         """Restores the state of a snapshot."""
@@ -56,9 +56,9 @@ class Backpropagation:
             if isinstance(command, Train):
                 yield self._train(command)
             elif isinstance(command, Evaluate):
-                images = self._images[command.split][command.first : command.first + command.num_samples]
-                no_goodness = torch.empty(len(self._network.layers), len(images), 0)
-                rows = self._network.architecture.neutral_rows(images)
+                samples = self._samples[command.split][command.first : command.first + command.num_samples]
+                no_goodness = torch.empty(len(self._network.layers), len(samples), 0)
+                rows = self._network.architecture.neutral_rows(samples)
                 yield Evaluated(command, [no_goodness], self._logits(rows).argmax(-1).cpu())
             else:
                 written = self._writer.write(command, self._state())
@@ -75,7 +75,7 @@ class Backpropagation:
         ).cpu()
         self._refresh()
         compute_s = time.perf_counter() - start
-        no_metrics = torch.empty(chunk.num_minibatches, 0, len(METRICS))
+        no_metrics = torch.empty(chunk.num_minibatches, 0, len(self.blueprint.architecture.metrics))
         return Trained(chunk, [Report(no_metrics, compute_s, 0.0)], Report(metrics, compute_s, 0.0))
 
     def _train_minibatch(self, rows: Tensor, labels: Tensor, lr_scale: float) -> Tensor:
@@ -84,11 +84,12 @@ class Backpropagation:
         self._refresh()
         logits = self._logits(rows)
         loss = F.cross_entropy(logits, labels)
-        parameters = [parameter for learner in self._learners for parameter in (learner.weight, learner.bias)]
+        named = [dict(learner.named_parameters()) for learner in self._learners]
+        parameters = [parameter for each in named for parameter in each.values()]
         gradients = iter(torch.autograd.grad(-loss, parameters))
         self._network.requires_grad_(False)
-        for learner in self._learners:
-            learner.ascend(next(gradients), next(gradients), lr_scale=lr_scale)  # the loss is a mean
+        for learner, names in zip(self._learners, named, strict=True):
+            learner.ascend({name: next(gradients) for name in names}, lr_scale=lr_scale)  # the loss is a mean
         return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
 
     def _logits(self, rows: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
+from ffdist.ff.objectives import OBJECTIVES
 from ffdist.pipeline.schedule import EVALUATION_ROWS, evaluation_block
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
@@ -39,8 +40,6 @@ class Blueprint(NamedTuple):
     architecture: Architecture
     order: SampleOrder
     negatives: NegativePlan
-    jitter: int
-    """Largest shift of a training image in each direction, in pixels."""
     stage_layers: list[range]
     """Layers of each stage, counted from 0."""
     measure_every: int
@@ -121,25 +120,26 @@ class Blueprint(NamedTuple):
         """Bytes of the state of all layers and the readout."""
         return sum(self.architecture.state_bytes)
 
-    def assemble(self, make: Callable[..., Any], images: Any, labels: Any, writer: Any) -> Actors:
+    def assemble(self, make: Callable[..., Any], samples: Any, labels: Any, writer: Any) -> Actors:
         """Creates all actors: the stages in order, the readout, the negatives.
 
         Args:
             make: Creates an object of a class from its arguments, or an actor of it.
-            images: uint8 images of each split, or a reference to them.
+            samples: Samples of each split, or a reference to them.
             labels: Labels of the training set, or a reference to them.
             writer: Writes snapshots.
         """
         architecture, order, negatives = self.architecture, self.order, self.negatives
-        source = (negatives, self.jitter, images, labels)
+        source = (negatives, samples, labels)
+        needed_labels = labels if OBJECTIVES[architecture.rule.objective].needs_labels else None
         return Actors(
             stages=[
-                make(Stage, architecture, layers, order, self.measure_every, self.device, *first)
+                make(Stage, architecture, layers, order, self.measure_every, self.device, needed_labels, *first)
                 for layers, first in zip(self.stage_layers, chain([source], repeat(())), strict=False)
             ],
             readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay), self.device),
             negatives=[
-                make(NegativeSource, negatives, images, labels, architecture, order)
+                make(NegativeSource, negatives, samples, labels, architecture, order)
                 for _ in range(negatives.num_actors)
             ],
             writer=writer,

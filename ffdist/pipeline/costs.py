@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
+from ffdist.ff.objectives import OBJECTIVES
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.schedule import Train
@@ -40,8 +41,8 @@ class Sample(NamedTuple):
     """A few minibatches of a run for measuring its layers, small enough to send to another process."""
 
     blueprint: Blueprint
-    images: Tensor
-    """uint8 `[n, D]`."""
+    samples: Tensor
+    """`[n, D]`."""
     labels: Tensor
     """`[n]`, int64."""
     negatives: Tensor
@@ -50,16 +51,16 @@ class Sample(NamedTuple):
     """Time to make the negatives of a minibatch."""
 
 
-def draw_sample(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor) -> Sample:
+def draw_sample(blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor) -> Sample:
     """Returns the first samples of a training set with their negatives, and measures the time to make these.
 
     Args:
         blueprint: Of the run; its stages do not matter.
-        images: uint8 images of each split `[N, D]`.
+        samples: Samples of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
     """
     order, plan = blueprint.order, replace(blueprint.negatives, store=None)
-    source = NegativeSource(plan, images, labels, blueprint.architecture, order)
+    source = NegativeSource(plan, samples, labels, blueprint.architecture, order)
     since = time.thread_time()
     negatives = source.make(0, 0).negatives
     negatives_s = (time.thread_time() - since) * order.batch_size / len(negatives)
@@ -67,14 +68,14 @@ def draw_sample(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor)
     blueprint = blueprint._replace(order=SampleOrder(order.seed, count, order.batch_size), negatives=plan)
     negatives = negatives[torch.arange(count) % len(negatives)]
     # Cloned, because a view would be sent with its whole base tensor.
-    return Sample(blueprint, images["train"][:count].clone(), labels[:count].clone(), negatives, negatives_s)
+    return Sample(blueprint, samples["train"][:count].clone(), labels[:count].clone(), negatives, negatives_s)
 
 
 def measure_costs(sample: Sample, threads: int) -> Costs:
     """Trains each layer by itself, and then the readout, on a few minibatches, and forgets them.
 
-    Only one layer is in memory at a time. Layers of the same shape are measured once. Layers whose turn does not come
-    within LIMIT_S are estimated by their weights.
+    Only one layer is in memory at a time. Layers of the same shape are measured once. Layers that are not measured
+    within LIMIT_S are estimated by their numbers of parameters.
 
     Args:
         sample: Of the run.
@@ -85,7 +86,7 @@ def measure_costs(sample: Sample, threads: int) -> Costs:
     layers = list[float | None]()
     with torch_threads(threads):
         for index, layer in enumerate(architecture.layers):
-            shape = architecture.widths[index], layer, architecture.map_below(index), index == 0
+            shape = architecture.forms[index], layer, index == 0
             if shape not in of_shape and (not index or time.monotonic() < deadline):
                 of_shape[shape] = _layer_s(sample, index)
             layers.append(of_shape.get(shape))
@@ -93,8 +94,9 @@ def measure_costs(sample: Sample, threads: int) -> Costs:
         if blueprint.device != "cpu":
             torch.cuda.empty_cache()
     known = [index for index, cost in enumerate(layers) if cost is not None]
-    weight_s = sum(layers[index] or 0.0 for index in known) / sum(architecture.weights[index] for index in known)
-    guesses = (weight_s * weights for weights in architecture.weights)
+    counts = architecture.num_parameters
+    parameter_s = sum(layers[index] or 0.0 for index in known) / sum(counts[index] for index in known)
+    guesses = (parameter_s * count for count in counts)
     filled = [guess if cost is None else cost for cost, guess in zip(layers, guesses, strict=True)]
     return Costs(filled, readout, sample.negatives_s, blueprint.device)
 
@@ -104,13 +106,14 @@ def _layer_s(sample: Sample, index: int) -> float:
     architecture, order, device = blueprint.architecture, blueprint.order, blueprint.device
     data: tuple[Any, ...] = ()
     if index == 0:
-        data = blueprint.negatives, blueprint.jitter, {"train": sample.images}, sample.labels
+        data = blueprint.negatives, {"train": sample.samples}, sample.labels
         message: tuple[Any, ...] = (Shard(0, sample.negatives, 0.0, 0.0),)
     else:
-        width = architecture.widths[index]
-        rows = order.batch_size * (blueprint.negatives.per_sample + architecture.labels_shown)
-        message = _values(blueprint, rows, width), _values(blueprint, order.batch_size, width)
-    stage = Stage(architecture, range(index, index + 1), order, blueprint.measure_every, device, *data)
+        width, passes = architecture.widths[index], blueprint.negatives.per_sample + architecture.labels_shown
+        signal, read = (_values(blueprint, *passes, order.batch_size, width) for passes in ((passes,), ()))
+        message = signal, read
+    labels = sample.labels if OBJECTIVES[architecture.rule.objective].needs_labels else None
+    stage = Stage(architecture, range(index, index + 1), order, blueprint.measure_every, device, labels, *data)
     return _minibatch_s(lambda chunk: stage.train(chunk, *message)[0], blueprint)
 
 
@@ -124,10 +127,10 @@ def _readout_s(sample: Sample) -> float:
     return _minibatch_s(lambda chunk: readout.train(chunk, *read)[0], blueprint)
 
 
-def _values(blueprint: Blueprint, rows: int, width: int) -> Tensor:
-    """Returns random activities for every minibatch of the sample `[K, rows, width]`."""
+def _values(blueprint: Blueprint, *shape: int) -> Tensor:
+    """Returns random activations for every minibatch of the sample `[K, *shape]`."""
     source = generator(blueprint.order.seed, "costs")
-    values = torch.rand(blueprint.order.num_minibatches, rows, width, generator=source)
+    values = torch.rand(blueprint.order.num_minibatches, *shape, generator=source)
     return values.to(blueprint.architecture.compute_dtype)
 
 
@@ -166,7 +169,7 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
     if costs.device == "cpu":
         shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(transfer_s)
         return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
-    # Serialization and negatives run on CPUs beside the GPUs.
+    # Serialization and negatives run on CPUs while the GPUs compute.
     slowest_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, transfer_s, strict=True))
     negatives_s = costs.negatives / blueprint.negatives.num_actors
     return batch / max(slowest_s + call_s, trained_s / processors, negatives_s)

@@ -15,7 +15,7 @@ class Evaluation(NamedTuple):
     readout_error: float
     """One pass with the neutral label, or without any."""
     layer_errors: list[float] | None
-    """By the goodness of each layer alone; likewise."""
+    """Error by the goodness of each layer alone; None if no label is tried."""
     confusion: Tensor
     """Samples by true label (row) and label predicted by goodness, else by the readout (column) `[C, C]`."""
     goodness: Tensor

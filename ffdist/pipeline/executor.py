@@ -55,7 +55,7 @@ def run_sequentially(step: Step, inputs: Sequence[Tensor], modes: Sequence[StepM
 
 
 class CudaGraphs:
-    """Runs steps as CUDA graphs: one launch, whatever the number of kernels. On other devices, runs them directly.
+    """Runs steps as CUDA graphs: a single launch for any number of kernels. On other devices, runs them directly.
 
     The first step of each mode is run directly, because some libraries must not be initialized during a capture.
     """

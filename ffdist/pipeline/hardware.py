@@ -16,7 +16,7 @@ MIN_ROUNDS, MIN_MEASURED_S = 5, 0.1
 
 
 Hardware = dict[str, str | int]
-"""What determines the last bits of a process's results, by name."""
+"""Properties of a process that determine the last bits of its results, by name."""
 
 VARIABLES = (
     *("ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
@@ -49,13 +49,13 @@ def read_hardware(device: str) -> Hardware:
 def hardware_of_actors(
     stage_layers: Sequence[range], stages: Sequence[Hardware], readout: Hardware, negatives: Sequence[Hardware]
 ) -> dict[str, Hardware]:
-    """Returns the hardware of a run by layer, readout and negative actor, whatever the number of stages.
+    """Returns the hardware of a run by layer, readout and negative actor, for any number of stages.
 
     Args:
         stage_layers: Layers of each stage, counted from 0.
-        stages: What each stage reported.
-        readout: What the readout reported.
-        negatives: What each negative actor reported.
+        stages: Hardware of each stage.
+        readout: Hardware of the readout.
+        negatives: Hardware of each negative actor.
     """
     layers = {
         f"layer {1 + index}": stage for indices, stage in zip(stage_layers, stages, strict=True) for index in indices

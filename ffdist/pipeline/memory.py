@@ -24,8 +24,8 @@ def driver_bytes(architecture: Architecture) -> int:
     state = architecture.state_bytes
     # The precision may not be resolved yet, and bfloat16 needs a copy of the weights.
     copies = max(sum(each.copy_bytes) for each in (architecture, replace(architecture, precision="bfloat16")))
-    readout = architecture.classes * sum(architecture.widths[architecture.predict_from :])
-    weights = FLOAT32_BYTES * (sum(architecture.weights) + readout)
+    readout = architecture.classes * architecture.num_features
+    weights = FLOAT32_BYTES * (sum(architecture.num_parameters) + readout)
     resuming = sum(state) + weights + copies  # largest if another run's weights are loaded
     ending = 3 * weights + 2 * copies
     return max(resuming, ending) + max(state)
@@ -33,7 +33,7 @@ def driver_bytes(architecture: Architecture) -> int:
 
 def layer_bytes(architecture: Architecture) -> int:
     """Returns the memory of the largest layer while it is trained, without activations."""
-    state, copies, weights = architecture.state_bytes, architecture.copy_bytes, architecture.weights
+    state, copies, weights = architecture.state_bytes, architecture.copy_bytes, architecture.num_parameters
     return max(
         state[layer] + 2 * copies[layer] + FLOAT32_BYTES * weights[layer] for layer in range(len(architecture.layers))
     )
@@ -45,7 +45,7 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
     state, copies = architecture.state_bytes, architecture.copy_bytes
     state_and_copies = sum(state[layer] + copies[layer] for layer in layers)
     # A gradient, or the random initial weights while a layer is built.
-    gradient = max(FLOAT32_BYTES * architecture.weights[layer] + copies[layer] for layer in layers)
+    gradient = max(FLOAT32_BYTES * architecture.num_parameters[layer] + copies[layer] for layer in layers)
     rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS)
     widest = max(architecture.widths[layers.start : layers.stop + 1])
     outputs = 2 * blueprint.chunk_size * blueprint.bytes_out(layers)  # each minibatch, and all of them stacked
@@ -59,13 +59,13 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
 
 
 def _source_bytes(blueprint: Blueprint, layers: range) -> int:
-    """Returns the memory of the first stage's images; shifted ones have a border."""
+    """Returns the memory of the samples in the first stage."""
     if layers.start:
         return 0
-    (channels, height, width), border = blueprint.architecture.shape, 2 * blueprint.jitter
-    sample_bytes = channels * (height + border) * (width + border) + blueprint.architecture.pixels
-    # The image and the negative of each sample, before and after the shift.
-    return 4 * blueprint.chunk_size * blueprint.order.batch_size * sample_bytes
+    encoder = blueprint.architecture.encoder
+    # The sample and its negative, before and after the augmentation.
+    num_samples = 4 * blueprint.chunk_size * blueprint.order.batch_size
+    return num_samples * (encoder.sample_bytes + encoder.augmentation_bytes)
 
 
 def machine_bytes(blueprint: Blueprint, *, stored: int | None) -> int:
@@ -76,7 +76,7 @@ def machine_bytes(blueprint: Blueprint, *, stored: int | None) -> int:
         stored: Bytes in the object store; None for a serial run.
     """
     architecture = blueprint.architecture
-    state, features = architecture.state_bytes, sum(architecture.widths[architecture.predict_from :])
+    state, features = architecture.state_bytes, architecture.num_features
     stages = sum(stage_bytes(blueprint, layers) for layers in blueprint.stage_layers)
     readout = state[-1] + 3 * FLOAT32_BYTES * features * max(blueprint.order.batch_size, architecture.classes)
     writer = max(state)  # it serializes one file at a time

@@ -72,7 +72,7 @@ Event = Trained | Evaluated | SnapshotTaken
 
 
 class Pipeline(Protocol):
-    """What trains a network: a runner, or backpropagation as a baseline."""
+    """Trains a network: a runner, or backpropagation as a baseline."""
 
     blueprint: Blueprint
     hardware: dict[str, Hardware]
@@ -124,7 +124,7 @@ class Runner:
     def run(self, commands: Iterable[Command], upcoming: Iterable[Command]) -> Iterator[Event]:
         """Submits commands as the window admits them, and yields the result of each, in order.
 
-        A snapshot is yielded when all results before it have arrived; it is written beside the commands that follow.
+        A snapshot is yielded when all results before it have arrived; it is written while the following commands run.
         The next snapshot is submitted after that, so a caller that waits until one is written before it takes another
         has at most two unwritten.
 
@@ -212,17 +212,17 @@ def collect_directly(returned: list[Any], wait: bool = True, upstream: Sequence[
     return returned
 
 
-def serial_runner(blueprint: Blueprint, images: dict[str, Tensor], labels: Tensor, writer: Any) -> Runner:
+def serial_runner(blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor, writer: Any) -> Runner:
     """Returns the reference runner: one process, one command at a time.
 
     Args:
         blueprint: Describes the actors.
-        images: uint8 images of each split `[N, D]`.
+        samples: Samples of each split `[N, D]`.
         labels: Labels of the training set `[N]`.
         writer: Has `write(snapshot, *states)`.
     """
     blueprint = blueprint._replace(max_in_flight=1, negatives=replace(blueprint.negatives, prefetch_chunks=0))
-    actors = blueprint.assemble(lambda cls, *args: cls(*args), images, labels, writer)
+    actors = blueprint.assemble(lambda cls, *args: cls(*args), samples, labels, writer)
     device, cpu = read_hardware(blueprint.device), read_hardware("cpu")
     hardware = hardware_of_actors(
         blueprint.stage_layers, [device] * len(actors.stages), device, [cpu] * len(actors.negatives)

@@ -1,4 +1,4 @@
-"""The start of the pipeline: samples get their negatives, and images become input rows.
+"""The start of the pipeline: samples get their negatives, and become input rows.
 
 negative actors -- prefetched shards -----> first stage: Source --> rows
 readout ---------- labels drawn `prediction_delay` minibatches ago ----^   (hard labels)
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ffdist.data.negatives_store import Store
@@ -79,7 +78,7 @@ class NegativeSource:
 
     Args:
         plan: Which negatives, and whether they are stored.
-        images: uint8 images of each split `[N, D]`.
+        samples: Samples of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
         architecture: Of the network.
         order: SampleOrder of the training set.
@@ -88,12 +87,12 @@ class NegativeSource:
     def __init__(
         self,
         plan: NegativePlan,
-        images: dict[str, Tensor],
+        samples: dict[str, Tensor],
         labels: Tensor,
         architecture: Architecture,
         order: SampleOrder,
     ) -> None:
-        self._data = TrainingSet(images["train"], labels, architecture.classes, architecture.shape, order.seed)
+        self._data = TrainingSet(samples["train"], labels, architecture.classes, architecture.encoder.shape, order.seed)
         self._kind, self._order, self._store = find_kind(plan.kind, plan.options), order, plan.store
         self._labels_shown = architecture.labels_shown
 
@@ -106,9 +105,9 @@ class NegativeSource:
         start = time.perf_counter()
         negatives = self._store.read(epoch, number) if self._store else None
         if negatives is None:
-            samples = self._order.shard(epoch, number)
+            indices = self._order.shard(epoch, number)
             source = generator(self._order.seed, "negatives", epoch, number)
-            negatives = make_checked(self._kind, self._data, samples, source, labels_shown=self._labels_shown)
+            negatives = make_checked(self._kind, self._data, indices, source, labels_shown=self._labels_shown)
             if self._store:
                 self._store.write(epoch, number, negatives)
         return Shard(number, negatives, time.time(), time.perf_counter() - start)
@@ -164,18 +163,19 @@ class HardLabels:
 
 
 class Source:
-    """Turns uint8 images and labels into the input rows of the first layer; part of the first stage.
+    """Turns samples and labels into the input rows of the first layer; part of the first stage.
 
-    Images and labels are gathered for a whole chunk, but rows are made for each minibatch: on a GPU, the shape of a
+    Samples and labels are gathered for a whole chunk, but rows are made for each minibatch: on a GPU, the shape of a
     tensor determines the order in which it is summed.
+
+    Shapes: `K` minibatches of a chunk, `B` samples of a minibatch, `M` negatives per sample, `D` values of a sample.
 
     Args:
         architecture: Of the network.
         order: SampleOrder of the training set.
         device: Device on which rows are made, as torch names it.
         plan: How the run gets its negatives.
-        jitter: Largest shift of a training image in each direction, in pixels.
-        images: uint8 images of each split `[N, D]`.
+        samples: Samples of each split `[N, D]`.
         labels: True labels of the training set `[N]`, int64.
     """
 
@@ -185,12 +185,11 @@ class Source:
         order: SampleOrder,
         device: str,
         plan: NegativePlan,
-        jitter: int,
-        images: dict[str, Tensor],
+        samples: dict[str, Tensor],
         labels: Tensor,
     ) -> None:
-        self._architecture, self._order, self._device, self._jitter = architecture, order, device, jitter
-        self._images, self._labels = images, labels
+        self._architecture, self._encoder, self._order = architecture, architecture.encoder, order
+        self._device, self._samples, self._labels = device, samples, labels
         self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
     def train(self, chunk: Train, *arrived: Shard | Drawn) -> list[Tensor]:
@@ -201,81 +200,77 @@ class Source:
             *arrived: The shards that contain its negatives, and newly drawn labels.
 
         Returns:
-            The images `[K, B, D]`, uint8; negatives that are images, likewise; and, if labels are shown, the labels of
-            the positive and the M negative rows of each sample `[K, (1 + M) B]`, int64.
+            The samples `[K, B, D]`; negatives that are samples `[K, B, D]`; and, if labels are shown, the labels of the
+            positive and the M negative passes `[K, 1 + M, B]`, int64.
         """
-        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        images, labels = self._images["train"][samples].to(self._device), self._labels[samples].to(self._device)
+        indices = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
+        samples, labels = self._samples["train"][indices].to(self._device), self._labels[indices].to(self._device)
+        negatives = self._negatives(chunk, indices, arrived).to(self._device)
+        parts = [samples]
+        if negatives.dtype == samples.dtype:
+            parts, negatives = [samples, negatives], labels
+        if self._encoder.augments:
+            drawn = self._draw_augmentation(chunk)
+            parts = [self._encoder.augment(part, drawn) for part in parts]
+        if self._architecture.labels_shown:
+            wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
+            parts.append(torch.cat((labels.unsqueeze(1), wrong.transpose(1, 2)), 1))
+        return parts
+
+    def _negatives(self, chunk: Train, indices: Tensor, arrived: Sequence[Shard | Drawn]) -> Tensor:
+        """Returns the negatives of a chunk `[K, B, ...]`, as their kind returns them."""
         shards = [part for part in arrived if isinstance(part, Shard)]
         first = chunk.first * self._order.batch_size
         slices = [
-            shard.negatives[max(0, first - start) : first + samples.numel() - start]
+            shard.negatives[max(0, first - start) : first + indices.numel() - start]
             for shard, start in ((shard, shard.number * SHARD_SAMPLES) for shard in shards)
         ]
         negatives = torch.cat(slices)
-        negatives = negatives.view(*samples.shape, *negatives.shape[1:])
-        if self.hard_labels:
-            for part in arrived:
-                if isinstance(part, Drawn):
-                    self.hard_labels.take(part)
-            negatives = self.hard_labels.replace(chunk, samples, negatives)
-        negatives, parts = negatives.to(self._device), [images]
-        if negatives.dtype == torch.uint8:
-            parts, negatives = [images, negatives], labels
-        if self._jitter:
-            shift = self._shifts(chunk)
-            parts = [self._shifted(part, shift) for part in parts]
-        if self._architecture.labels_shown:
-            wrong = negatives.unsqueeze(-1) if negatives.dim() == 2 else negatives  # [K, B, M]
-            parts.append(torch.cat((labels, wrong.transpose(1, 2).flatten(1)), 1))
-        return parts
+        negatives = negatives.view(*indices.shape, *negatives.shape[1:])
+        if not self.hard_labels:
+            return negatives
+        for part in arrived:
+            if isinstance(part, Drawn):
+                self.hard_labels.take(part)
+        return self.hard_labels.replace(chunk, indices, negatives)
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
         """Makes the rows of a minibatch from the output of `train`.
 
         Returns:
-            B positive rows, M B negative rows and, if labels are shown, B neutral rows for the readout `[R, D']`. If no
-            labels are shown, the readout uses the positive rows.
+            The positive pass, the M negative passes and, if labels are shown, the neutral pass `[P, B, D']`. If no
+            labels are shown, the readout uses the positive pass.
         """
-        architecture, (images, *rest) = self._architecture, parts
+        architecture, (samples, *rest) = self._architecture, parts
         if not architecture.labels_shown:
-            return torch.cat((architecture.neutral_rows(images), *(architecture.rows(part, None) for part in rest)))
+            passes = architecture.neutral_rows(samples), *(architecture.rows(part, None) for part in rest)
+            return torch.stack(passes)
         *others, labels = rest
-        negatives = (others or [images]) * (len(labels) // len(images) - 1)
+        negatives = (others or [samples]) * (len(labels) - 1)
         claims = one_hot(labels, architecture.classes)
-        return torch.cat(
-            (architecture.rows(torch.cat((images, *negatives)), claims), architecture.neutral_rows(images))
-        )
+        rows = architecture.rows(torch.stack((samples, *negatives)), claims)
+        return torch.cat((rows, architecture.neutral_rows(samples).unsqueeze(0)))
 
     def read(self, chunk: Train) -> Tensor:
-        """Returns only the rows of the readout pass of a chunk `[K, B, D]`."""
-        samples = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
-        images = self._images["train"][samples].to(self._device)
-        return self._architecture.neutral_rows(self._shifted(images, self._shifts(chunk)) if self._jitter else images)
+        """Returns only the rows of the readout pass of a chunk `[K, B, D']`."""
+        indices = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
+        samples = self._samples["train"][indices].to(self._device)
+        if self._encoder.augments:
+            samples = self._encoder.augment(samples, self._draw_augmentation(chunk))
+        return self._architecture.neutral_rows(samples)
 
     def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
-        """Returns the rows of a block with every label that is tried `[n, T, D]`, and for the readout `[n, D]`."""
+        """Returns the rows of a block with every label that is tried `[n, T, D']`, and for the readout `[n, D']`."""
         architecture = self._architecture
-        images = self._images[block.split][block.first : block.first + block.num_samples].to(self._device)
+        samples = self._samples[block.split][block.first : block.first + block.num_samples].to(self._device)
         if not architecture.labels_shown:
-            rows = architecture.rows(images, None)
+            rows = architecture.rows(samples, None)
             return rows.unsqueeze(1)[:, :0], rows
-        return architecture.claiming_rows(images), architecture.neutral_rows(images)
+        return architecture.claiming_rows(samples), architecture.neutral_rows(samples)
 
-    def _shifts(self, chunk: Train) -> Tensor:
-        """Draws the shift of each sample's image, down and right `[K, 2, B]`, in [0, 2 * jitter]."""
-        shape = (2, self._order.batch_size)
-        return torch.stack(
-            [
-                torch.randint(2 * self._jitter + 1, shape, generator=generator(self._order.seed, "jitter", step))
-                for step in range(chunk.step, chunk.step + chunk.num_minibatches)
-            ]
-        ).to(self._device)
-
-    def _shifted(self, images: Tensor, shift: Tensor) -> Tensor:
-        """Returns shifted images `[K, B, D]`; pixels from beyond the border are 0."""
-        channels, height, width = self._architecture.shape
-        padded = F.pad(images.reshape(-1, channels, height, width), (self._jitter,) * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        down, right = shift.transpose(0, 1).flatten(1)
-        return windows[torch.arange(len(padded), device=padded.device), :, down, right].view(images.shape)
+    def _draw_augmentation(self, chunk: Train) -> Tensor:
+        """Draws the random numbers for the augmentation of a chunk's samples `[K, ..., B]`."""
+        seed, batch = self._order.seed, self._order.batch_size
+        steps = range(chunk.step, chunk.step + chunk.num_minibatches)
+        drawn = [self._encoder.draw_augmentation(batch, generator(seed, "jitter", step)) for step in steps]
+        return torch.stack(drawn).to(self._device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
+from ffdist.ff.layers import Minibatch, Passes
 from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.executor import Executor, StepMode, make_executor
@@ -28,7 +29,7 @@ class Report(NamedTuple):
     """Metrics and times of a chunk."""
 
     metrics: Tensor
-    """Of a stage `[K, layers, len(METRICS)]`; of the readout, loss and error `[K, 2]`; float32."""
+    """Of a stage `[K, layers, metrics]`; of the readout, loss and error `[K, 2]`; float32."""
     compute_s: float
     """Time spent on the chunk."""
     wait_s: float
@@ -96,8 +97,11 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 class Stage:
     """Consecutive layers, each trained on its own loss.
 
-    The rows for the readout (the neutral rows) are sent separately from the other rows (the signal). If no label is
-    shown, the readout uses the positive rows, and the signal consists of the negative rows.
+    The pass for the readout (the neutral one) is sent separately from the other passes (the signal). If no label is
+    shown, the readout uses the positive pass, and the signal consists of the negative ones.
+
+    Shapes: `K` minibatches of a chunk, `P` passes, `S` passes of the signal, `B` samples of a minibatch, `D` inputs,
+    `H` units.
 
     Args:
         architecture: The whole network.
@@ -105,6 +109,7 @@ class Stage:
         order: SampleOrder of the training set.
         measure_every: Interval of the minibatches in which MEASURED is measured.
         device: Device of the layers, as torch names it. Messages are always in host memory.
+        labels: Labels of the training set `[N]`, if the objective needs them.
         source: Arguments of `Source`, in the first stage.
     """
 
@@ -115,13 +120,14 @@ class Stage:
         order: SampleOrder,
         measure_every: int,
         device: str,
+        labels: Tensor | None,
         *source: Any,
     ) -> None:
         self._layers = {index: architecture.layer(index).to(device) for index in layers}
         for layer in self._layers.values():
             layer.refresh()
         self._source = Source(architecture, order, device, *source) if source else None
-        self._measure_every, self._device, self._batch = measure_every, device, order.batch_size
+        self._measure_every, self._device, self._order, self._labels = measure_every, device, order, labels
         self._execute = self._make_executor()
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
@@ -137,18 +143,19 @@ class Stage:
 
         Args:
             chunk: The chunk.
-            *message: In the first stage, the arguments of `Source.train`; otherwise the signal `[K, S, D]` of the
-                previous stage and its rows for the readout `[K, B, D]`. They are not modified.
+            *message: In the first stage, the arguments of `Source.train`; otherwise the signal `[K, S, B, D]` of the
+                previous stage and its pass for the readout `[K, B, D]`. They are not modified.
 
         Returns:
-            The report; the signal for the next stage `[K, S, H]`; and the rows for the readout of each layer
+            The report; the signal for the next stage `[K, S, B, H]`; and the pass for the readout of each layer
             `[K, B, H]`; None for those that are not used. All are computed with the weights before the update.
         """
         self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
-        # Positive rows come first; without labels, these are the rows for the readout.
-        rows = message if self._labels_shown else message[::-1]
-        inputs = self._source.train(chunk, *message) if self._source else rows
+        inputs = self._source.train(chunk, *message) if self._source else list(message)
+        if self._labels is not None:
+            labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
+            inputs.append(labels.to(self._device) if self._source else labels)
         steps_done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
         modes = [StepMode(chunk.lr_scale, chunk.layer, step % self._measure_every == 0) for step in steps_done]
         metrics, *outputs = self._execute(self._step, inputs, modes)
@@ -157,23 +164,27 @@ class Stage:
         return [self._clock.report(metrics, shards), signal, *reads]
 
     def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> list[Tensor]:
-        """Trains on a minibatch; returns metrics, the rows for the readout of each layer, and the signal."""
-        rows = self._source.rows(inputs) if self._source else torch.cat(list(inputs))
-        batch, metrics, reads = self._batch, [], []
-        signal_rows, read_rows = slice(None, -batch), slice(-batch, None)
-        if not self._labels_shown:
-            signal_rows, read_rows = slice(batch, None), slice(None, batch)
+        """Trains on a minibatch; returns metrics, the pass for the readout of each layer, and the signal."""
+        labels = None
+        if self._labels is not None:
+            *inputs, labels = inputs
+        if self._source:
+            rows = self._source.rows(inputs)
+            passes = Passes(len(rows) - 1 - self._labels_shown, self._labels_shown)
+        else:
+            signal, read = inputs
+            passes = Passes(len(signal) - self._labels_shown, self._labels_shown)
+            rows = passes.joined(signal, read)
+        metrics, reads = [], []
         for (index, layer), is_sent in zip(self._layers.items(), self._is_read_sent, strict=True):
             (rows, _), layer_metrics = layer.train_minibatch(
-                rows,
-                batch=batch,
-                negatives=len(rows) // batch - 1 - self._labels_shown,
+                Minibatch(rows, passes, labels),
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
                 measure=mode.measure,
             )
             metrics.append(layer_metrics)
-            reads += [rows[read_rows]] * is_sent
-        return [torch.stack(metrics), *reads, *([] if self._is_last else [rows[signal_rows]])]
+            reads += [rows[passes.readout]] * is_sent
+        return [torch.stack(metrics), *reads, *([] if self._is_last else [rows[passes.others]])]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
         """Evaluates a block, at fixed weights.
@@ -181,7 +192,7 @@ class Stage:
         Args:
             block: The block.
             *message: Nothing in the first stage; otherwise the rows with every label that is tried `[n, T, D]` (none if
-                no label is shown) and the rows for the readout `[n, D]`.
+                no label is shown) and those for the readout `[n, D]`.
 
         Returns:
             The goodness of each layer for every label `[layers, n, C]`, -inf for labels that are not tried; then, as in
@@ -191,8 +202,8 @@ class Stage:
         rows = torch.cat((claims, read.unsqueeze(1)), 1).to(self._device)
         goodness, reads = [], []
         for layer, is_sent in zip(self._layers.values(), self._is_read_sent, strict=True):
-            rows, layer_goodness = layer(rows)
-            goodness.append(layer_goodness[:, :-1])
+            rows, scores = layer(rows)
+            goodness.append(scores[:, :-1])
             reads.append(rows[:, -1].cpu().contiguous() if is_sent else None)
         signal = None if self._is_last else rows[:, :-1].cpu().contiguous()
         self._clock.free()
@@ -235,7 +246,7 @@ class ReadoutStage:
         self._execute = make_executor(device)
 
     def train(self, chunk: Train, *read: Tensor) -> tuple[Report, Drawn | None]:
-        """Trains on a chunk from the activities `[K, B, H]` of each read layer, lowest first.
+        """Trains on a chunk, from the activations `[K, B, H]` of each read layer, first layer first.
 
         Returns:
             The report; and a wrong label for each sample, drawn from the readout's prediction before the update.
@@ -251,12 +262,12 @@ class ReadoutStage:
         return self._clock.report(metrics), drawn
 
     def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> Sequence[Tensor]:
-        """Trains on the activities and labels of a minibatch; returns logits and metrics."""
+        """Trains on the activations and labels of a minibatch; returns logits and metrics."""
         *read, labels = inputs
         return self._readout.train_minibatch(read, labels, lr_scale=mode.lr_scale)
 
     def evaluate(self, *read: Tensor) -> Tensor:
-        """Returns the predicted labels `[n]` from the activities `[n, H]` of each read layer."""
+        """Returns the predicted labels `[n]` from the activations `[n, H]` of each read layer."""
         predicted: Tensor = self._readout([part.to(self._device) for part in read]).argmax(-1).cpu()
         self._clock.free()
         return predicted

@@ -9,11 +9,12 @@ from torch import Tensor
 from ffdist.config.schema import Config
 from ffdist.data.datasets import Dataset
 from ffdist.errors import as_warning
+from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import one_hot
-from ffdist.ff.layers import counted_threshold
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
 from ffdist.ff.network import Architecture, Network
+from ffdist.ff.objectives import signed_threshold
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.stage import layer_name
 from ffdist.pipeline.timeline import Span
@@ -57,7 +58,7 @@ def draw_plots(
     functions: dict[str, Callable[[Path], Path]] = {}
     if f"{layer_name(0)}/loss" in history:  # layers have no loss in backpropagation
         functions["layers.png"] = lambda path: plots.plot_layers(history, thresholds, path)
-    if "layers.png" in functions and with_negatives:
+    if "layers.png" in functions and with_negatives and isinstance(dataset.encoder, ImageEncoder):
         functions["negatives.png"] = lambda path: _plot_negatives(config, dataset, network, path)
     if "layers.png" in functions and (with_negatives or network.architecture.labels_shown):
         functions["goodness.png"] = lambda path: plots.plot_goodness(
@@ -68,7 +69,8 @@ def draw_plots(
             path,
         )
     functions["errors.png"] = lambda path: plots.plot_errors(test, path)
-    functions["fields.png"] = lambda path: plots.plot_fields(network, path)
+    if (filters := plots.first_filters(network)) is not None:
+        functions["fields.png"] = lambda path: plots.plot_fields(filters, path)
     functions["confusion.png"] = lambda path: plots.plot_confusion(test.confusion, predictor, dataset.names, path)
     if spans:
         functions["timeline.png"] = lambda path: plots.plot_timeline(spans, path)
@@ -99,20 +101,20 @@ def draw_goodness(
 
 
 def _plot_negatives(config: Config, dataset: Dataset, network: Network, path: Path) -> Path:
-    samples = _draw_samples(config, dataset, NUM_NEGATIVES)
-    images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
-    negatives = _make_negatives(config, dataset, network, samples)
+    indices = _draw_samples(config, dataset, NUM_NEGATIVES)
+    images, labels = dataset.samples["train"][indices], dataset.labels["train"][indices]
+    negatives = _make_negatives(config, dataset, network, indices)
     return plots.plot_negatives(images, labels, negatives, dataset.shape, dataset.names, path)
 
 
 def _training_goodness(config: Config, dataset: Dataset, network: Network) -> dict[str, Tensor]:
     """Returns each layer's goodness of training samples and of negatives `[L, N]`, for inputs without a label."""
-    samples = _draw_samples(config, dataset, NUM_HISTOGRAM_SAMPLES)
+    indices = _draw_samples(config, dataset, NUM_HISTOGRAM_SAMPLES)
     inputs = {
-        "training data": dataset.images["train"][samples],
-        "negatives": _make_negatives(config, dataset, network, samples),
+        "training data": dataset.samples["train"][indices],
+        "negatives": _make_negatives(config, dataset, network, indices),
     }
-    return {name: network.goodness(network.architecture.neutral_rows(images)) for name, images in inputs.items()}
+    return {name: network.goodness(network.architecture.neutral_rows(samples)) for name, samples in inputs.items()}
 
 
 def _draw_samples(config: Config, dataset: Dataset, count: int) -> Tensor:
@@ -128,19 +130,19 @@ def _split_by_label(goodness: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def _thresholds(architecture: Architecture) -> list[float | None]:
-    """Returns each layer's threshold, with the sign of its goodness; None if the loss has no threshold."""
-    if architecture.rule.loss == "symmetric":
+    """Returns each layer's threshold, with the sign of its goodness; None if it has none."""
+    if architecture.rule.objective != "goodness" or architecture.rule.loss == "symmetric":
         return [None for _ in architecture.layers]
     pairs = zip(architecture.thresholds, architecture.widths[1:], strict=True)
-    return [counted_threshold(architecture.rule, threshold, units) for threshold, units in pairs]
+    return [signed_threshold(architecture.rule, threshold, units) for threshold, units in pairs]
 
 
-def _make_negatives(config: Config, dataset: Dataset, network: Network, samples: Tensor) -> Tensor:
+def _make_negatives(config: Config, dataset: Dataset, network: Network, indices: Tensor) -> Tensor:
     """Returns negatives of training samples; hard labels are drawn from the predictions of the given network."""
-    negatives, images, labels = config.negatives, dataset.images["train"], dataset.labels["train"]
+    negatives, samples, labels = config.negatives, dataset.samples["train"], dataset.labels["train"]
     source = generator(config.seed, "picture")
     if negatives.kind == "hard_label":
-        return draw_wrong_labels(network(images[samples]), labels[samples], source, dataset.untrained)
-    data = TrainingSet(images, labels, dataset.classes, dataset.shape, config.seed)
+        return draw_wrong_labels(network(samples[indices]), labels[indices], source, dataset.untrained)
+    data = TrainingSet(samples, labels, dataset.classes, dataset.shape, config.seed)
     kind = find_kind(negatives.kind, negatives.options)
-    return make_checked(kind, data, samples, source, labels_shown=config.data.label != "none")
+    return make_checked(kind, data, indices, source, labels_shown=config.data.label != "none")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
-from ffdist.ff.local import Fields
+from ffdist.ff.layers import Layer
 from ffdist.ff.network import Network
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.timeline import Span
@@ -92,8 +92,8 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
         losses = zip(*history[f"{layer}/loss"], strict=True)
         panels[0].plot(*losses, color=color, marker=marker, label=layer.replace("_", " "))
         for name, style in (("positive", "-"), ("negative", "--")):
-            values = zip(*history[f"{layer}/goodness_{name}"], strict=True)
-            panels[1].plot(*values, color=color, linestyle=style, marker=marker)
+            if points := history.get(f"{layer}/goodness_{name}"):  # other objectives have none
+                panels[1].plot(*zip(*points, strict=True), color=color, linestyle=style, marker=marker)
     for panel in panels:
         panel.xaxis.set_major_formatter(EngFormatter())
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
@@ -153,18 +153,25 @@ def plot_errors(evaluation: Evaluation, path: Path) -> Path:
     return _save(figure, path)
 
 
+def first_filters(network: Network) -> Tensor | None:
+    """Returns the weights of the first layer as images `[units, channels, height, width]`; None if they are none."""
+    layer, form = network.layers[0], network.architecture.encoder.form
+    assert isinstance(layer, Layer)
+    filters = network.architecture.layers[0].filters(layer, form)
+    return filters if filters is not None and filters.shape[1] in (1, 3) else None
+
+
 @_style(grid=False)
-def plot_fields(network: Network, path: Path) -> Path:
+def plot_fields(filters: Tensor, path: Path) -> Path:
     """Draws the receptive fields of first-layer units, largest weight norm first, and returns the path.
 
     Mid-gray is zero. Each unit has its own scale, which clips its largest weights.
+
+    Args:
+        filters: Weights of each unit `[units, channels, height, width]`, as `first_filters` returns them.
+        path: File to write.
     """
-    channels, height, width = network.architecture.shape
-    first, weight = network.architecture.layers[0], cast(Tensor, network.layers[0].weight)
-    if isinstance(first, Fields):
-        pixels = weight[..., : first.field**2 * channels].reshape(-1, first.field, first.field, channels)
-    else:
-        pixels = weight[:, : network.architecture.pixels].view(-1, channels, height, width).permute(0, 2, 3, 1)
+    pixels = filters.permute(0, 2, 3, 1)
     units = pixels.flatten(1).norm(dim=1).argsort(descending=True)[:MAX_UNITS]
     # numpy's quantile, because torch's takes at most 16 million values
     scale = torch.from_numpy(np.quantile(pixels[units].abs().flatten(1).numpy(), 0.98, axis=1)).clamp(min=1e-12)
@@ -213,7 +220,7 @@ def plot_negatives(
     images: Tensor,
     labels: Tensor,
     negatives: Tensor,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     names: Sequence[str],
     path: Path,
 ) -> Path:

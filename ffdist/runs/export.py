@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE, WEIGHTS, save_network
@@ -19,7 +20,7 @@ def export_network(run: Run, to: Path) -> list[Path]:
     """Exports a run's network for use without ffdist's pipeline, and returns the paths of the written files.
 
     Writes the weights and the architecture (`ffdist.read_network` reads both), the readout as a program that needs only
-    torch (`torch.export.load`; uint8 images `[B, D]` to logits `[B, C]`) and as ONNX (in float32, because ONNX runtimes
+    torch (`torch.export.load`; samples `[B, D]` to logits `[B, C]`) and as ONNX (in float32, because ONNX runtimes
     lack bfloat16 matrix products), and an MLflow model.
 
     Raises:
@@ -38,7 +39,7 @@ def export_network(run: Run, to: Path) -> list[Path]:
         save_network(network, to, run.class_names)
         torch.export.save(_readout_program(network), to / PROGRAM)
         torch.onnx.export(_readout_program(in_float32), f=to / ONNX, verbose=False)
-        save_model(network, run.class_names, torch.zeros(network.architecture.pixels, dtype=torch.uint8), to / NAME)
+        save_model(network, run.class_names, _zeros(network)[0], to / NAME)
     except BaseException as error:  # a partial export would look complete, and the next attempt would refuse its folder
         for path in to.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -52,5 +53,10 @@ def export_network(run: Run, to: Path) -> list[Path]:
 
 
 def _readout_program(network: Network) -> torch.export.ExportedProgram:
-    images = torch.zeros(2, network.architecture.pixels, dtype=torch.uint8)
-    return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    return torch.export.export(network, (_zeros(network),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _zeros(network: Network) -> Tensor:
+    """Returns two samples of zeros `[2, D]`."""
+    encoder = network.architecture.encoder
+    return torch.zeros(2, encoder.size, dtype=encoder.dtype)

@@ -1,7 +1,7 @@
 """The folder of a run: its configuration, checkpoints and network."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -107,14 +107,14 @@ def find_checkpoint(checkpoints: Checkpoints, which: str | None = None) -> Check
         return Checkpoint(name, kind, checkpoints.path(name), checkpoints.read_manifest(name))
 
 
-def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint, only: Collection[str]) -> State:
-    """Returns the tensors with the given names from the state in a checkpoint.
+def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint, select: Callable[[str], bool]) -> State:
+    """Returns the tensors with the selected names from the state in a checkpoint.
 
     Raises:
         ConfigError: The checkpoint is damaged.
     """
     with as_config_error():
-        return checkpoints.read(checkpoint.name, only)[1]
+        return checkpoints.read(checkpoint.name, select)[1]
 
 
 def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Path) -> None:

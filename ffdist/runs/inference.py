@@ -13,6 +13,7 @@ from ffdist.console import Screen, is_interactive, print_rows
 from ffdist.data.inputs import Inputs, read_inputs, write_parquet
 from ffdist.errors import ConfigError
 from ffdist.ff.classify import total_goodness
+from ffdist.ff.encoders import ImageEncoder
 from ffdist.runs.run import Run
 
 MAX_LABELS, MAX_ROWS = 3, 100
@@ -30,7 +31,7 @@ def evaluate_on(run: Run, data: Path | None) -> str:
         ConfigError: The images cannot be read, have no labels, or do not fit the network.
     """
     if data is None:
-        images, labels = run.dataset.images["test"], run.dataset.labels["test"]
+        images, labels = run.dataset.samples["test"], run.dataset.labels["test"]
     else:
         inputs = _read(run, [data])
         if inputs.labels is None:
@@ -103,9 +104,12 @@ def _show(
 
 
 def _read(run: Run, paths: Sequence[Path]) -> Inputs:
-    architecture = run.network.architecture
+    encoder = run.network.architecture.encoder
+    if not isinstance(encoder, ImageEncoder):
+        raise ConfigError(f"only images are read from files (the network reads: {encoder.describe()}); use Run.predict")
     config = run.config.data.model_copy(update={"label_column": run.label_column})
-    inputs = read_inputs(paths, config, architecture.shape, architecture.classes, run.class_names)
+    channels, height, width = encoder.shape
+    inputs = read_inputs(paths, config, (channels, height, width), encoder.classes, run.class_names)
     if inputs.skipped:
         _note(f"skipped: {inputs.skipped}")
     return inputs

@@ -21,7 +21,7 @@ from ffdist.storage.folder import Folder
 from ffdist.tracking.server import log_to_run, trusted_uri
 
 BATCH_SIZE = 1000
-"""Number of images in a forward pass."""
+"""Number of samples in a forward pass."""
 MAX_EVALUATIONS = 500
 """Largest number of evaluations of the loss on all training samples."""
 
@@ -43,10 +43,10 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     summary, run_id = run.summary, run.summary["mlflow_run_id"]
     uri = uri or trusted_uri(run.folder, summary["mlflow_tracking_uri"], run_id, runs)
     network, dataset = run.network, run.dataset
-    readout, samples = network.architecture.readout(), len(dataset.images["train"])
+    readout, samples = network.architecture.readout(), len(dataset.samples["train"])
     features = readout.weight.shape[1]
-    host_memory.check(memory.FLOAT32_BYTES * samples * features, "the activities that a readout is fitted to")
-    train, done = _activities(network, dataset.images["train"], "train"), 0
+    host_memory.check(memory.FLOAT32_BYTES * samples * features, "the activations that a readout is fitted to")
+    train, done = _activations(network, dataset.samples["train"], "train"), 0
     rows = torch.empty(samples, features)  # allocated once, because it dominates the memory use
     for batch in train:
         torch.cat(batch, 1, out=rows[done : done + len(batch[0])])
@@ -57,7 +57,7 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
             next(bar, None)
 
         gradient = readout.fit(rows, dataset.labels["train"], iterations=MAX_EVALUATIONS, step=advance)
-    predicted = [readout(batch).argmax(1) for batch in _activities(network, dataset.images["test"], "test")]
+    predicted = [readout(batch).argmax(1) for batch in _activations(network, dataset.samples["test"], "test")]
     test_error = classification_error(torch.cat(predicted), dataset.labels["test"])
     Console(highlight=False).print(
         f"test error {test_error:.2%} by a readout fitted to the layers of {run.folder} (largest gradient: "
@@ -74,7 +74,7 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     return test_error
 
 
-def _activities(network: Network, images: Tensor, split: str) -> Iterator[list[Tensor]]:
-    """Yields the readout's inputs for one batch of images after another, in float32."""
-    for batch in track(torch.split(images, BATCH_SIZE), f"computing activities of {split} samples"):
-        yield [activity.float() for activity in network.read(network.architecture.neutral_rows(batch))]
+def _activations(network: Network, samples: Tensor, split: str) -> Iterator[list[Tensor]]:
+    """Yields the readout's inputs for one batch of samples after another, in float32."""
+    for batch in track(torch.split(samples, BATCH_SIZE), f"computing activations of {split} samples"):
+        yield [activations.float() for activations in network.read(network.architecture.neutral_rows(batch))]

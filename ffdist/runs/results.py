@@ -9,6 +9,7 @@ from typing import Any
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.config.sections import Section
 from ffdist.console import Screen, is_interactive, print_rows
+from ffdist.ff.specs import parse_layer
 from ffdist.tracking.server import find_experiment, open_client
 
 DEFAULTS = {
@@ -173,10 +174,7 @@ def _order(run: Any) -> tuple[str, str]:
 
 def _network(params: dict[str, str]) -> str:
     layers = ast.literal_eval(params["model.layers"])
-    return "-".join(
-        str(layer) if isinstance(layer, int) else f"{layer['grid']}x{layer['grid']}x{layer['units']}"
-        for layer in layers
-    )
+    return "-".join(str(parse_layer(layer)) for layer in layers)
 
 
 def _values(runs: list[Any], name: str) -> list[float]:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffdist.checkpoint.checkpoints import PARAMETERS
-from ffdist.config.architecture import build_architecture
+from ffdist.checkpoint.checkpoints import for_inference
+from ffdist.config.architecture import build_architecture, build_encoder
 from ffdist.config.schema import Config
 from ffdist.console import track
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.errors import ConfigError
 from ffdist.ff import MAX_CLASSES
+from ffdist.ff.encoders import ENCODERS
 from ffdist.ff.negatives import KINDS
 from ffdist.ff.network import Network, Prediction
 from ffdist.pipeline.evaluation import Evaluation, evaluate
@@ -123,15 +124,15 @@ class Run:
     @cached_property
     def network(self) -> Network:
         """The network of the checkpoint, on the CPU; inference needs only torch."""
-        if not {"shape", "classes"} <= self.summary.keys():
+        if not {"encoder", "shape", "classes"} <= self.summary.keys():
             raise ConfigError(
-                f"{self.folder} is of an earlier version, which did not record the shape of images; train it again"
+                f"{self.folder} is of an earlier version, which did not record the shape of samples; train it again"
             )
-        channels, height, width = self.summary["shape"]
-        classes, untrained = self.summary["classes"], self.summary.get("untrained_classes", ())
-        architecture = build_architecture(self.config, (channels, height, width), classes, untrained)
+        kind, shape, classes = (self.summary[key] for key in ("encoder", "shape", "classes"))
+        encoder = build_encoder(self.config.data, kind, shape, classes)
+        architecture = build_architecture(self.config, encoder, self.summary.get("untrained_classes", ()))
         architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
-        state = read_state(checkpoints_of(self.config, self.folder), self.checkpoint, PARAMETERS)
+        state = read_state(checkpoints_of(self.config, self.folder), self.checkpoint, for_inference)
         try:
             return network_of(architecture, state)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -154,24 +155,25 @@ class Run:
         with _explain_read_errors(self.folder / OUTBOX) as path:
             return Outbox.history_of(path)
 
-    def predict(self, images: Tensor) -> Prediction:
+    def predict(self, samples: Tensor) -> Prediction:
         """Predicts by readout and by goodness.
 
         Args:
-            images: uint8 `[N, D]` or `[N, channels, height, width]`, 0 to 255, or `[N, height, width]` if grayscale.
+            samples: `[N, D]` or `[N, ...]` in the type and shape of the training samples. Images are uint8, 0 to 255,
+                `[N, channels, height, width]`, or `[N, height, width]` if they are grayscale.
 
         Raises:
-            ConfigError: The images have another dtype or shape than those of the dataset, or there are none.
+            ConfigError: The samples have another type or shape than those of the dataset, or there are none.
         """
-        architecture, images = self.network.architecture, torch.as_tensor(images)
-        shape, expected = tuple(images.shape), architecture.shape
-        accepted = (architecture.pixels,), expected, expected[1:] if expected[0] == 1 else expected
-        if images.dtype != torch.uint8 or shape[1:] not in accepted or not shape[0]:
+        encoder, samples = self.network.architecture.encoder, torch.as_tensor(samples)
+        shape, expected = tuple(samples.shape), encoder.shape
+        accepted = (encoder.size,), expected, expected[1:] if expected[0] == 1 else expected
+        if samples.dtype != encoder.dtype or shape[1:] not in accepted or not shape[0]:
             raise ConfigError(
-                f"images must be uint8 of shape [N, {str(list(expected))[1:]} with N > 0 (given: {images.dtype}, "
-                f"{list(shape)})"
+                f"samples must be {str(encoder.dtype).removeprefix('torch.')} of shape [N, {str(list(expected))[1:]} "
+                f"with N > 0 (given: {samples.dtype}, {list(shape)})"
             )
-        return self.network.predict(images.flatten(1), lambda batches: track(batches, "predicting"))
+        return self.network.predict(samples.flatten(1), lambda batches: track(batches, "predicting"))
 
     def plot(self, to: Path | str | None = None) -> list[Path]:
         """Draws the run's plots again and returns their paths.
@@ -194,7 +196,7 @@ class Run:
         with _explain_read_errors(self.folder / TIMELINE):
             spans = read_timeline(self.folder)
         dataset = self.dataset
-        test = self.evaluate(dataset.images["test"], dataset.labels["test"])
+        test = self.evaluate(dataset.samples["test"], dataset.labels["test"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -212,22 +214,22 @@ class Run:
             raise ConfigError("; ".join(failures))
         return paths
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
-        """Returns the errors on images.
+    def evaluate(self, samples: Tensor, labels: Tensor) -> Evaluation:
+        """Returns the errors on samples.
 
         Args:
-            images: See `predict`.
+            samples: See `predict`.
             labels: True labels `[N]`.
 
         Raises:
-            ConfigError: The images or labels do not fit the network, or each other.
+            ConfigError: The samples or labels do not fit the network, or each other.
         """
-        prediction, architecture, labels = self.predict(images), self.network.architecture, torch.as_tensor(labels)
+        prediction, architecture, labels = self.predict(samples), self.network.architecture, torch.as_tensor(labels)
         wrong = labels.is_floating_point() or not ((labels >= 0) & (labels < architecture.classes)).all()
         if wrong or labels.shape != prediction.label.shape:
             raise ConfigError(
-                f"labels must be integers in [0, {architecture.classes}), one per image "
-                f"(images: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
+                f"labels must be integers in [0, {architecture.classes}), one per sample "
+                f"(samples: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
             )
         return evaluate(
             prediction.goodness,
@@ -255,7 +257,8 @@ def _check_summary(summary: Any) -> dict[str, Any]:
         "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
         "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
         "test_readout_error": isinstance(summary.get("test_readout_error"), float),
-        "shape": isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape),
+        "encoder": summary.get("encoder", "image") in ENCODERS,
+        "shape": isinstance(shape, list) and shape and all(isinstance(n, int) and n > 0 for n in shape),
         "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
         "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),

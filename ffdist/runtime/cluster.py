@@ -264,20 +264,20 @@ def machine_resources(device: str = "auto") -> dict[str, float]:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def check_object_store(*, image_bytes: int, in_flight_bytes: int) -> None:
+def check_object_store(*, sample_bytes: int, in_flight_bytes: int) -> None:
     """Checks that a run fills at most half of the smallest object store of the cluster's nodes.
 
     Args:
-        image_bytes: Size of the images of all splits.
+        sample_bytes: Size of the samples of all splits.
         in_flight_bytes: Size of the messages and states in flight.
 
     Raises:
         ConfigError: The run would fill more.
     """
     store_bytes = int(min(node["Resources"].get("object_store_memory", 0) for node in alive_nodes()))
-    if image_bytes + in_flight_bytes > store_bytes / 2:
+    if sample_bytes + in_flight_bytes > store_bytes / 2:
         raise ConfigError(
-            f"a run may fill at most half of Ray's object store (images: {image_bytes:,} bytes, chunks in flight: "
+            f"a run may fill at most half of Ray's object store (samples: {sample_bytes:,} bytes, chunks in flight: "
             f"{in_flight_bytes:,}, half of the store: {store_bytes // 2:,}); set pipeline.chunk_size, "
             f"pipeline.max_in_flight or negatives.prefetch_chunks lower, or start Ray with a larger "
             f"--object-store-memory"

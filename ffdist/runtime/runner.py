@@ -49,7 +49,7 @@ def ray_runner(
     blueprint: Blueprint,
     group: PlacementGroup,
     pipeline: Pipeline,
-    images: dict[str, Tensor],
+    samples: dict[str, Tensor],
     labels: Tensor,
     checkpoints: Folder,
 ) -> Iterator[Runner]:
@@ -59,7 +59,7 @@ def ray_runner(
         blueprint: Describes the actors.
         group: Placement group with the resources of each actor, as `Placement.bundles` lists them.
         pipeline: Threads per stage and timeouts.
-        images: uint8 images of each split `[N, D]`, which are put into the object store once.
+        samples: Samples of each split `[N, D]`, which are put into the object store once.
         labels: Labels of the training set `[N]`.
         checkpoints: Folder of the run's checkpoints.
 
@@ -70,7 +70,7 @@ def ray_runner(
     send_tensors_as_arrays()
     factory = ActorFactory(group, pipeline.threads_per_stage)
     try:
-        actors = blueprint.assemble(factory, _put(images), _put(labels), None)
+        actors = blueprint.assemble(factory, _put(samples), _put(labels), None)
         device, num_stages = blueprint.device, len(actors.stages)
         calls = [actor.read_hardware.remote(device) for actor in (*actors.stages, actors.readout)]
         calls += [actor.read_hardware.remote("cpu") for actor in actors.negatives]

@@ -27,7 +27,7 @@ def create_model(client: Any, run_id: str) -> str:
 
 
 def log_model(
-    client: Any, run_id: str, model_id: str, network: Network, class_names: Sequence[str], image: Tensor
+    client: Any, run_id: str, model_id: str, network: Network, class_names: Sequence[str], example: Tensor
 ) -> None:
     """Logs a network as a model of a run. Calling it again has no effect.
 
@@ -37,7 +37,7 @@ def log_model(
         model_id: Id returned by `create_model`.
         network: Network to log.
         class_names: Names of the classes; may be empty.
-        image: Input example, uint8 `[D]`.
+        example: Input example `[D]`.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model
@@ -46,7 +46,7 @@ def log_model(
     with TemporaryDirectory() as folder:
         path = Path(folder) / NAME
         mlflow_model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)
-        save_model(network, class_names, image, path, mlflow_model=mlflow_model)
+        save_model(network, class_names, example, path, mlflow_model=mlflow_model)
         client.log_model_artifacts(model_id, str(path))
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
@@ -69,13 +69,13 @@ def register_model(client: Any, run_id: str, model_id: str, name: str) -> None:
     client.create_model_version(name, source, run_id, model_id=model_id)
 
 
-def save_model(network: Network, class_names: Sequence[str], image: Tensor, path: Path, **options: Any) -> None:
+def save_model(network: Network, class_names: Sequence[str], example: Tensor, path: Path, **options: Any) -> None:
     """Writes a network as an MLflow model into a new folder.
 
     Args:
         network: Network to write.
         class_names: Names of the classes; may be empty.
-        image: Input example, uint8 `[D]`.
+        example: Input example `[D]`.
         path: The folder, which must not exist.
         **options: Further arguments of `mlflow.pyfunc.save_model`.
     """
@@ -109,7 +109,7 @@ def save_model(network: Network, class_names: Sequence[str], image: Tensor, path
             data_path=str(network_folder),
             code_paths=[str(code)],
             signature=signature,
-            input_example=image.view(1, *architecture.shape).numpy(),
+            input_example=example.view(1, *architecture.encoder.shape).numpy(),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
             **options,
         )

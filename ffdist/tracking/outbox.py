@@ -225,7 +225,7 @@ class Outbox:
         Args:
             statement: SQL statement.
             rows: Parameters of each execution.
-            pending_change: What each changed row adds to the number of pending points.
+            pending_change: Change of the number of pending points by each changed row.
         """
         with self._lock, self._database:  # commits or rolls back
             self._database.execute("begin")

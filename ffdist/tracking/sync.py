@@ -291,7 +291,8 @@ def _send_dataset(client: Any, run_id: str, outbox: Outbox, dataset: dict[str, A
 def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any]) -> None:
     try:
         folder = path_in(outbox.folder, NETWORK)
-        network, image = read_network(folder), torch.tensor(content["image"], dtype=torch.uint8)
+        network = read_network(folder)
+        example = torch.tensor(content["example"], dtype=network.architecture.encoder.dtype)
         class_names = [str(name) for name in content["names"]]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise RejectedUpload(f"the network cannot be read ({error_text(error)})") from error
@@ -299,7 +300,7 @@ def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any
     if not model_id:  # an earlier attempt may have created it
         model_id = create_model(client, run_id)
         outbox.set_facts(**{MODEL: model_id})
-    log_model(client, run_id, model_id, network, class_names, image)
+    log_model(client, run_id, model_id, network, class_names, example)
     shutil.rmtree(folder)
 
 

@@ -204,19 +204,19 @@ class Tracker:
         """Queues a dataset, a dict of the arguments of `server.log_dataset`; returns immediately."""
         self._queue_call("dataset", dataset)
 
-    def log_model(self, network: Network, class_names: Sequence[str], image: Tensor, register: str | None) -> None:
+    def log_model(self, network: Network, class_names: Sequence[str], example: Tensor, register: str | None) -> None:
         """Queues a network as a model of the run.
 
         Args:
             network: Network to log.
             class_names: Names of the classes; may be empty.
-            image: Input example, uint8 `[D]`.
+            example: Input example `[D]`.
             register: Name of a registered model that gets a new version, or None.
         """
         folder = path_in(self._folder, NETWORK)
         folder.mkdir(exist_ok=True)
         save_network(network, folder, class_names)
-        self._queue_call("model", {"image": image.tolist(), "names": list(class_names)})
+        self._queue_call("model", {"example": example.tolist(), "names": list(class_names)})
         if register:
             self._queue_call("register", register)
 

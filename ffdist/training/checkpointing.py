@@ -49,7 +49,7 @@ class Checkpointer(Observer):
 
     Args:
         config: Configuration of the run.
-        prepared: What it describes.
+        prepared: Inputs of the run.
         checkpoints: Where they are kept.
         metrics: Metrics of the run; those that are not averaged yet are part of a checkpoint.
         run_id: MLflow's id of the run.

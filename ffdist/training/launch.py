@@ -139,14 +139,14 @@ def assign_layers(
     if isinstance(pipeline.balance, list):
         stage_layers = partition_of_sizes(pipeline.balance)
     else:
-        stage_layers = partition(costs.layers if costs else architecture.weights, placement.num_stages)
+        stage_layers = partition(costs.layers if costs else architecture.num_parameters, placement.num_stages)
     blueprint = make_blueprint(prepared, config, stage_layers, placement.device).with_pace(
         pipeline.chunk_size,
         pipeline.max_in_flight,
         minibatch_s=slowest_stage_s(costs, stage_layers) if costs else None,
         most=config.checkpoint.every_minibatches,
     )
-    images, labels = dataset.images, dataset.labels["train"]
+    samples, labels = dataset.samples, dataset.labels["train"]
     description, predicted = describe(runner, placement, blueprint), None
     cluster = f"nodes: {num_nodes(totals)}, CPUs: {totals['CPU']:g}, GPUs: {totals.get('GPU', 0):g}"
     if AUTOSCALER in totals and placement.device == "cpu" and pipeline.device == "auto":
@@ -155,23 +155,23 @@ def assign_layers(
         devices = int(totals["CPU"]) // pipeline.threads_per_stage if placement.device == "cpu" else int(totals["GPU"])
         predicted = predicted_samples_per_s(costs, blueprint, processors=max(1, devices) if runner == "ray" else None)
         description += f"; predicted: {predicted:,.0f} samples/s"
-    image_bytes = sum(split.nbytes for split in images.values())
+    sample_bytes = sum(split.nbytes for split in samples.values())
     if runner == "ray":
-        check_object_store(image_bytes=image_bytes, in_flight_bytes=blueprint.bytes_in_flight)
+        check_object_store(sample_bytes=sample_bytes, in_flight_bytes=blueprint.bytes_in_flight)
     if placement.device == "cpu" and (runner == "serial" or (runner == "ray" and num_nodes(totals) == 1)) and not again:
         description += _check_host_memory(
-            blueprint, image_bytes + blueprint.bytes_in_flight if runner == "ray" else None
+            blueprint, sample_bytes + blueprint.bytes_in_flight if runner == "ray" else None
         )
     if runner == "ray":
         from ffdist.runtime.runner import ray_runner
 
-        start = partial(ray_runner, blueprint, group, pipeline, images, labels)
+        start = partial(ray_runner, blueprint, group, pipeline, samples, labels)
         return PlacedPipeline(blueprint, description, cluster, predicted, start)
 
     @contextmanager
     def start_in_process(checkpoints: Folder) -> Iterator[Pipeline]:
         make_pipeline = serial_runner if runner == "serial" else Backpropagation
         with torch_threads(pipeline.threads_per_stage):
-            yield make_pipeline(blueprint, images, labels, CheckpointWriter(checkpoints))
+            yield make_pipeline(blueprint, samples, labels, CheckpointWriter(checkpoints))
 
     return PlacedPipeline(blueprint, description, cluster, predicted, start_in_process)

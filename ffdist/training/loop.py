@@ -10,7 +10,7 @@ import torch
 from ffdist.checkpoint.checkpoints import CheckpointError
 from ffdist.config.schema import Config
 from ffdist.errors import ActorLost, RunFailed
-from ffdist.ff.layers import MEASURED, METRICS
+from ffdist.ff.layers import MEASURED
 from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.evaluation import Evaluation, evaluate
 from ffdist.pipeline.runner import Evaluated, Event, Pipeline, SnapshotTaken, Trained
@@ -30,15 +30,13 @@ from ffdist.training.prepare import Prepared
 from ffdist.training.recoveries import Recoveries
 from ffdist.training.resume import Start
 
-ALWAYS_MEASURED = [METRICS.index(name) for name in METRICS if name not in MEASURED]
-
 
 class Loop:
     """Runs a configuration on one pipeline after another.
 
     Args:
-        config: What to train.
-        prepared: What it describes.
+        config: Configuration of the run.
+        prepared: Inputs of the run.
         checkpointer: Takes the checkpoints.
         recoveries: Records failures, and limits their number.
         observers: Receive all events, before the checkpointer.
@@ -211,7 +209,7 @@ class Loop:
         return Snapshot(position, position.epoch * self._order.num_minibatches + position.minibatch)
 
     def _check_finite(self, trained: Trained) -> None:
-        layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, ALWAYS_MEASURED]
+        layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, : -len(MEASURED)]
         finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
         if finite.all():
             return

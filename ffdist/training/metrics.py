@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ffdist.ff.layers import MEASURED, METRICS
+from ffdist.ff.layers import MEASURED
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, Trained
 from ffdist.training.observer import Observer
@@ -37,6 +37,7 @@ class Metrics(Observer):
         state = start.state.get("position", {})
         self._layers = list(state.get("layer_metrics", []))
         self._readout = list(state.get("readout_metrics", []))
+        self._names = pipeline.blueprint.architecture.metrics
         self._times: list[tuple[float, float, float]] = []
         self._minibatches = 0
 
@@ -88,7 +89,7 @@ class Metrics(Observer):
         metrics = {
             f"layer_{layer}/{name}": value
             for layer, values in enumerate(layers.tolist(), 1)
-            for name, value in zip(METRICS, values, strict=True)
+            for name, value in zip(self._names, values, strict=True)
             if name not in MEASURED or value == value  # a last, partial point has none
         }
         return metrics | dict(zip(("readout/loss", "readout/error"), readout.tolist(), strict=True))

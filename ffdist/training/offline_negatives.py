@@ -13,6 +13,7 @@ from ffdist.data.datasets import load_dataset
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError
+from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.negatives import NegativesError
 from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.source import NegativeSource
@@ -33,7 +34,7 @@ def fill_store(config: Config) -> Store:
         raise ConfigError("negatives.store must be set; give negatives.store=FOLDER")
     dataset, order, architecture, plan = prepare(config)
     assert plan.store, "checked above"
-    source = NegativeSource(plan, dataset.images, dataset.labels["train"], architecture, order)
+    source = NegativeSource(plan, dataset.samples, dataset.labels["train"], architecture, order)
     try:
         with torch_threads(config.pipeline.threads_per_stage):
             for epoch in track(range(config.num_epochs), f"making {plan.kind} negatives"):
@@ -80,8 +81,10 @@ def show_store(uri: str, plot: Path) -> None:
     notes.print(f"{uri}: {description}; all checksums match", markup=False, soft_wrap=True)
     print_rows(rows)
     assert negatives is not None, "the store has entries"
-    samples = order.shard(first.epoch, first.number)[:NUM_SAMPLES]
-    images, labels = dataset.images["train"][samples], dataset.labels["train"][samples]
+    if not isinstance(dataset.encoder, ImageEncoder):
+        return
+    indices = order.shard(first.epoch, first.number)[:NUM_SAMPLES]
+    images, labels = dataset.samples["train"][indices], dataset.labels["train"][indices]
     try:
         path = plot_negatives(images, labels, negatives[:NUM_SAMPLES], dataset.shape, dataset.names, plot)
     except (OSError, ValueError) as error:

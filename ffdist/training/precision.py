@@ -85,7 +85,7 @@ def measurement(runner: str, prepared: Prepared, config: Config, device: str) ->
     if needs_costs and runner != "backpropagation":
         try:
             sample = draw_sample(
-                make_blueprint(prepared, config, [], device), prepared.dataset.images, prepared.dataset.labels["train"]
+                make_blueprint(prepared, config, [], device), prepared.dataset.samples, prepared.dataset.labels["train"]
             )
         except NegativesError as error:
             raise ConfigError(f"negatives.kind={config.negatives.kind}: {error}") from error
@@ -105,7 +105,6 @@ def make_blueprint(prepared: Prepared, config: Config, stage_layers: list[range]
         prepared.architecture,
         prepared.order,
         negatives=prepared.negatives,
-        jitter=config.data.jitter,
         stage_layers=stage_layers,
         measure_every=config.tracking.log_every_minibatches,
         device=device,

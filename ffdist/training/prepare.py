@@ -40,7 +40,7 @@ def prepare(config: Config) -> Prepared:
             f"training.batch_size must be at most the number of training samples "
             f"(batch_size: {order.batch_size}, training samples: {order.num_samples})"
         )
-    architecture = build_architecture(config, dataset.shape, dataset.classes, dataset.untrained)
+    architecture = build_architecture(config, dataset.encoder, dataset.untrained)
     host_memory.check(
         memory.driver_bytes(architecture), "the copy of the network in the driver, for resuming and for results,"
     )
@@ -55,11 +55,11 @@ def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> Nega
             is longer than the delay of hard labels.
     """
     negatives, labels = config.negatives, dataset.labels["train"]
-    data = TrainingSet(dataset.images["train"], labels, dataset.classes, dataset.shape, config.seed)
-    samples, source = order.shard(0, 0)[: order.batch_size], generator(config.seed, "trial")
+    data = TrainingSet(dataset.samples["train"], labels, dataset.classes, dataset.shape, config.seed)
+    indices, source = order.shard(0, 0)[: order.batch_size], generator(config.seed, "trial")
     try:
         kind = find_kind(negatives.kind, negatives.options)
-        trial = make_checked(kind, data, samples, source, labels_shown=config.data.label != "none")
+        trial = make_checked(kind, data, indices, source, labels_shown=config.data.label != "none")
     except NegativesError as error:
         raise ConfigError(f"negatives.kind={negatives.kind}: {error}") from error
     chunk_size, delay = config.pipeline.chunk_size, negatives.prediction_delay

@@ -1,7 +1,9 @@
 """Progress of a run on the terminal, and the texts at its end."""
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +24,14 @@ PLAIN_EVERY_S = 10.0
 """Interval of lines if the output is not a terminal."""
 MAX_EXCESS_ERROR = 0.05
 """Largest difference of the test errors by goodness and by readout that needs no note."""
+COLUMNS = {
+    "loss": ("loss", ".3f"),
+    "goodness_positive": ("goodness: positive", ".4g"),
+    "goodness_negative": ("negative", ".4g"),
+    "pairwise_error": ("pairwise error", ".4f"),
+    "active_fraction": ("active", ".2f"),
+}
+"""Titles and formats of the columns of the table, by metric of a layer; those without values are left out."""
 PLOTS = {
     "goodness.png": "how well each layer separates positive from negative data",
     "negatives.png": "the negatives that it was trained on",
@@ -104,27 +114,29 @@ class Display(Observer):
             and time.monotonic() > self._plain_at + PLAIN_EVERY_S
         ):
             self._plain_at = time.monotonic()
-            layers = [f"layer {row[0]} loss {row[1]} goodness {row[2]} | {row[3]}" for row in self._rows()]
+            layers = [self._layer_text(layer) for layer in self._layers()]
             details = "; ".join(layers or [f"loss {self._metrics['readout/loss']:.4f}"])
             self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {details}")
 
-    def _rows(self) -> list[list[str]]:
-        rows, layer = [], 1
-        while f"layer_{layer}/loss" in self._metrics:
-            names = ("loss", "goodness_positive", "goodness_negative", "pairwise_error")
-            loss, positive, negative, pairwise = (self._metrics[f"layer_{layer}/{name}"] for name in names)
-            active = self._metrics.get(f"layer_{layer}/active_fraction")  # missing in short runs
-            row = [str(layer), f"{loss:.3f}", f"{positive:.4g}", f"{negative:.4g}", f"{pairwise:.4f}"]
-            rows.append([*row, "" if active is None else f"{active:.2f}"])
-            layer += 1
-        return rows
+    def _layers(self) -> Iterator[int]:
+        """Yields the numbers of the layers with metrics."""
+        return takewhile(lambda layer: f"layer_{layer}/loss" in self._metrics, count(1))
+
+    def _layer_text(self, layer: int) -> str:
+        text = f"layer {layer} loss {self._value(layer, 'loss')}"
+        positive, negative = (self._value(layer, name) for name in ("goodness_positive", "goodness_negative"))
+        return f"{text} goodness {positive} | {negative}" if positive else text
+
+    def _value(self, layer: int, metric: str) -> str:
+        """Returns a metric as text; empty if there is none, such as `active_fraction` in a short run."""
+        value = self._metrics.get(f"layer_{layer}/{metric}")
+        return "" if value is None else format(value, COLUMNS[metric][1])
 
     def _render(self) -> Group:
-        table = Table(
-            "layer", "loss", "goodness: positive", "negative", "pairwise error", "active", box=None, padding=(0, 2)
-        )
-        for row in self._rows():
-            table.add_row(*row)
+        columns = {name: title for name, (title, _) in COLUMNS.items() if self._value(1, name)}
+        table = Table("layer", *columns.values(), box=None, padding=(0, 2))
+        for layer in self._layers():
+            table.add_row(str(layer), *(self._value(layer, name) for name in columns))
         return Group(self._bar, table) if table.rows else Group(self._bar)
 
 

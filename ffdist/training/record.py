@@ -84,6 +84,6 @@ def _describe(config: Config, dataset: Dataset) -> dict[str, Any]:
         "profile": {
             "samples": {split: len(labels) for split, labels in dataset.labels.items()},
             "classes": dataset.classes,
-            "channels, height, width": dataset.shape,
+            "shape of a sample": dataset.shape,
         },
     }

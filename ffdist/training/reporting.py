@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints: summary, plots, timeline and model."""
+"""Results of a run: its summary, plots, timeline and model."""
 
 import json
 import time
@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist.checkpoint.checkpoints import PARAMETERS, weights_sha256
+from ffdist.checkpoint.checkpoints import for_inference, weights_sha256
 from ffdist.config.schema import Config
 from ffdist.errors import RunFailed, as_warning
+from ffdist.ff.encoders import encoder_kind
 from ffdist.ff.network import Network
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, Trained
@@ -34,7 +35,7 @@ class Reporter(Observer):
 
     Args:
         config: Configuration of the run.
-        prepared: What it describes.
+        prepared: Inputs of the run.
         record: Of the run.
     """
 
@@ -56,7 +57,7 @@ class Reporter(Observer):
         self._timeline.add(trained)
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
-        """Draws the goodness of the validation samples beside the training."""
+        """Draws the goodness of the validation samples while the training continues."""
         if split != "validation" or evaluation.goodness_error is None or "plots" not in self._config.tracking.artifacts:
             return
         epoch = step // self._num_minibatches
@@ -81,11 +82,12 @@ class Reporter(Observer):
             started: Start of the run, in seconds since 1970.
         """
         test, checkpoints = loop.test, checkpointer.checkpoints
-        _, state = checkpoints.read(checkpointer.reported, PARAMETERS)
+        _, state = checkpoints.read(checkpointer.reported, for_inference)
         assert test, "the run ends with a test"
         samples = loop.step * self._config.training.batch_size
         summary: dict[str, Any] = {
             "weights_sha256": weights_sha256(state),
+            "encoder": encoder_kind(self._dataset.encoder),
             "shape": list(self._dataset.shape),
             "classes": self._dataset.classes,
             "class_names": list(self._dataset.names),
@@ -134,7 +136,7 @@ class Reporter(Observer):
         spans = self._timeline.spans
         if "model" in tracking.artifacts:
             with as_warning(self._warn, "the model could not be kept"):
-                tracker.log_model(network, dataset.names, dataset.images["test"][0], tracking.register)
+                tracker.log_model(network, dataset.names, dataset.samples["test"][0], tracking.register)
         if spans:
             with as_warning(self._warn, "the timeline could not be written"):
                 tracker.log_artifact(self._timeline.write(self._folder))
@@ -147,7 +149,7 @@ class Reporter(Observer):
             tracker.log_artifact(picture)
 
     def _draw_validation(self, folder: Path) -> Path | None:
-        from ffdist.plotting.figures import draw_goodness  # matplotlib, beside the training
+        from ffdist.plotting.figures import draw_goodness  # matplotlib is slow to import; the training continues
 
         try:
             return draw_goodness(folder, self._architecture, *self._to_draw.pop())

@@ -10,6 +10,7 @@ from ffdist.config.loading import parse_config
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.errors import ConfigError
 from ffdist.ff.network import Architecture, Network
+from ffdist.ff.optimizers import is_optimizer_state
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, layer_name, state_of
 from ffdist.runs.folder import (
@@ -25,9 +26,6 @@ from ffdist.runs.folder import (
 from ffdist.storage.paths import kind_of
 from ffdist.training.prepare import Prepared
 from ffdist.training.provenance import BACKPROPAGATION, FORWARD_FORWARD, algorithm_of
-
-WARM_START_TENSORS = ("weight", "bias", "mean_activity")
-"""Names of the tensors that a warm start copies. The optimizer state is not copied."""
 
 
 class Start(NamedTuple):
@@ -119,21 +117,24 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
         config = config_of(folder)
     checkpoints = checkpoints_of(config, folder)
     checkpoint = find_checkpoint(checkpoints, which)
-    weights = read_state(checkpoints, checkpoint, WARM_START_TENSORS)
+    weights = read_state(checkpoints, checkpoint, lambda name: not is_optimizer_state(name))
     network, state, remarks = Network(architecture), State(), [f"starting from checkpoint: {checkpoint}"]
     modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
     for name, module in modules.items():
         state[name] = state_of(module)
         source = weights.get(name, {})
-        shapes = [{key: list(each[key].shape) for key in source if key in each} for each in (source, state[name])]
-        if source and shapes[0] == shapes[1]:
+        found, expected = (
+            {key: list(tensor.shape) for key, tensor in each.items() if not is_optimizer_state(key)}
+            for each in (source, state[name])
+        )
+        if found == expected:
             state[name] |= source
         elif name == "readout":
             remarks.append("the readout of that run does not fit, and is initialized instead")
         else:
             raise ConfigError(
-                f"the layers of {folder} do not fit ({name}: {shapes[0] or 'missing'}, expected: "
-                f"{list(state[name]['weight'].shape)}); set model.layers and data.label to the values of that run"
+                f"the layers of {folder} do not fit ({name}: {found or 'missing'}, expected: "
+                f"{expected}); set model.layers and data.label to the values of that run"
             )
     return Start(state, None, tuple(remarks))
 

@@ -27,12 +27,12 @@ class Session:
         runner: `ray`, `serial` or `backpropagation`.
         resources: Returns the totals of the machine or the cluster.
         config: Configuration of the run.
-        prepared: What it describes.
+        prepared: Inputs of the run.
         measured: Measurements of the devices, if they were made in this process.
 
     Attributes:
         config: The configuration, with the resolved precision.
-        prepared: What it describes.
+        prepared: Inputs of the run.
         precision: The resolved precision.
         placed: The pipeline as it is placed now.
     """
@@ -95,7 +95,7 @@ class Session:
             yield self._reserved.enter_context(self.placed.start(checkpoints))
 
     def _place_again(self, should_stop: Callable[[], bool]) -> None:
-        """Places the pipeline on what is left; a cluster needs a while to notice what that is.
+        """Places the pipeline on the remaining resources, which a cluster may notice only after a while.
 
         Raises:
             RunFailed: It cannot be placed.

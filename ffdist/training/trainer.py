@@ -54,7 +54,7 @@ def train(
     """Trains a network, evaluates it and keeps it.
 
     Args:
-        config: What to train: a configuration, the path of a file, the name of a shipped one, or nested dicts.
+        config: Configuration of the run: a `Config`, the path of a file, the name of a shipped one, or nested dicts.
         runner: `ray` runs each stage in an actor; `serial` runs the same in this process; `backpropagation` trains the
             same layers end to end in this process, as a baseline.
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
@@ -83,11 +83,11 @@ def train(
         _make_folder(runs)
         tracker = Tracker(uri, config.tracking, runs=runs)  # a server that is away is an error before Ray starts
         in_driver = is_driver_enough(config, runner, address)
-        joined = stack.enter_context(machine(runner, address))  # Ray starts beside what follows
+        joined = stack.enter_context(machine(runner, address))  # Ray starts in the background
         if start.precision:
             config, prepared = with_precision(config, prepared, start.precision)
         measured = [measurement(runner, prepared, config, driver_device(config))()] if in_driver else []
-        stack.enter_context(tracker)  # MLflow opens beside what follows
+        stack.enter_context(tracker)  # MLflow opens in the background
         display = stack.enter_context(Display(config.num_epochs, prepared.order))
         resources = joined()
         should_stop = stack.enter_context(stop_requests(config.pipeline.stop_timeout_s))

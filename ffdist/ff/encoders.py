@@ -1,0 +1,215 @@
+"""Encoders: how samples and labels become the input rows of the first layer.
+
+Shapes: `K` minibatches, `B` samples of a minibatch, `D` values of a sample, `C` classes.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ffdist.ff import MAX_CLASSES
+from ffdist.ff.forms import Form
+from ffdist.ff.labels import LABELS
+
+
+@dataclass(frozen=True)
+class Encoder(ABC):
+    """Turns samples into input rows.
+
+    Fields that have the name of a setting of the section `data` are set by it.
+    """
+
+    shape: tuple[int, ...]
+    """Shape of a sample, whose values are stored as `[D]`."""
+    classes: int
+    """Number of classes C."""
+    label: str = "overwrite"
+    """How a row shows the label, a key of `LABELS`, or `none`."""
+    label_scale: float = 1.0
+    """Scale of the label's one-hot values."""
+
+    dtype: ClassVar[torch.dtype]
+    """Type of the values of a sample, not int64."""
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: A setting is invalid.
+        """
+        if self.label not in (*LABELS, "none"):
+            raise ValueError(f"label must be one of {', '.join(LABELS)}, none (label: {self.label})")
+        if not 1 <= self.classes <= MAX_CLASSES:
+            raise ValueError(f"classes must be from 1 to {MAX_CLASSES} (classes: {self.classes})")
+
+    @property
+    def size(self) -> int:
+        """Number of values of a sample D."""
+        return math.prod(self.shape)
+
+    @property
+    def labels_shown(self) -> bool:
+        """Whether rows show a label."""
+        return self.label != "none"
+
+    @property
+    def form(self) -> Form:
+        """Form of an input row."""
+        return Form(self.shape, shared=self.classes if self.label in ("append", "everywhere") else 0)
+
+    def describe(self) -> str:
+        """Returns a description of the samples."""
+        return f"{' x '.join(map(str, self.shape))} values"
+
+    @abstractmethod
+    def values(self, samples: Tensor) -> Tensor:
+        """Returns samples `[..., D]` as float32 values `[..., D]`."""
+
+    def rows(self, samples: Tensor, claims: Tensor | None) -> Tensor:
+        """Returns the rows of samples.
+
+        Args:
+            samples: `[..., D]`.
+            claims: Label values `[..., C]`, float32, 1 for the label; None to show no label.
+
+        Returns:
+            Rows `[..., D']`, float32, not normalized.
+        """
+        values = self.values(samples)
+        return values if claims is None else LABELS[self.label](values, claims * self.label_scale)
+
+    @property
+    def augments(self) -> bool:
+        """Whether training samples are augmented."""
+        return False
+
+    def draw_augmentation(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draws the random numbers for the augmentation of a minibatch `[..., B]`."""
+        raise NotImplementedError
+
+    def augment(self, samples: Tensor, drawn: Tensor) -> Tensor:
+        """Returns augmented samples `[K, B, D]`.
+
+        Args:
+            samples: Samples of K minibatches `[K, B, D]`.
+            drawn: Result of `draw_augmentation` for each minibatch `[K, ..., B]`.
+        """
+        raise NotImplementedError
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def augmentation_bytes(self) -> int:
+        """Bytes of a sample during the augmentation, in addition to those before and after it."""
+        return 0
+
+    def from_array(self, samples: Tensor) -> Tensor:
+        """Returns samples of any number type `[N, *shape]` in `dtype`, if that does not change them.
+
+        Raises:
+            ValueError: The samples are of another shape, or invalid; the message states the rule.
+        """
+        if list(samples.shape[1:]) != list(self.shape) or not len(samples):
+            raise ValueError(
+                f"samples must have the shape [N, {str(list(self.shape))[1:]} (given: {list(samples.shape)})"
+            )
+        return self._converted(samples)
+
+    def _converted(self, samples: Tensor) -> Tensor:
+        converted = samples.to(self.dtype)
+        if not bool(torch.isfinite(converted).all()):
+            raise ValueError("samples must be finite numbers")
+        return converted
+
+
+@dataclass(frozen=True)
+class ImageEncoder(Encoder):
+    """Images: uint8 pixels of shape `(channels, height, width)`, which become values from 0 to 1."""
+
+    subtract_mean: bool = False
+    """Whether to subtract each image's own mean."""
+    jitter: int = 0
+    """Largest random shift of a training image in each direction, in pixels."""
+
+    dtype = torch.uint8
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: A setting is invalid.
+        """
+        super().__post_init__()
+        _, height, width = self.shape
+        if self.label == "overwrite" and self.classes >= self.size:
+            raise ValueError(
+                f"data.label=overwrite replaces the first pixels of an image by {self.classes} label values, but an "
+                f"image has only {self.size}; set data.label to append"
+            )
+        if self.jitter >= min(height, width):
+            raise ValueError(
+                f"data.jitter must be smaller than the images (jitter: {self.jitter}, images: {height} x {width}); "
+                f"otherwise a shift can move the whole image out of view"
+            )
+
+    def describe(self) -> str:
+        """Returns the size and the number of channels."""
+        channels, height, width = self.shape
+        return f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}"
+
+    def values(self, samples: Tensor) -> Tensor:
+        """Returns the pixels, from 0 to 1, or with a mean of 0."""
+        values = samples.to(torch.float32) / 255
+        if self.subtract_mean:  # the sum of integers does not depend on their order
+            values = values - samples.sum(-1, keepdim=True) / (255 * self.size)
+        return values
+
+    @property
+    def augments(self) -> bool:
+        """Whether images are shifted."""
+        return self.jitter > 0
+
+    def draw_augmentation(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draws the shift of each image, down and right `[2, B]`, from 0 to 2 * jitter."""
+        return torch.randint(2 * self.jitter + 1, (2, batch), generator=generator)
+
+    def augment(self, samples: Tensor, drawn: Tensor) -> Tensor:
+        """Returns shifted images `[K, B, D]`; pixels from beyond the border are 0."""
+        channels, height, width = self.shape
+        padded = F.pad(samples.reshape(-1, channels, height, width), (self.jitter,) * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        down, right = drawn.transpose(0, 1).flatten(1)
+        return windows[torch.arange(len(padded), device=padded.device), :, down, right].view(samples.shape)
+
+    @property
+    def augmentation_bytes(self) -> int:
+        """Bytes of an image with a border."""
+        channels, height, width = self.shape
+        return channels * (height + 2 * self.jitter) * (width + 2 * self.jitter)
+
+    def _converted(self, samples: Tensor) -> Tensor:
+        if samples.dtype == torch.uint8:
+            return samples
+        invalid = samples[~((samples >= 0) & (samples <= 255) & (samples % 1 == 0))]
+        if invalid.numel():
+            raise ValueError(f"pixels must be whole numbers from 0 to 255 (given: {invalid[0].item()})")
+        if samples.dtype.is_floating_point and samples.max() == 1:
+            raise ValueError("pixels must be whole numbers from 0 to 255, not 0.0 to 1.0")
+        return samples.to(torch.uint8)
+
+
+ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder}
+"""Encoders, by the name that a dataset gives."""
+
+
+def encoder_kind(encoder: Encoder) -> str:
+    """Returns the name of an encoder in `ENCODERS`."""
+    return next(name for name, kind in ENCODERS.items() if kind is type(encoder))

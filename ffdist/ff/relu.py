@@ -1,0 +1,97 @@
+"""The base of ReLU layers, whose gradient is computed in closed form (Hinton 2022, sections 2 and 2.1)."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffdist.ff.layers import Layer
+
+
+def _refresh(layer: "ReluLayer", _: Any) -> None:
+    layer.refresh()
+
+
+class ReluLayer(Layer):
+    """A ReLU layer. Its kinds determine which inputs each unit reads.
+
+    Args:
+        shape: Shape of the weight, with the number of inputs of a unit last.
+        generator: Source of the initial weights, N(0, 1) divided by the square root of the number of inputs of a unit;
+            zeros without it.
+        **settings: See `LayerSettings`.
+    """
+
+    masks_gradients = True
+
+    def __init__(self, shape: tuple[int, ...], *, generator: torch.Generator | None = None, **settings: Any) -> None:
+        num_units = math.prod(shape[:-1])
+        super().__init__(num_units, **settings)
+        initial = torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) if generator else torch.zeros(shape)
+        self.weight = nn.Parameter(initial, requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(num_units), requires_grad=False)
+        self.add_optimizer_state()
+        self._compute_weight: Tensor
+        self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
+        self.refresh()
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
+
+    def refresh(self) -> None:
+        """Updates the copy of the weights that the products use.
+
+        This happens automatically after in-place changes and `.to(...)`. Call it after changes that autograd does not
+        see, such as `weight.data.mul_(2)`. Gradients flow through the copy if the weights require them.
+        """
+        self._compute_weight = self.weight.to(self.compute_dtype).view_as(self.weight)
+        self._copied_version = self._weight_version
+
+    @property
+    def _weight_version(self) -> tuple[int, int]:
+        """Identifies the values of the weights; differs after in-place changes, moves and copies of the module."""
+        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+
+    def _refresh_if_changed(self) -> None:
+        # Tracing replaces weights by symbols, and would record the copy as part of the network.
+        if not torch.compiler.is_compiling() and self._copied_version != self._weight_version:
+            self.refresh()
+
+    @property
+    def _copy(self) -> Tensor | None:
+        """The copy of the weights, if there is one and it has the same shape."""
+        return None if self._compute_weight.data_ptr() == self.weight.data_ptr() else self._compute_weight
+
+    def _update_copy(self) -> None:
+        """Updates a copy of another shape, in place."""
+
+    @abstractmethod
+    def _product(self, inputs: Tensor) -> Tensor:
+        """Returns the units' weighted sums `[R, H]`, in the compute type."""
+
+    @abstractmethod
+    def _weight_gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
+        """Returns the gradient of the weight, summed over rows, from that of the weighted sums `[R, H]`."""
+
+    def compute(self, inputs: Tensor) -> Tensor:
+        """Returns the activations `[R, H]`."""
+        self._refresh_if_changed()
+        return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
+
+    def compute_for_training(self, inputs: Tensor) -> Tensor:
+        """Returns the activations `[R, H]`; the closed form needs nothing else."""
+        return self.compute(inputs)
+
+    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
+        """Returns the gradients of weight and bias."""
+        return {
+            "weight": self._weight_gradient(direction.to(self.compute_dtype), inputs[rows]),
+            "bias": direction.sum(0),
+        }
+
+    def update_parameters(self, gradients: Mapping[str, Tensor], lr_scale: float) -> None:
+        """Makes one update, also of the copy of the weights."""
+        self.ascend(gradients, lr_scale=lr_scale, copies={"weight": self._copy})
+        self._update_copy()
+        self._copied_version = self._weight_version

@@ -1,0 +1,23 @@
+"""Small networks for tests."""
+
+from dataclasses import fields
+
+from ffdist.ff.encoders import ImageEncoder
+from ffdist.ff.layers import Minibatch, Output, Passes
+from ffdist.ff.network import Architecture
+
+ENCODER_SETTINGS = {field.name for field in fields(ImageEncoder)}
+
+
+def image_architecture(shape, classes, layers, **settings) -> Architecture:
+    """Returns an architecture for images; settings are those of `ImageEncoder` and `Architecture`."""
+    encoder = {key: settings.pop(key) for key in list(settings) if key in ENCODER_SETTINGS}
+    return Architecture(ImageEncoder(shape, classes, **encoder), layers, **settings)
+
+
+def train_rows(layer, rows, batch, negatives=1, **options):
+    """Trains a layer on rows `[R, D]`: positive, negative, and then other ones; returns the output for all of them."""
+    num_passes = len(rows) // batch
+    passes = Passes(negatives, has_neutral=num_passes > 1 + negatives)
+    output, metrics = layer.train_minibatch(Minibatch(rows.view(num_passes, batch, -1), passes), **options)
+    return Output(*(part.flatten(0, 1) for part in output)), metrics
