@@ -17,41 +17,45 @@ from ffdist.runtime.access import local_ray
 from ffdist.signals import STOP_SIGNALS
 from ffdist.tracking import server
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested here is decided alike on every machine
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # so that tests behave the same on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
-for number in STOP_SIGNALS:  # which nohup has every process ignore
+for number in STOP_SIGNALS:  # nohup makes processes ignore them
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-RAY_FOLDER = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # no cluster of others is found there
+RAY_FOLDER = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # hides clusters of other users
 os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
-torch.set_num_threads(1)  # as a stage does; two that share a busy processor wait for each other over tiny tensors
+torch.set_num_threads(1)  # as in a stage; on a busy CPU, threads wait for each other even for tiny tensors
 
 
-LONG = ("test_chaos", "test_launching", "test_transparency", "test_recovery", "test_bench")
-"""Files with tests of minutes: they come first, so that no worker is left alone with one at the end."""
+LONG_FILES = ("test_chaos", "test_launching", "test_transparency", "test_recovery", "test_bench")
+"""Files with tests that take minutes. They run first, so that none of them runs alone at the end."""
 
 
 @pytest.hookimpl(trylast=True)  # after plugins that change the order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first = {item.path: number for number, item in reversed(list(enumerate(items)))}  # of each file
+    first_index = {item.path: number for number, item in reversed(list(enumerate(items)))}
 
     def key(item: pytest.Item) -> tuple[bool, int, bool]:
-        """Keeps files together. Within one, tests that share its Ray are last: others may need that there is none."""
-        return item.path.stem not in LONG, first[item.path], "ray_start_4_cpus" in getattr(item, "fixturenames", ())
+        """Keeps files together. In each, tests that share a cluster run last: others may need that none runs."""
+        return (
+            item.path.stem not in LONG_FILES,
+            first_index[item.path],
+            "ray_start_4_cpus" in getattr(item, "fixturenames", ()),
+        )
 
     items.sort(key=key)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def tracking_database_template(tmp_path_factory):
-    """MLflow's 68 migrations take seconds: they run once per session, and every further database is a copy."""
+    """Runs the 68 migrations of MLflow, which take seconds, once per session; further databases are copies."""
     template, create = tmp_path_factory.mktemp("template") / "mlflow.db", server.create_database
 
     def copy(path: Path) -> None:
         if path.is_file() and path.stat().st_size:
             return
-        create(template)  # does nothing once it is there
+        create(template)  # does nothing if it exists
         shutil.copy(template, path)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -75,23 +79,23 @@ def ray_start_4_cpus():
 
 @pytest.fixture(scope="session")
 def ffdist_in() -> Callable[..., str]:
-    """The command line in a folder, and in the test's process, which has imported everything.
+    """Returns a function that runs the command line in a folder, in the process of the test.
 
-    Takes the folder, the words and the exit code that is right, and returns what was said.
+    Its arguments are the folder, the arguments of the command and the expected exit code. It returns the output.
     """
 
-    def run(folder: Path, *words: str | Path, code: int = 0) -> str:
+    def run(folder: Path, *arguments: str | Path, code: int = 0) -> str:
         with chdir(folder):
-            done = CliRunner().invoke(main, [str(word) for word in words])
-        assert done.exit_code == code, (done.output, done.exception)
-        return done.output
+            result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.output
 
     return run
 
 
 @pytest.fixture
 def ffdist(ffdist_in, tmp_path, monkeypatch) -> Callable[..., str]:
-    """The same in the test's folder."""
+    """Returns the function of `ffdist_in` for the folder of the test."""
     monkeypatch.chdir(tmp_path)
     return partial(ffdist_in, tmp_path)
 

@@ -17,6 +17,7 @@ def image_architecture(shape, classes, layers, **settings) -> Architecture:
 
 def train_rows(layer, rows, batch, negatives=1, **options):
     """Trains a layer on rows `[R, D]`: positive, negative, and then other ones; returns the output for all of them."""
+    layer.add_optimizer_state()
     num_passes = len(rows) // batch
     passes = Passes(negatives, has_neutral=num_passes > 1 + negatives)
     output, metrics = layer.train_minibatch(Minibatch(rows.view(num_passes, batch, -1), passes), **options)

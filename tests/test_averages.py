@@ -19,21 +19,21 @@ LAYERS = torch.randn(STEPS, 2, len(METRICS), generator=torch.Generator().manual_
 READOUT = torch.rand(STEPS, 2, generator=torch.Generator().manual_seed(1))
 
 
-def points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
-    found = []
-    metrics = Metrics(every, BATCH_SIZE, lambda values, samples: found.append((samples, values)))
+def collect_points(chunk_size: int, every: int) -> list[tuple[int, dict[str, float]]]:
+    points = []
+    metrics = Metrics(every, BATCH_SIZE, lambda values, samples: points.append((samples, values)))
     metrics.on_start(Start({}), PIPELINE)
     metrics.on_restore(0)
     for first in range(0, STEPS, chunk_size):
-        part = slice(first, first + chunk_size)
-        stages = [Report(LAYERS[part, layer : layer + 1], 3.0, 1.0, 0.5) for layer in (0, 1)]
-        chunk = Train(0, first, len(READOUT[part]), first, 1.0)
-        metrics.on_chunk(Trained(chunk, stages, Report(READOUT[part], 1.0, 1.0)), first + chunk_size)
+        rows = slice(first, first + chunk_size)
+        stages = [Report(LAYERS[rows, layer : layer + 1], 3.0, 1.0, 0.5) for layer in (0, 1)]
+        chunk = Train(0, first, len(READOUT[rows]), first, 1.0)
+        metrics.on_chunk(Trained(chunk, stages, Report(READOUT[rows], 1.0, 1.0)), first + chunk_size)
     metrics.finish(STEPS)
-    return found
+    return points
 
 
-def learning(found):
+def remove_times(points):
     return [
         (
             step,
@@ -43,46 +43,46 @@ def learning(found):
                 if not any(word in name for word in ("_s", "busy", "wait"))
             },
         )
-        for step, metrics in found
+        for step, metrics in points
     ]
 
 
-def test_points_do_not_depend_on_the_chunks():
-    truth = learning(points(1, 10))
-    assert [step for step, _ in truth] == [100, 200, 240]
+def test_logged_metrics_do_not_depend_on_the_chunk_size():
+    expected = remove_times(collect_points(1, 10))
+    assert [step for step, _ in expected] == [100, 200, 240]
     for chunk_size in (3, 7, 10, 24):
-        assert learning(points(chunk_size, 10)) == truth
+        assert remove_times(collect_points(chunk_size, 10)) == expected
 
 
-def test_a_point_is_the_mean_of_its_minibatches():
-    step, metrics = points(4, 8)[1]
+def test_logged_metric_is_the_mean_over_its_minibatches():
+    step, metrics = collect_points(4, 8)[1]
     assert step == 160
     assert metrics["layer_2/loss"] == LAYERS[8:16, 1, 0].double().mean().item()
     assert metrics["readout/error"] == READOUT[8:16, 1].double().mean().item()
 
 
-def test_times_are_counted_once_and_shares_add_up():
+def test_times_are_counted_once_and_fractions_are_of_the_total_time():
     for chunk_size in (3, 24):
-        speeds = [metrics for _, metrics in points(chunk_size, 8) if "stage_1/compute_s" in metrics]
-        assert sum(metrics["stage_1/compute_s"] for metrics in speeds) == 3.0 * STEPS / chunk_size
-        assert all(metrics["stage_2/busy_fraction"] == 0.75 for metrics in speeds)
-        assert all(metrics["negatives/wait_fraction"] == 0.125 for metrics in speeds)
+        timings = [metrics for _, metrics in collect_points(chunk_size, 8) if "stage_1/compute_s" in metrics]
+        assert sum(metrics["stage_1/compute_s"] for metrics in timings) == 3.0 * STEPS / chunk_size
+        assert all(metrics["stage_2/busy_fraction"] == 0.75 for metrics in timings)
+        assert all(metrics["negatives/wait_fraction"] == 0.125 for metrics in timings)
 
 
-def test_what_was_not_measured_is_left_out(monkeypatch):
+def test_metrics_that_were_not_measured_are_not_logged(monkeypatch):
     monkeypatch.setitem(globals(), "LAYERS", LAYERS.clone().index_fill_(2, torch.tensor([4, 5]), math.nan))
-    assert not {f"layer_1/{name}" for name in MEASURED} & set(points(4, 8)[0][1])
+    assert not {f"layer_1/{name}" for name in MEASURED} & set(collect_points(4, 8)[0][1])
 
 
-def test_throughput_counts_from_where_training_begins(monkeypatch):
-    """Not the start of the parts, for which a run waits with its averages at hand."""
-    now, found = 0.0, []
+def test_throughput_is_measured_from_the_start_of_training(monkeypatch):
+    """The time in which the actors start, between `on_start` and `on_restore`, does not count."""
+    now, logged_values = 0.0, []
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    metrics = Metrics(STEPS, BATCH_SIZE, lambda values, samples: found.append(values))
+    metrics = Metrics(STEPS, BATCH_SIZE, lambda values, samples: logged_values.append(values))
     metrics.on_start(Start({}), PIPELINE)
     now = 100.0
     metrics.on_restore(0)
     now = 102.0
     stages = [Report(LAYERS, 3.0, 1.0, 0.5)]
     metrics.on_chunk(Trained(Train(0, 0, STEPS, 0, 1.0), stages, Report(READOUT, 1.0, 1.0)), STEPS)
-    assert found[0]["samples_per_s"] == STEPS * BATCH_SIZE / 2
+    assert logged_values[0]["samples_per_s"] == STEPS * BATCH_SIZE / 2

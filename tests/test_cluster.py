@@ -10,7 +10,7 @@ from ffdist.runtime.placement import reserve
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="torch could use what is here")
 def test_gpus_that_torch_cannot_use_do_not_count(monkeypatch):
-    """Ray counts GPUs by their driver, or as many as it is told; `auto` must not send stages there on its word."""
+    """Ray counts the GPUs that NVIDIA's driver or `num_gpus` reports, so `auto` must check them with torch."""
     import ray
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -23,14 +23,14 @@ def test_gpus_that_torch_cannot_use_do_not_count(monkeypatch):
             assert cluster_resources("cpu")["GPU"] == 2, "not asked"
 
 
-def test_other_platforms_are_sent_to_the_serial_runner(monkeypatch):
+def test_other_platforms_are_referred_to_the_serial_runner(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(ConfigError, match=r"needs Linux \(platform: darwin\); use --runner serial"), connect("local"):
         pass
 
 
 @pytest.mark.parametrize(
-    ("address", "words"),
+    ("address", "message"),
     [
         ("127.0.0.1:9", "no Ray cluster answers"),
         ("host:many", "no Ray cluster answers"),
@@ -38,12 +38,12 @@ def test_other_platforms_are_sent_to_the_serial_runner(monkeypatch):
         ("http://127.0.0.1:8265", "is the address of Ray's dashboard and jobs.*use `ray job submit"),
     ],
 )
-def test_an_address_that_cannot_work_is_refused_at_once(address, words):
-    with pytest.raises(ConfigError, match=words), connect(address):
+def test_unusable_address_is_refused_immediately(address, message):
+    with pytest.raises(ConfigError, match=message), connect(address):
         pass
 
 
-def test_a_ray_that_is_there_is_used_and_left_alone(ray_start_4_cpus):
+def test_existing_ray_connection_is_reused_and_stays_open(ray_start_4_cpus):
     import ray
 
     with connect("local"):
@@ -51,13 +51,13 @@ def test_a_ray_that_is_there_is_used_and_left_alone(ray_start_4_cpus):
     assert ray.is_initialized()
 
 
-def test_a_store_too_small_says_what_fills_it(ray_start_4_cpus):
+def test_object_store_error_states_the_sizes_of_its_contents(ray_start_4_cpus):
     check_object_store(sample_bytes=1_000, in_flight_bytes=1_000)
     with pytest.raises(ConfigError, match=r"samples: 1,000 bytes, chunks in flight: 10,000,000,000,000.*chunk_size"):
         check_object_store(sample_bytes=1_000, in_flight_bytes=10**13)
 
 
-def test_a_cluster_that_vanished_is_an_error_with_its_cause(monkeypatch):
+def test_stopped_cluster_is_reported_as_the_cause(monkeypatch):
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": False, "Resources": {}}])
     with pytest.raises(ConfigError, match="the Ray cluster was stopped"):
         check_object_store(sample_bytes=1, in_flight_bytes=1)

@@ -20,22 +20,22 @@ README = (Path(__file__).parent.parent / "configs" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(config_folder().rglob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_are_found_by_their_bare_name(path):
+def test_shipped_configurations_are_found_by_name(path):
     assert load_config(path.stem) == load_config(str(path))
 
 
-def test_the_readme_links_every_shipped_configuration():
+def test_readme_links_every_shipped_configuration():
     for path in config_folder().rglob("*.yaml"):
         assert f"[`{path.stem}`]({path.relative_to(config_folder())})" in README
 
 
-def test_the_settings_reference_is_that_of_the_schema():
-    """If not, replace it by the output of `python -m ffdist.config.reference`."""
+def test_settings_reference_matches_the_schema():
+    """To update the reference, replace it by the output of `python -m ffdist.config.reference`."""
     marker = "<!-- The rest of this file is the output of `python -m ffdist.config.reference`. -->\n\n"
     assert README.partition(marker)[2] == settings_reference() + "\n"
 
 
-def test_the_names_that_users_type_are_known():
+def test_configuration_with_common_settings_is_valid():
     config = parse_config(
         yaml.safe_load(
             """
@@ -54,20 +54,20 @@ def test_the_names_that_users_type_are_known():
     assert config.predict_from == 2
 
 
-def test_overrides_win_and_the_last_one_most():
+def test_overrides_take_precedence_and_the_last_one_wins():
     config = load_config("digits", ["training.epochs=3", "pipeline.stages=2", "training.epochs=4", "seed=7"])
     assert (config.training.epochs, config.pipeline.stages, config.seed) == (4, 2, 7)
     assert load_config("digits", ["training.learning_rate=1e-3"]).training.learning_rate == 0.001
 
 
-def test_floats_are_those_of_yaml_1_2_too():
-    options = load_config(
+def test_floats_follow_yaml_1_2():
+    config = load_config(
         "digits", ["negatives.options={a: 5e-1, b: 1e5, c: +2E3, d: 1.5e3, g: .5e1, e: e5, f: '5e-1'}"]
     )
-    assert options.negatives.options == {"a": 0.5, "b": 1e5, "c": 2e3, "d": 1500.0, "g": 5.0, "e": "e5", "f": "5e-1"}
+    assert config.negatives.options == {"a": 0.5, "b": 1e5, "c": 2e3, "d": 1500.0, "g": 5.0, "e": "e5", "f": "5e-1"}
 
 
-def test_a_mistake_is_blamed_on_who_made_it(tmp_path):
+def test_error_names_the_file_or_the_overrides_as_its_origin(tmp_path):
     path = tmp_path / "some.yaml"
     path.write_text("data: {name: digits}\nmodel: {layers: [9]}\n")
     with pytest.raises(ConfigError, match=r"^overrides: unknown key epochs"):
@@ -80,24 +80,24 @@ def test_a_mistake_is_blamed_on_who_made_it(tmp_path):
     assert load_config(str(path), ["model.layers=[9]"]).model.layers == [Dense(9)]
 
 
-def test_resolved_configuration_reads_back_equal():
+def test_resolved_configuration_survives_a_yaml_round_trip():
     config = load_config("mnist", ["data.root=/somewhere", "tracking.experiment='5e-1'"])
     assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
-def test_local_layers_stand_beside_dense_ones():
+def test_local_and_dense_layers_can_be_combined():
     layers = load_config(
         "digits", ["model.layers=[{kind: local, grid: 3, stride: 2, field: 4, units: 9}, 30]"]
     ).model.layers
     assert (layers[0].grid, layers[0].stride, layers[1]) == (3, 2, Dense(30))
 
 
-def test_a_single_layer_predicts_by_itself():
+def test_single_layer_is_used_for_prediction():
     assert load_config("digits", ["model.layers=[30]"]).predict_from == 1
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["trainig.epochs=3"], "unknown key trainig; did you mean training"),
         (["training.epoch=3"], "unknown key training.epoch; did you mean epochs"),
@@ -140,25 +140,25 @@ def test_a_single_layer_predicts_by_itself():
         (["training.epochs=[1"], "the value of training.epochs must be YAML"),
     ],
 )
-def test_wrong_settings_state_rule_value_and_way_out(overrides, words):
-    with pytest.raises(ConfigError, match=words):
+def test_errors_of_invalid_settings_state_rule_value_and_fix(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         load_config("digits", overrides)
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
-def test_an_old_name_of_a_setting_is_an_error_that_gives_the_new_one(old, new):
+def test_old_name_of_a_setting_is_rejected_with_the_new_name(old, new):
     section, name = new.split(".")
     assert name in Config.model_fields[section].annotation.model_fields
     with pytest.raises(ConfigError, match=rf"unknown key {old}; it was renamed to {new}"):
         load_config("digits", [f"{old}=1"])
 
 
-def test_an_old_name_of_a_value_is_an_error_that_gives_the_new_one():
+def test_old_name_of_a_value_is_rejected_with_the_new_name():
     with pytest.raises(ConfigError, match=r"training\.optimizer \('release'\): .*release was renamed to hinton"):
         load_config("digits", ["training.optimizer=release"])
 
 
-def test_unknown_configuration_names_the_shipped_ones():
+def test_error_of_an_unknown_configuration_lists_the_shipped_ones():
     with pytest.raises(ConfigError, match=r"given: digit; shipped: cifar10, digits.*did you mean digits"):
         load_config("digit")
 
@@ -177,19 +177,19 @@ def test_unknown_configuration_names_the_shipped_ones():
         "seed: {{ n }}",
     ],
 )
-def test_files_that_hold_no_configuration_are_refused(tmp_path, text):
+def test_invalid_configuration_files_are_rejected(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_config(str(tmp_path / "bad.yaml"))
 
 
-def test_a_key_that_comes_twice_is_refused(tmp_path):
+def test_duplicate_key_is_rejected(tmp_path):
     (tmp_path / "twice.yaml").write_text("data: {name: digits}\ntraining: {epochs: 1}\ntraining: {batch_size: 50}\n")
     with pytest.raises(ConfigError, match=r"duplicate key training.*line 3"):
         load_config(str(tmp_path / "twice.yaml"))
 
 
-def test_what_yaml_merges_does_not_come_twice(tmp_path):
+def test_yaml_merge_keys_are_not_duplicates(tmp_path):
     (tmp_path / "merged.yaml").write_text(
         "data: {name: digits}\nmodel: {layers: [9]}\ntraining: {epochs: 1, batch_size: 7}\n"
         "checkpoint: {keep_last: 3}\npipeline: {<<: {stages: 1}, <<: {chunk_size: 5}}\n"
@@ -197,19 +197,19 @@ def test_what_yaml_merges_does_not_come_twice(tmp_path):
     assert load_config(str(tmp_path / "merged.yaml")).pipeline.chunk_size == 5
 
 
-def test_a_section_left_empty_has_its_defaults(tmp_path):
+def test_empty_section_has_defaults(tmp_path):
     (tmp_path / "short.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\ntraining:\npipeline:\n")
     assert load_config(str(tmp_path / "short.yaml"), ["training.epochs=3"]).training.epochs == 3
     assert load_config(str(tmp_path / "short.yaml")).training.epochs == 60
 
 
-def test_a_home_folder_is_meant_as_it_is_written():
+def test_home_folder_is_expanded_if_the_user_exists():
     assert load_config("mnist", ["data.root=~/images"]).data.root == Path.home() / "images"
     assert load_config("mnist", ["data.root=~nobody-here/images"]).data.root == Path("~nobody-here/images").absolute()
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "known"),
+    ("section", "key", "expected"),
     [
         (Data, "label", {*LABELS, "none"}),
         (Model, "goodness", {sign + goodness for goodness in GOODNESS for sign in ("", MINUS)}),
@@ -218,11 +218,11 @@ def test_a_home_folder_is_meant_as_it_is_written():
         (Training, "optimizer", OPTIMIZERS),
     ],
 )
-def test_choices_are_those_that_the_algorithm_has(section, key, known):
-    assert set(get_args(section.model_fields[key].annotation)) == set(known)
+def test_choices_match_the_implemented_ones(section, key, expected):
+    assert set(get_args(section.model_fields[key].annotation)) == set(expected)
 
 
-def test_thresholds_are_one_for_all_layers_or_one_for_each():
+def test_threshold_is_set_for_all_layers_or_for_each():
     layers = "model.layers=[30, 20]"
     assert load_config("digits", [layers]).thresholds == (None, None)
     assert load_config("digits", [layers, "model.threshold=2"]).thresholds == (2, 2)
@@ -232,27 +232,32 @@ def test_thresholds_are_one_for_all_layers_or_one_for_each():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("overrides", "message"),
     [
         (["model.goodness=mean_of_squares"], "threshold=units is for sums of squares; set it to a number"),
         (["model.goodness=minus_softmax", "model.threshold=[8, units, 8]"], "threshold=units is for sums of squares"),
         (["training.loss=symmetric", "model.threshold=7"], "has no threshold .model.threshold: 7"),
     ],
 )
-def test_thresholds_that_mean_nothing_are_refused(changes, message):
+def test_meaningless_thresholds_are_rejected(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load_config("digits", changes)
+        load_config("digits", overrides)
 
 
-def test_the_reference_by_backpropagation_keeps_nothing_of_how_layers_learn_alone():
-    changes = ["training.schedule=greedy", "training.optimizer=adamw", "training.learning_rate=9", "training.epochs=7"]
-    config = load_config("digits", [*changes, "negatives.kind=hard_label"]).by_backpropagation()
+def test_backpropagation_reference_drops_layerwise_training_settings():
+    overrides = [
+        "training.schedule=greedy",
+        "training.optimizer=adamw",
+        "training.learning_rate=9",
+        "training.epochs=7",
+    ]
+    config = load_config("digits", [*overrides, "negatives.kind=hard_label"]).by_backpropagation()
     assert config.num_epochs == 7
     assert config.training.learning_rate == config.training.readout_learning_rate
     assert config == load_config("digits", ["training.epochs=7"]).by_backpropagation()
 
 
-def test_greedy_layers_each_have_all_epochs():
+def test_greedy_schedule_trains_each_layer_for_all_epochs():
     assert load_config("digits", ["training.epochs=4"]).num_epochs == 4
     assert load_config("digits", ["training.epochs=4", "training.schedule=greedy"]).num_epochs == 12
 
@@ -263,7 +268,7 @@ def test_every_setting_is_documented():
             assert field.description, name
 
 
-def test_a_missing_section_is_named(tmp_path):
+def test_error_names_the_missing_section(tmp_path):
     (tmp_path / "bad.yaml").write_text("data: {name: digits}")
     with pytest.raises(ConfigError, match="model is missing"):
         load_config(str(tmp_path / "bad.yaml"))
@@ -278,18 +283,18 @@ def test_a_missing_section_is_named(tmp_path):
         "negatives.store=gs://bucket/store?access_token=hush",
     ],
 )
-def test_a_password_in_a_uri_is_refused_and_not_repeated(override):
+def test_password_in_a_uri_is_rejected_and_not_printed(override):
     key = override.partition("=")[0]
-    with pytest.raises(ConfigError, match=f"{key}: a URI must hold no password or key") as refused:
+    with pytest.raises(ConfigError, match=f"{key}: a URI must hold no password or key") as error:
         load_config("digits", [override])
-    assert "hush" not in str(refused.value)
+    assert "hush" not in str(error.value)
 
 
-def test_places_are_written_down_as_they_are_meant_where_it_was_asked(tmp_path, monkeypatch):
-    """A run's folder is read from elsewhere, too."""
+def test_paths_are_recorded_as_absolute_paths(tmp_path, monkeypatch):
+    """A run folder may be read from another working directory."""
     monkeypatch.chdir(tmp_path)
-    words = ["data.name=parquet", "data.path=birds", "checkpoint.uri=kept", "negatives.store=~/store"]
-    config = load_config("digits", words)
+    overrides = ["data.name=parquet", "data.path=birds", "checkpoint.uri=kept", "negatives.store=~/store"]
+    config = load_config("digits", overrides)
     assert config.data.path == tmp_path / "birds"
     assert config.checkpoint.uri == f"{tmp_path}/kept"
     assert config.negatives.store == os.path.expanduser("~/store")  # noqa: PTH111

@@ -15,12 +15,14 @@ from ffdist.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
-def digits():
+def prepared_digits():
     return prepare(load_config("digits"))
 
 
-def a_blueprint(prepared, cut) -> Blueprint:
-    return Blueprint(prepared.architecture, prepared.order, prepared.negatives, cut, measure_every=1, device="cpu")
+def make_blueprint(prepared, stage_layers) -> Blueprint:
+    return Blueprint(
+        prepared.architecture, prepared.order, prepared.negatives, stage_layers, measure_every=1, device="cpu"
+    )
 
 
 def measure(runner, prepared, config) -> Costs | None:
@@ -28,36 +30,36 @@ def measure(runner, prepared, config) -> Costs | None:
 
 
 @pytest.mark.parametrize("runner", ["serial", "ray"])
-def test_every_part_is_measured(runner, digits):
-    costs = measure(runner, digits, load_config("digits"))
+def test_costs_of_all_actors_are_measured(runner, prepared_digits):
+    costs = measure(runner, prepared_digits, load_config("digits"))
     assert len(costs.layers) == 3
     assert min(*costs.layers, costs.readout, costs.negatives) > 0
     assert costs.device == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["all_wrong", "hybrid"])
-def test_one_layer_is_in_memory_at_a_time(kind, monkeypatch):
-    """Whole networks were, and more than one of them: the system ended the driver in its first seconds."""
+def test_measurement_holds_one_layer_in_memory_at_a_time(kind, monkeypatch):
+    """Measuring used to build several whole networks, so that the system killed the driver for lack of memory."""
     label = ["data.label=none"] if kind == "hybrid" else ["data.jitter=1"]
     config = load_config("digits", ["model.layers=[40,30,20,20,10]", f"negatives.kind={kind}", *label])
-    alive, made, build = weakref.WeakSet(), [], Architecture.layer
+    live_layers, built_layers, build = weakref.WeakSet(), [], Architecture.layer
 
-    def counting(architecture, index):
-        assert not alive
+    def build_and_count(architecture, index):
+        assert not live_layers
         layer = build(architecture, index)
-        alive.add(layer)
-        made.append(index)
+        live_layers.add(layer)
+        built_layers.append(index)
         return layer
 
-    monkeypatch.setattr(Architecture, "layer", counting)
+    monkeypatch.setattr(Architecture, "layer", build_and_count)
     costs = measure("ray", prepare(config), config)
-    assert made == [0, 1, 2, 3, 4]
-    assert not alive
+    assert built_layers == [0, 1, 2, 3, 4]
+    assert not live_layers
     assert len(costs.layers) == 5
 
 
-def test_layers_of_one_shape_are_measured_once_and_late_ones_are_estimated(digits, monkeypatch):
-    costs = measure("ray", digits, load_config("digits"))
+def test_layers_of_the_same_shape_are_measured_once_and_estimated_after_the_time_limit(prepared_digits, monkeypatch):
+    costs = measure("ray", prepared_digits, load_config("digits"))
     assert costs.layers[0] != costs.layers[1] == costs.layers[2]
     monkeypatch.setattr("ffdist.pipeline.costs.LIMIT_S", -1)
     config = load_config("digits", ["model.layers=[40,30,20]"])
@@ -66,40 +68,42 @@ def test_layers_of_one_shape_are_measured_once_and_late_ones_are_estimated(digit
     assert [cost / costs.layers[0] for cost in costs.layers] == pytest.approx([each / counts[0] for each in counts])
 
 
-def test_a_task_measures_where_stages_will_be_and_tells_what_fails(ray_start_4_cpus):
+def test_task_measures_on_the_nodes_of_the_stages_and_reports_failures(ray_start_4_cpus):
     from ffdist.runtime.measurement import run_on_machines
 
     config = load_config("digits", ["model.layers=[20]"])
-    placement = Placement(2, device="cuda", stage_gpus=0, stage_cpus=0.5, other_cpus=0.5)  # not in the driver
+    placement = Placement(2, device="cuda", stage_gpus=0, stage_cpus=0.5, other_cpus=0.5)  # not measured in the driver
     with reserve(placement.bundles(1)) as group:
-        found = run_on_machines(measurement("ray", prepare(config), config, "cpu"), group, placement)
-        (measured,) = found.values()  # of both stages
-        assert measured.costs.device == "cpu"
-        assert min(*measured.costs.layers, measured.costs.readout, measured.costs.negatives) > 0
-        fails = partial(torch.zeros, 1, device="meta:none")
+        results = run_on_machines(measurement("ray", prepare(config), config, "cpu"), group, placement)
+        (result,) = results.values()  # both stages are on this node
+        assert result.costs.device == "cpu"
+        assert min(*result.costs.layers, result.costs.readout, result.costs.negatives) > 0
+        failing_function = partial(torch.zeros, 1, device="meta:none")
         with pytest.raises(ConfigError, match=r"must train a layer .*0.5 CPU, 0 GPU; RuntimeError: .*model\.layers"):
-            run_on_machines(fails, group, placement)
+            run_on_machines(failing_function, group, placement)
 
 
-def test_greedy_training_and_estimates_need_no_measurement(digits):
-    assert measure("serial", digits, load_config("digits", ["training.schedule=greedy"])) is None
-    assert measure("serial", digits, load_config("digits", ["pipeline.balance=estimated"])) is None
-    assert measure("backpropagation", digits, load_config("digits")) is None
+def test_greedy_training_estimated_balance_and_backpropagation_are_not_measured(prepared_digits):
+    assert measure("serial", prepared_digits, load_config("digits", ["training.schedule=greedy"])) is None
+    assert measure("serial", prepared_digits, load_config("digits", ["pipeline.balance=estimated"])) is None
+    assert measure("backpropagation", prepared_digits, load_config("digits")) is None
 
 
 @pytest.mark.parametrize(
-    ("cut", "processors", "seconds"),
+    ("stage_layers", "cpus", "seconds"),
     [
-        ([range(3)], None, 0.07),  # all in turn
+        ([range(3)], None, 0.07),  # sum of all actors
         ([range(1), range(1, 2), range(2, 3)], None, 0.07),
         ([range(1), range(1, 2), range(2, 3)], 16, 0.03),  # the slowest stage
         ([range(1), range(1, 3)], 16, 0.05),
     ],
 )
-def test_the_slowest_stage_decides_where_processors_abound(cut, processors, seconds, digits):
-    costs, blueprint = Costs([0.01, 0.03, 0.02], 0.006, 0.004, "cpu"), a_blueprint(digits, cut)
-    found = predicted_samples_per_s(costs, blueprint, processors=processors)
-    assert found == pytest.approx(digits.order.batch_size / seconds)
+def test_slowest_stage_limits_predicted_throughput_if_there_are_enough_cpus(
+    stage_layers, cpus, seconds, prepared_digits
+):
+    costs, blueprint = Costs([0.01, 0.03, 0.02], 0.006, 0.004, "cpu"), make_blueprint(prepared_digits, stage_layers)
+    predicted = predicted_samples_per_s(costs, blueprint, processors=cpus)
+    assert predicted == pytest.approx(prepared_digits.order.batch_size / seconds)
 
 
 @pytest.mark.parametrize(
@@ -107,29 +111,34 @@ def test_the_slowest_stage_decides_where_processors_abound(cut, processors, seco
     [
         (4, 0.01, 0, 0.03),  # the slowest stage
         (1, 0.01, 0, 0.07),  # layers and readout share a GPU
-        (4, 0.05, 0, 0.05),  # negatives are made elsewhere
-        (4, 0.01, 1e-6, 0.03 + 50 * 3 * 500 * 4e-6),  # the second stage packs most: a signal, and for the readout
+        (4, 0.05, 0, 0.05),  # negatives are made on a CPU
+        # The second stage sends most: the signal, and activations for the readout.
+        (4, 0.01, 1e-6, 0.03 + 50 * 3 * 500 * 4e-6),
     ],
 )
-def test_on_gpus_the_slowest_part_decides(gpus, negatives, byte_s, seconds, digits, monkeypatch):
+def test_slowest_actor_limits_predicted_throughput_on_gpus(
+    gpus, negatives, byte_s, seconds, prepared_digits, monkeypatch
+):
     monkeypatch.setattr("ffdist.pipeline.costs.BYTE_S", byte_s)
     monkeypatch.setattr("ffdist.pipeline.costs.CALL_S", 0)
     costs = Costs([0.01, 0.03, 0.02], 0.01, negatives, "cuda")
-    three = a_blueprint(digits, [range(1), range(1, 2), range(2, 3)])
-    found = predicted_samples_per_s(costs, three, processors=gpus)
-    assert found == pytest.approx(digits.order.batch_size / seconds)
+    blueprint = make_blueprint(prepared_digits, [range(1), range(1, 2), range(2, 3)])
+    predicted = predicted_samples_per_s(costs, blueprint, processors=gpus)
+    assert predicted == pytest.approx(prepared_digits.order.batch_size / seconds)
 
 
-def test_parts_that_share_processors_wait_for_all_of_them_and_their_messages(digits):
+def test_total_time_and_messages_limit_predicted_throughput_of_actors_that_share_cpus(prepared_digits):
     costs = Costs([0.01, 0.03, 0.02], 0.006, 0.004, "cpu")
-    blueprint = a_blueprint(digits, [range(1), range(1, 2), range(2, 3)])
-    ideal = digits.order.batch_size / 0.035
-    far, near = (predicted_samples_per_s(costs, blueprint.with_pace(size, 1), processors=2) for size in (1, 20))
-    assert far < near < ideal
+    blueprint = make_blueprint(prepared_digits, [range(1), range(1, 2), range(2, 3)])
+    ideal = prepared_digits.order.batch_size / 0.035
+    small_chunks, large_chunks = (
+        predicted_samples_per_s(costs, blueprint.with_pace(size, 1), processors=2) for size in (1, 20)
+    )
+    assert small_chunks < large_chunks < ideal
 
 
-def test_balance_changes_stages_and_no_result(tmp_path):
-    found = {
+def test_balance_changes_stages_but_not_the_results(tmp_path):
+    summaries = {
         balance: train(
             load_config("digits", ["training.epochs=1", f"pipeline.balance={balance}", "pipeline.stages=auto"]),
             runner="serial",
@@ -137,6 +146,6 @@ def test_balance_changes_stages_and_no_result(tmp_path):
         ).summary
         for balance in ("measured", "estimated", "[2, 1]")
     }
-    assert len({summary["weights_sha256"] for summary in found.values()}) == 1
-    assert [summary["stages"] for summary in found.values()] == [3, 3, 2]
-    assert [bool(summary["predicted_samples_per_s"]) for summary in found.values()] == [True, False, True]
+    assert len({summary["weights_sha256"] for summary in summaries.values()}) == 1
+    assert [summary["stages"] for summary in summaries.values()] == [3, 3, 2]
+    assert [bool(summary["predicted_samples_per_s"]) for summary in summaries.values()] == [True, False, True]

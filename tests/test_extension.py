@@ -21,7 +21,7 @@ from ffdist.data.readers import Splits
 from ffdist.ff.encoders import ENCODERS, Encoder
 from ffdist.ff.forms import Form
 from ffdist.ff.layers import Layer
-from ffdist.ff.objectives import OBJECTIVES, Objective
+from ffdist.ff.objectives import OBJECTIVES, AutogradObjective
 from ffdist.ff.specs import LAYERS, LayerSpec
 from ffdist.runs.export import export_network
 from ffdist.runs.folder import checkpoints_of
@@ -72,7 +72,7 @@ class LowRankLayer(Layer):
         return (self.up(self.down(inputs.to(self.gain.dtype))) * self.gain).relu()
 
 
-class Hinge(Objective):
+class Hinge(AutogradObjective):
     """The goodness of a sample should exceed that of its negatives by the number of units; class 0 counts twice."""
 
     needs_labels = True

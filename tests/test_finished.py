@@ -13,51 +13,55 @@ from ffdist import ConfigError, Network, Run, load_config, train
 from ffdist.pipeline.timeline import read_timeline
 from ffdist.plotting.plots import first_filters, plot_confusion, plot_fields, plot_goodness, plot_layers, plot_negatives
 
-TREE = {
+CONFIG = {
     "data": {"name": "digits", "label": "append"},
     "model": {"layers": [40, 30]},
     "training": {"epochs": 3},
     "tracking": {"log_every_minibatches": 28},
 }
-PICTURES = {"layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline"}
+PLOTS = {"layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline"}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(TREE, runner="serial", runs=tmp_path_factory.mktemp("runs"))
+    return train(CONFIG, runner="serial", runs=tmp_path_factory.mktemp("runs"))
 
 
-def test_a_configuration_is_nested_dicts_or_a_file_or_a_name(tmp_path):
-    short = {"training": {"epochs": 1}, "model": {"layers": [20]}}
-    (tmp_path / "some.yaml").write_text(json.dumps(short | {"data": {"name": "digits"}}))
-    given = [short | {"data": {"name": "digits"}}, tmp_path / "some.yaml", load_config(str(tmp_path / "some.yaml"))]
-    found = [train(config, runner="serial", runs=tmp_path) for config in given]
-    assert len({run.summary["weights_sha256"] for run in found}) == 1
-    assert [run.folder.name.split("-")[0] for run in found] == ["run", "some", "run"]
+def test_train_accepts_a_dict_a_file_a_config_or_a_name(tmp_path):
+    settings = {"training": {"epochs": 1}, "model": {"layers": [20]}}
+    (tmp_path / "some.yaml").write_text(json.dumps(settings | {"data": {"name": "digits"}}))
+    configs = [
+        settings | {"data": {"name": "digits"}},
+        tmp_path / "some.yaml",
+        load_config(str(tmp_path / "some.yaml")),
+    ]
+    finished_runs = [train(config, runner="serial", runs=tmp_path) for config in configs]
+    assert len({run.summary["weights_sha256"] for run in finished_runs}) == 1
+    assert [run.folder.name.split("-")[0] for run in finished_runs] == ["run", "some", "run"]
     with pytest.raises(ConfigError, match="did you mean digits"):
         train("digit", runner="serial", runs=tmp_path)
 
 
-def test_metrics_are_those_of_the_run(run):
+def test_finished_run_has_its_metrics(run):
     assert run.metrics["test/goodness_error"] == [(4200, run.summary["test_goodness_error"])]
     assert [samples for samples, _ in run.metrics["layer_2/loss"]] == [2800, 4200]
 
 
-def test_it_is_found_again_and_evaluated_as_it_was(run):
+def test_found_run_has_the_same_summary_and_errors(run):
     for name in (run.folder, run.summary["mlflow_run_id"]):
-        found = Run.find(name, run.folder.parent)
-        assert found.summary == run.summary
-    test = found.evaluate(found.dataset.samples["test"], found.dataset.labels["test"])
-    assert test.goodness_error == pytest.approx(run.summary["test_goodness_error"], abs=1.5 / 360)
-    assert test.layer_errors == pytest.approx(run.summary["layer_errors"], abs=1.5 / 360)
+        same_run = Run.find(name, run.folder.parent)
+        assert same_run.summary == run.summary
+    evaluation = same_run.evaluate(same_run.dataset.samples["test"], same_run.dataset.labels["test"])
+    assert evaluation.goodness_error == pytest.approx(run.summary["test_goodness_error"], abs=1.5 / 360)
+    assert evaluation.layer_errors == pytest.approx(run.summary["layer_errors"], abs=1.5 / 360)
 
 
-def test_what_is_no_finished_run_is_told(run, tmp_path):
+def test_find_rejects_what_is_not_a_finished_run(run, tmp_path):
     (tmp_path / "half done").mkdir()
     (tmp_path / "half done" / "config.yaml").write_text(run.config.to_yaml())
-    with pytest.raises(ConfigError, match="resume it with") as told:
+    with pytest.raises(ConfigError, match="resume it with") as error_info:
         Run.find(tmp_path / "half done")
-    command = str(told.value).split("`")[1]
+    command = str(error_info.value).split("`")[1]
     assert shlex.split(command)[-1] == str(tmp_path / "half done")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.yaml").write_text(run.config.to_yaml())
@@ -75,7 +79,7 @@ def test_what_is_no_finished_run_is_told(run, tmp_path):
             Run.find(name, tmp_path)
 
 
-def test_images_of_another_shape_are_refused(run):
+def test_samples_and_labels_of_the_wrong_shape_type_or_range_are_rejected(run):
     with pytest.raises(ConfigError, match=r"shape \[N, 1, 8, 8\] with N > 0 \(given: torch.uint8, \[2, 3, 8, 8\]\)"):
         run.predict(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ConfigError, match=r"torch\.float32"):
@@ -85,30 +89,30 @@ def test_images_of_another_shape_are_refused(run):
             run.predict(torch.zeros(shape, dtype=torch.uint8))
     images = run.dataset.samples["test"][:3]
     expected = run.predict(images).label
-    for same in (images.view(3, 1, 8, 8), images.view(3, 8, 8), images.numpy()):
-        assert torch.equal(run.predict(same).label, expected)
+    for equivalent in (images.view(3, 1, 8, 8), images.view(3, 8, 8), images.numpy()):
+        assert torch.equal(run.predict(equivalent).label, expected)
     for labels in ([0, 1], [0, 1, 10], [0, 1, -1], [0.0, 1.0, 2.0]):
         with pytest.raises(ConfigError, match=r"labels must be integers in \[0, 10\), one per sample"):
             run.evaluate(images, torch.tensor(labels))
 
 
-def test_a_name_is_one_part_of_a_path(tmp_path):
+def test_run_name_with_invalid_characters_is_rejected(tmp_path):
     for name in ("a/b", "a\0b"):
         with pytest.raises(ConfigError, match="must hold no /"):
-            train(TREE, runner="serial", runs=tmp_path, name=name)
+            train(CONFIG, runner="serial", runs=tmp_path, name=name)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_long_name_is_cut(tmp_path):
+def test_long_run_name_is_truncated(tmp_path):
     config = load_config("xor", ["training.epochs=1", "tracking.artifacts=[]"])
     run = train(config, runner="serial", runs=tmp_path, name="\u00f6" * 240)
     assert run.folder.name.startswith("\u00f6" * 100 + "-2")
     assert Run.find(run.summary["mlflow_run_id"], tmp_path).folder == run.folder
 
 
-def test_a_runner_that_is_none_is_refused(tmp_path):
+def test_unknown_runner_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"one of ray, serial, backpropagation \(given: Serial\)"):
-        train(TREE, runner="Serial", runs=str(tmp_path))
+        train(CONFIG, runner="Serial", runs=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -120,32 +124,32 @@ def test_a_runner_that_is_none_is_refused(tmp_path):
         ("checkpoints", None, lambda run: run.network),
     ],
 )
-def test_what_is_missing_or_damaged_is_named(run, file, content, use, tmp_path):
-    folder = tmp_path / "a #run?"  # a name that means something in a URI
+def test_error_names_the_missing_or_damaged_file(run, file, content, use, tmp_path):
+    folder = tmp_path / "a #run?"  # contains characters that are special in a URI
     shutil.copytree(run.folder, folder)
-    found = Run.find(folder)
-    assert use(found)
+    copy = Run.find(folder)
+    assert use(copy)
     shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink()
     if content:
         (folder / file).write_text(content)
-    with pytest.raises(ConfigError, match=file) as told:
+    with pytest.raises(ConfigError, match=file) as error_info:
         use(Run.find(folder))
-    assert "train" in str(told.value)
-    assert "--skip-damaged" not in str(told.value)
+    assert "train" in str(error_info.value)
+    assert "--skip-damaged" not in str(error_info.value)
 
 
-def test_pictures_are_drawn_at_the_end_and_again(run, tmp_path):
-    assert {path.stem for path in run.folder.glob("*.png")} == PICTURES
+def test_plots_of_a_finished_run_can_be_drawn_again(run, tmp_path):
+    assert {path.stem for path in run.folder.glob("*.png")} == PLOTS
     for path in run.plot(tmp_path / "again"):
-        with Image.open(path) as picture, Image.open(run.folder / path.name) as before:
-            assert picture.size == before.size
-            if path.stem in {"layers", "negatives", "fields", "timeline"}:  # others tell sums of another order
-                assert picture.tobytes() == before.tobytes()
-    assert {path.stem for path in (tmp_path / "again").iterdir()} == PICTURES
+        with Image.open(path) as image, Image.open(run.folder / path.name) as original:
+            assert image.size == original.size
+            if path.stem in {"layers", "negatives", "fields", "timeline"}:  # other plots contain sums in another order
+                assert image.tobytes() == original.tobytes()
+    assert {path.stem for path in (tmp_path / "again").iterdir()} == PLOTS
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "overrides",
     [
         ["negatives.kind=hybrid", "data.label=none"],
         ["negatives.kind=hard_label"],
@@ -154,34 +158,34 @@ def test_pictures_are_drawn_at_the_end_and_again(run, tmp_path):
     ],
     ids=str,
 )
-def test_every_kind_of_run_can_be_drawn(changes, tmp_path):
+def test_all_plots_are_drawn_for_every_kind_of_run(overrides, tmp_path):
     run = train(
-        load_config("digits", ["model.layers=[20,20]", *changes, "training.epochs=1"]), runner="serial", runs=tmp_path
+        load_config("digits", ["model.layers=[20,20]", *overrides, "training.epochs=1"]), runner="serial", runs=tmp_path
     )
-    assert {path.stem for path in run.folder.glob("*.png")} == PICTURES
+    assert {path.stem for path in run.folder.glob("*.png")} == PLOTS
 
 
-def broken(*arguments):
+def fail_to_plot(*args):
     raise TypeError("set_text(): incompatible function arguments")
 
 
-def test_a_plot_that_fails_is_named_and_the_others_are_drawn(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("ffdist.plotting.plots.plot_goodness", broken)
+def test_failed_plot_is_reported_and_the_others_are_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffdist.plotting.plots.plot_goodness", fail_to_plot)
     with pytest.raises(ConfigError, match=r"^goodness\.png could not be drawn \(TypeError: set_text"):
         run.plot(tmp_path)
-    assert {path.stem for path in tmp_path.iterdir()} == PICTURES - {"goodness"}
+    assert {path.stem for path in tmp_path.iterdir()} == PLOTS - {"goodness"}
 
 
-def test_a_run_whose_plots_all_fail_is_finished(tmp_path, monkeypatch, capsys):
-    for picture in PICTURES:
-        monkeypatch.setattr(f"ffdist.plotting.plots.plot_{picture}", broken)
-    run = train(TREE | {"training": {"epochs": 1}}, runner="serial", runs=tmp_path)
-    said = capsys.readouterr().out
-    assert said.count("warning: ") == said.count(".png could not be drawn (TypeError: set_text") == len(PICTURES)
+def test_run_finishes_if_all_plots_fail(tmp_path, monkeypatch, capsys):
+    for plot in PLOTS:
+        monkeypatch.setattr(f"ffdist.plotting.plots.plot_{plot}", fail_to_plot)
+    run = train(CONFIG | {"training": {"epochs": 1}}, runner="serial", runs=tmp_path)
+    output = capsys.readouterr().out
+    assert output.count("warning: ") == output.count(".png could not be drawn (TypeError: set_text") == len(PLOTS)
     assert Run.find(run.folder).summary == run.summary
     client = MlflowClient(run.summary["mlflow_tracking_uri"])
-    tracked = client.get_run(run.summary["mlflow_run_id"])
-    assert (tracked.info.status, len(tracked.outputs.model_outputs)) == ("FINISHED", 1)
+    mlflow_run = client.get_run(run.summary["mlflow_run_id"])
+    assert (mlflow_run.info.status, len(mlflow_run.outputs.model_outputs)) == ("FINISHED", 1)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_a_run_whose_plots_all_fail_is_finished(tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_goodness_of_any_values_is_drawn(values, tmp_path):
+def test_goodness_plot_accepts_any_values(values, tmp_path):
     goodness = {"positive": torch.tensor([values]), "negative": torch.tensor([values[:1]])}
     assert plot_goodness(goodness, [None], tmp_path / "goodness.png").stat().st_size > 1000
 
@@ -209,55 +213,55 @@ def test_weights_of_large_images_are_drawn(tmp_path):
     assert plot_fields(first_filters(network), tmp_path / "fields.png").stat().st_size > 1000
 
 
-def test_a_class_whose_name_cannot_be_drawn_goes_by_its_number(tmp_path):
-    """A name of bytes that are no UTF-8, one in a script that the font lacks, one of control characters, and none."""
+def test_class_name_that_cannot_be_drawn_is_replaced_by_its_number(tmp_path):
+    """The names: invalid UTF-8, a script that the font lacks, control characters, an empty name, and a valid one."""
     names = ("K\udce4uzchen", "\u6b62\u8840\u94b3", "a\x00\n", "", "M\u00f6we $1")
-    drawn = plot_confusion(torch.eye(5), "goodness", names, tmp_path / "c.svg").read_text()
-    assert [drawn.count(f"<!-- {text} -->") >= 2 for text in ("0", "1", "2", "3", "M\u00f6we $1")] == [True] * 5
+    svg = plot_confusion(torch.eye(5), "goodness", names, tmp_path / "c.svg").read_text()
+    assert [svg.count(f"<!-- {text} -->") >= 2 for text in ("0", "1", "2", "3", "M\u00f6we $1")] == [True] * 5
     images, labels = torch.zeros(5, 4, dtype=torch.uint8), torch.arange(5)
-    drawn = plot_negatives(images, labels, (labels + 1) % 5, (1, 2, 2), names, tmp_path / "n.svg").read_text()
-    assert all(f"<!-- {text} -->" in drawn for text in ("0", "as 1", "as 2", "as 3", "as M\u00f6we $1"))
+    svg = plot_negatives(images, labels, (labels + 1) % 5, (1, 2, 2), names, tmp_path / "n.svg").read_text()
+    assert all(f"<!-- {text} -->" in svg for text in ("0", "as 1", "as 2", "as 3", "as M\u00f6we $1"))
 
 
 def test_plots_show_samples_of_all_classes_of_sorted_data(tmp_path, monkeypatch):
-    """Image folders are sorted by class, and a plot of the first samples would show one class."""
+    """Image folders are sorted by class, so that a plot of the first samples would show only one class."""
     for split, shade in product(("train", "test"), range(4)):
         (tmp_path / split / f"class_{shade}").mkdir(parents=True)
         for number in range(12):
             Image.new("L", (4, 4), 60 * shade + number).save(tmp_path / split / f"class_{shade}" / f"{number}.png")
-    shown = []
+    plotted_labels = []
     monkeypatch.setattr(
-        "ffdist.plotting.plots.plot_negatives", lambda _, labels, *more: shown.append(labels) or more[-1]
+        "ffdist.plotting.plots.plot_negatives", lambda _, labels, *rest: plotted_labels.append(labels) or rest[-1]
     )
-    changes = ["data.name=image_folder", f"data.path={tmp_path}", "training.batch_size=8", "training.epochs=1"]
-    config = load_config("digits", [*changes, "model.layers=[8]", "data.label=none", "negatives.kind=permuted"])
+    overrides = ["data.name=image_folder", f"data.path={tmp_path}", "training.batch_size=8", "training.epochs=1"]
+    config = load_config("digits", [*overrides, "model.layers=[8]", "data.label=none", "negatives.kind=permuted"])
     run = train(config, runner="serial", runs=tmp_path / "runs")
-    assert len(shown[0].unique()) > 2
+    assert len(plotted_labels[0].unique()) > 2
     run.plot(tmp_path / "again")
-    assert torch.equal(*shown)
+    assert torch.equal(*plotted_labels)
 
 
-def test_a_curve_of_one_point_is_seen(tmp_path):
-    """As a short run has it."""
+def test_curve_of_one_point_is_visible(tmp_path):
+    """A short run logs only one point."""
     history = {f"layer_1/{name}": [(100, 0.5)] for name in ("loss", "goodness_positive", "goodness_negative")}
-    drawn = plot_layers(history, [None], tmp_path / "l.svg").read_text()
-    assert drawn.count("#440154") > 3  # of viridis, the first
+    svg = plot_layers(history, [None], tmp_path / "l.svg").read_text()
+    assert svg.count("#440154") > 3  # the first color of viridis
 
 
-def test_pictures_call_classes_by_their_names(tmp_path):
+def test_plots_use_class_names(tmp_path):
     images, labels = torch.zeros(2, 4, dtype=torch.uint8), torch.tensor([0, 1])
     for names, expected in (((), ["0", "as 1"]), (("owl", "heron $1"), ["owl", "as heron $1"])):
-        drawn = plot_negatives(images, labels, 1 - labels, (1, 2, 2), names, tmp_path / "n.svg").read_text()
-        assert all(f"<!-- {text} -->" in drawn for text in expected)  # which it writes beside the outlines of letters
+        svg = plot_negatives(images, labels, 1 - labels, (1, 2, 2), names, tmp_path / "n.svg").read_text()
+        assert all(f"<!-- {text} -->" in svg for text in expected)  # comments beside the outlines of the letters
 
 
-def test_the_timeline_tells_who_computed_and_waited_when(run):
+def test_timeline_has_the_compute_and_wait_times_of_every_actor(run):
     spans = read_timeline(run.folder)
     assert {span.actor for span in spans} == {"stage 1", "stage 2", "readout"}
     assert {span.activity for span in spans} >= {"compute", "wait"}
     assert min(span.start_s for span in spans) == 0
-    for part in ("stage 1", "stage 2", "readout"):
-        own = sorted((span.start_s, span.duration_s) for span in spans if span.actor == part)
-        assert all(begun + took < after + 1e-3 for (begun, took), (after, _) in pairwise(own))
+    for actor in ("stage 1", "stage 2", "readout"):
+        intervals = sorted((span.start_s, span.duration_s) for span in spans if span.actor == actor)
+        assert all(start + duration < next_start + 1e-3 for (start, duration), (next_start, _) in pairwise(intervals))
     trace = json.loads((run.folder / "timeline.json").read_text())["traceEvents"]
     assert {event["ph"] for event in trace} == {"M", "X"}

@@ -12,7 +12,7 @@ from ffdist.storage.folder import Folder
 
 
 class FolderError(Exception):
-    """Whatever the folder's owner raises."""
+    """Error type that is passed to `Folder`."""
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def folder(tmp_path) -> Folder:
     return Folder(str(tmp_path / "kept"), FolderError)
 
 
-def test_files_come_back_are_named_and_go(folder):
+def test_put_get_names_and_remove(folder):
     assert folder.names() == []
     assert folder.get("a/b.bin") is None
     folder.put("a/b.bin", b"one")
@@ -32,19 +32,19 @@ def test_files_come_back_are_named_and_go(folder):
     assert folder.names() == []
 
 
-def test_a_folder_is_listed_while_another_process_removes_from_it(folder, tmp_path):
+def test_names_works_during_concurrent_removal(folder, tmp_path):
     names = [f"{number}/a" for number in range(300)]
     for name in names:
         folder.put(name, b"")
-    with ThreadPoolExecutor(1) as other:
-        removing = other.submit(lambda: [shutil.rmtree(tmp_path / "kept" / Path(name).parent) for name in names])
-        while not removing.done():
+    with ThreadPoolExecutor(1) as executor:
+        removal = executor.submit(lambda: [shutil.rmtree(tmp_path / "kept" / Path(name).parent) for name in names])
+        while not removal.done():
             assert set(folder.names()) <= set(names)
-    removing.result()
+    removal.result()
     assert folder.names() == []
 
 
-def test_who_may_read_a_folder_may_read_its_files(folder, tmp_path):
+def test_files_get_the_read_permissions_of_their_folder(folder, tmp_path):
     (tmp_path / "kept" / "a").mkdir(parents=True)
     (tmp_path / "kept" / "a").chmod(0o750)
     with folder.atomic_write("a/b") as path:
@@ -52,16 +52,16 @@ def test_who_may_read_a_folder_may_read_its_files(folder, tmp_path):
     assert (tmp_path / "kept" / "a" / "b").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_uri_is_as_good_as_a_path(tmp_path):
+def test_folder_accepts_uris(tmp_path):
     Folder(str(tmp_path), FolderError).put("a", b"one")
     assert Folder(f"file://{tmp_path}", FolderError).get("a") == b"one"
-    far = Folder("mock:///runs", FolderError)  # pyarrow's own, in memory
-    far.put("a/b", b"one")
-    assert (far.get("a/b"), far.names()) == (b"one", ["a/b"])
+    remote_folder = Folder("mock:///runs", FolderError)  # pyarrow's in-memory file system
+    remote_folder.put("a/b", b"one")
+    assert (remote_folder.get("a/b"), remote_folder.names()) == (b"one", ["a/b"])
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_no_part(tmp_path):
-    """With a limit on the size of files, a full disk's error comes from the real system, in a process of its own."""
+def test_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path):
+    """A limit on the file size, set in a subprocess, makes the operating system raise an error as on a full disk."""
     program = f"""
 import resource, signal
 from ffdist.storage.folder import Folder
@@ -71,13 +71,13 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 folder.put("a", bytes(100_000))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "a cannot be written" in done.stderr
-    assert "File too large" in done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "a cannot be written" in result.stderr
+    assert "File too large" in result.stderr
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"one")]
 
 
-def test_what_cannot_be_is_told_in_the_owners_words(tmp_path):
+def test_failures_raise_the_error_type_of_the_caller(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match="cannot be opened"):
         Folder("nosuch://bucket/a", FolderError).get("a")

@@ -1,4 +1,4 @@
-"""What a run may take is computed before it starts, and holds."""
+"""An upper bound of the memory of a run is computed before the run starts, and holds."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from ffdist.runtime.cluster import machine_resources
 from ffdist.training.launch import allocate, assign_layers
 from ffdist.training.prepare import prepare
 
-FEW = ["training.validation_samples=960", "training.batch_size=20"]
-"""Settings that leave two minibatches."""
+TWO_MINIBATCHES = ["training.validation_samples=960", "training.batch_size=20"]
+"""Settings of a run with two minibatches."""
 PEAK = """
 import json, re, sys, threading, time
 from contextlib import suppress
@@ -22,11 +22,11 @@ from pathlib import Path
 import psutil
 from ffdist import load_config, train
 
-import ffdist.plotting.figures, mlflow  # whose memory is not the network's
+import ffdist.plotting.figures, mlflow  # imported here, so that their memory is not counted
 import ffdist.training.prepare, ffdist.training.trainer
 
 def memory():
-    "Of this process, or of it, all actors and the object store, each page once."
+    "Returns the memory of this process, or also of all actors and the object store, and counts each page once."
     if runner == "serial":
         return process.memory_info().rss
     total = 0
@@ -54,31 +54,36 @@ print(json.dumps([before, peak[0]]))
 
 
 @pytest.mark.parametrize(("runner", "units", "artifacts"), [("serial", 5000, "[model]"), ("ray", 2000, "[]")])
-def test_a_run_takes_no_more_memory_than_it_says(runner, units, artifacts, tmp_path):
-    """In this process, two layers of 100 MB of weights each, which it held up to six times at the end of a run."""
-    words = [f"model.layers=[{units},{units},{units}]", "training.epochs=1", f"tracking.artifacts={artifacts}", *FEW]
-    command = [sys.executable, "-c", PEAK, json.dumps(words), runner]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    before, peak = json.loads(done.stdout.splitlines()[-1])
-    bound = 1e9 * float(re.findall(r"host memory: up to ([\d.]+) GB", done.stdout)[-1])
+def test_memory_of_a_run_stays_below_its_stated_bound(runner, units, artifacts, tmp_path):
+    """The serial run has two layers of 100 MB of weights each; an earlier version held up to six copies of them."""
+    settings = [
+        f"model.layers=[{units},{units},{units}]",
+        "training.epochs=1",
+        f"tracking.artifacts={artifacts}",
+        *TWO_MINIBATCHES,
+    ]
+    command = [sys.executable, "-c", PEAK, json.dumps(settings), runner]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    before, peak = json.loads(result.stdout.splitlines()[-1])
+    bound = 1e9 * float(re.findall(r"host memory: up to ([\d.]+) GB", result.stdout)[-1])
     assert 0.25 * bound < peak - before < bound
 
 
 def test_memory_is_checked_at_the_start_and_not_in_a_recovery(monkeypatch):
-    """By then part of it is the run's own."""
+    """In a recovery, the run already uses part of the memory."""
     config = load_config("digits", ["training.precision=float32"])
     prepared = prepare(config)
-    with allocate("serial", prepared, config, machine_resources) as place:
+    with allocate("serial", prepared, config, machine_resources) as allocation:
         monkeypatch.setattr("ffdist.host_memory.available_bytes", lambda: 0)
-        assert "host memory" not in assign_layers(place, prepared, config, None, again=True).description
+        assert "host memory" not in assign_layers(allocation, prepared, config, None, again=True).description
         with pytest.raises(
             ConfigError, match=r"must fit into the available host memory \(needed: .* available: 0.0 GB"
         ):
-            assign_layers(place, prepared, config, None)
+            assign_layers(allocation, prepared, config, None)
 
 
 @pytest.mark.parametrize(
-    ("membership", "files", "left"),
+    ("membership", "files", "expected"),
     [
         ("0::/a/b", {"a/memory.max": "max", "a/b/memory.max": "5000", "a/b/memory.current": "1000"}, 4200),
         ("0::/a/b", {"memory.max": "5000", "memory.current": "1000"}, 4200),
@@ -87,12 +92,12 @@ def test_memory_is_checked_at_the_start_and_not_in_a_recovery(monkeypatch):
         ("0::/a", {}, None),
     ],
 )
-def test_a_containers_limit_counts(membership, files, left, tmp_path):
+def test_memory_limit_of_a_container_is_respected(membership, files, expected, tmp_path):
     (tmp_path / "cgroup").write_text(f"1:cpu:/\n{membership}\n")
     for name, text in files.items():
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
         (path.parent / "memory.stat").write_text("anon 1\ninactive_file 200\n")
-    found = available_bytes(tmp_path / "groups", tmp_path / "cgroup")
-    assert found == left if left is not None else found > 10**6
+    actual = available_bytes(tmp_path / "groups", tmp_path / "cgroup")
+    assert actual == expected if expected is not None else actual > 10**6

@@ -11,16 +11,16 @@ from ffdist.signals import STOP_SIGNALS, interrupts, stop_requests
 
 
 @pytest.fixture(autouse=True)
-def heeded():
-    """As a shell without job control does not do for what it runs in its background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def enable_interrupts():
+    """Enables SIGINT, which background jobs of a shell without job control ignore."""
+    previous_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous_handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, monkeypatch):
-    """There it could leave the lock of all imports taken, and Ray's thread waiting for it."""
+def test_interrupt_during_an_import_is_deferred(number, monkeypatch):
+    """Raising during an import could leave the import lock held and block Ray's thread."""
     frames = []
 
     class Finder:
@@ -39,48 +39,48 @@ def test_an_interrupt_amid_pythons_own_code_for_imports_comes_after_it(number, m
         assert interrupted()
 
 
-def test_what_a_library_makes_of_an_interrupt_is_told_as_one(capsys):
-    def swallow():
+def test_interrupt_that_a_library_converts_is_reported_as_an_interrupt(capsys):
+    def convert_interrupt():
         with report_errors():
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
                 raise RecursionError from None
 
-    with pytest.raises(SystemExit) as ended:
-        swallow()
-    assert (ended.value.code, capsys.readouterr().err[:11]) == (130, "interrupted")
+    with pytest.raises(SystemExit) as exit_info:
+        convert_interrupt()
+    assert (exit_info.value.code, capsys.readouterr().err[:11]) == (130, "interrupted")
 
 
-def test_an_alarm_of_somebody_else_is_no_interrupt():
-    """Such as that of pytest-timeout, or of a user's own time limit."""
-    rung = []
-    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+def test_sigalrm_is_not_an_interrupt():
+    """SIGALRM may come from pytest-timeout, or from a time limit of the user."""
+    alarms = []
+    previous_handler = signal.signal(signal.SIGALRM, lambda number, frame: alarms.append(number))
     try:
         with interrupts() as interrupted, stop_requests(20) as stop_requested:
             signal.raise_signal(signal.SIGALRM)
-        assert (rung, interrupted(), stop_requested()) == ([signal.SIGALRM], False, False)
+        assert (alarms, interrupted(), stop_requested()) == ([signal.SIGALRM], False, False)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 @pytest.mark.parametrize("context", [interrupts, lambda: stop_requests(20)], ids=["interrupts", "stop_requests"])
 def test_ignored_signals_stay_ignored(context):
-    """As `nohup` and a script's background leave them: a run there is not stopped by Ctrl-C."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    """Signals are ignored under `nohup` and in background jobs of scripts, where Ctrl-C must not stop a run."""
+    previous_handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         with context() as requested:
             for number in STOP_SIGNALS:
                 os.kill(os.getpid(), number)
             assert not requested()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_one_request_may_arrive_twice_and_an_orderly_stop_has_a_limit(number):
-    """GNU timeout signals the process, and then its group."""
+def test_duplicate_signals_are_one_request_and_an_orderly_stop_has_a_timeout(number):
+    """GNU timeout signals the process, and then its process group."""
     with stop_requests(1.0) as requested:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
@@ -89,7 +89,7 @@ def test_one_request_may_arrive_twice_and_an_orderly_stop_has_a_limit(number):
             time.sleep(60)
 
 
-def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
+def test_second_ctrl_c_stops_a_run_immediately(monkeypatch):
     monkeypatch.setattr("ffdist.signals.DUPLICATE_S", 0.0)
     with stop_requests(600) as requested:
         signal.raise_signal(signal.SIGINT)

@@ -14,7 +14,7 @@ from ffdist.ff.optimizers import Update
 B, D, H = 6, 11, 9
 
 
-def a_layer(dtype=torch.float64, **settings) -> DenseLayer:
+def make_layer(dtype=torch.float64, **settings) -> DenseLayer:
     layer = DenseLayer(D, H, compute_dtype=dtype, generator=generator(0, "layer", 0), **settings)
     layer.bias.copy_(0.1 * torch.randn(H, generator=generator(0, "bias")))
     if dtype == torch.float64:
@@ -23,23 +23,23 @@ def a_layer(dtype=torch.float64, **settings) -> DenseLayer:
     return layer
 
 
-def some_rows(blocks=3, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(blocks * B, D, generator=generator(1, "rows"), dtype=torch.float32).to(dtype)
+def random_rows(num_passes=3, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(num_passes * B, D, generator=generator(1, "rows"), dtype=torch.float32).to(dtype)
 
 
-def value(rows, weight, bias, rule, threshold, turn):
-    """Minus the loss, halved, because the release's gradient leaves out a factor 2; by what papers write."""
-    activity = F.linear(rows, weight, bias).relu()
-    measures = {
-        "sum_of_squares": activity.square().sum(1),
-        "mean_of_squares": activity.square().mean(1),
-        "softmax": activity.logsumexp(1),
+def objective_value(rows, weight, bias, rule, threshold, trained_side):
+    """Returns half of the negative loss by the formulas of the papers. The released code omits a factor of 2."""
+    activations = F.linear(rows, weight, bias).relu()
+    goodness_values = {
+        "sum_of_squares": activations.square().sum(1),
+        "mean_of_squares": activations.square().mean(1),
+        "softmax": activations.logsumexp(1),
     }
-    measured = measures[rule.goodness.removeprefix("minus_")]
-    margin = rule.alpha * (measured - threshold) * (-1 if rule.goodness.startswith("minus") else 1)
+    goodness = goodness_values[rule.goodness.removeprefix("minus_")]
+    margin = rule.alpha * (goodness - threshold) * (-1 if rule.goodness.startswith("minus") else 1)
     positive, negative = margin[:B], margin[B:].view(-1, B)
     positive, negative = (
-        side if turn in ("both", name) else side.detach()
+        side if trained_side in ("both", name) else side.detach()
         for side, name in ((positive, "positive"), (negative, "negative"))
     )
     if rule.loss == "symmetric":
@@ -47,45 +47,54 @@ def value(rows, weight, bias, rule, threshold, turn):
     return (F.logsigmoid(positive).sum() + F.logsigmoid(-negative).mean(0).sum()) / 2
 
 
-def reference(layer: DenseLayer, rows):
-    """Weights and biases after a minibatch, by autograd and plain ascent; the peers' pull goes past the ReLU."""
+def reference_update(layer: DenseLayer, rows):
+    """Returns weight and bias after a minibatch, computed with autograd and plain gradient ascent.
+
+    The gradient of the peer term is not multiplied by the derivative of the ReLU.
+    """
     rule, rate = layer.rule, layer.rule.update.learning_rate
     parameters, means = [layer.weight.detach().clone(), layer.bias.detach().clone()], layer.mean_activity
     threshold = -layer.objective.threshold if rule.goodness.startswith("minus") else layer.objective.threshold
-    for turn in (["positive", "negative"] if rule.alternating else ["both"]) * rule.updates_per_minibatch:
+    for trained_side in (["positive", "negative"] if rule.alternating else ["both"]) * rule.updates_per_minibatch:
         weight, bias = (parameter.requires_grad_() for parameter in parameters)
-        gained = value(rows, weight, bias, rule, threshold, turn)
-        if turn != "negative":
-            total = F.linear(rows[:B], weight, bias)
-            means = MEAN_ACTIVITY_MOMENTUM * means + (1 - MEAN_ACTIVITY_MOMENTUM) * total.detach().relu().mean(0)
-            gained = gained + (total * rule.peer_strength * (means.mean() - means)).sum()
-        gradients = torch.autograd.grad(gained, (weight, bias))
+        objective = objective_value(rows, weight, bias, rule, threshold, trained_side)
+        if trained_side != "negative":
+            preactivations = F.linear(rows[:B], weight, bias)
+            means = MEAN_ACTIVITY_MOMENTUM * means + (1 - MEAN_ACTIVITY_MOMENTUM) * preactivations.detach().relu().mean(
+                0
+            )
+            objective = objective + (preactivations * rule.peer_strength * (means.mean() - means)).sum()
+        gradients = torch.autograd.grad(objective, (weight, bias))
         parameters = [old.detach() + rate * new / B for old, new in zip(parameters, gradients, strict=True)]
     return parameters
 
 
-PLAIN = Update(0.01, 0.0, momentum=0.0)
+PLAIN_UPDATE = Update(0.01, 0.0, momentum=0.0)
 RULES = [
     Rule(
         goodness,
         loss=loss,
         alpha=alpha,
         alternating=alternating,
-        updates_per_minibatch=repeats,
-        peer_strength=peers,
-        update=PLAIN,
+        updates_per_minibatch=updates,
+        peer_strength=peer_strength,
+        update=PLAIN_UPDATE,
     )
     for goodness in [sign + goodness for goodness in GOODNESS for sign in ("", "minus_")]
     for loss in LOSSES
-    for alpha, alternating, repeats, peers in [(1.0, False, 1, 0.03), (4.0, True, 2, 0.03), (0.5, False, 3, 0.0)]
+    for alpha, alternating, updates, peer_strength in [
+        (1.0, False, 1, 0.03),
+        (4.0, True, 2, 0.03),
+        (0.5, False, 3, 0.0),
+    ]
 ]
 
 
 @pytest.mark.parametrize("negatives", [1, 3])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_closed_form_gradient_equals_autograd_in_float64(rule, negatives):
-    layer, rows = a_layer(rule=rule, threshold=2.0), some_rows(2 + negatives)
-    weight, bias = reference(layer, rows[: B + negatives * B])
+    layer, rows = make_layer(rule=rule, threshold=2.0), random_rows(2 + negatives)
+    weight, bias = reference_update(layer, rows[: B + negatives * B])
     before = layer.weight.clone()
     train_rows(layer, rows, B, negatives)
     torch.testing.assert_close(layer.weight, weight)
@@ -94,68 +103,72 @@ def test_closed_form_gradient_equals_autograd_in_float64(rule, negatives):
 
 
 def test_closed_form_gradient_equals_finite_differences():
-    rule = Rule(peer_strength=0.0, update=PLAIN)
-    layer, rows, step = a_layer(rule=rule), some_rows(), 1e-6
+    rule = Rule(peer_strength=0.0, update=PLAIN_UPDATE)
+    layer, rows, epsilon = make_layer(rule=rule), random_rows(), 1e-6
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     train_rows(layer, rows, B)
     for index in [(0, 0), (3, 7), (H - 1, D - 1)]:
         shift = torch.zeros_like(weight)
-        shift[index] = step
-        up, down = (value(rows[: 2 * B], weight + sign * shift, bias, rule, H, "both") for sign in (1, -1))
+        shift[index] = epsilon
+        up, down = (objective_value(rows[: 2 * B], weight + sign * shift, bias, rule, H, "both") for sign in (1, -1))
         assert layer.optimizer.get_buffer("weight/gradient")[index].item() * B == pytest.approx(
-            ((up - down) / (2 * step)).item(), rel=1e-5
+            ((up - down) / (2 * epsilon)).item(), rel=1e-5
         )
 
 
-def test_update_follows_the_release():
-    """g <- 0.9 g + 0.1 gradient / batch; W <- W + lr_scale * 0.01 * (g - 0.001 W); biases without decay."""
-    layer, rows = a_layer(), some_rows()
-    smoothed = [torch.zeros(H, D, dtype=torch.float64), torch.zeros(H, dtype=torch.float64)]
+def test_update_matches_the_released_code():
+    """g <- 0.9 g + 0.1 gradient / batch; W <- W + lr_scale * 0.01 * (g - 0.001 W); biases have no weight decay."""
+    layer, rows = make_layer(), random_rows()
+    momentum_buffers = [torch.zeros(H, D, dtype=torch.float64), torch.zeros(H, dtype=torch.float64)]
     for lr_scale in (1.0, 0.5):
         before = layer.weight.clone(), layer.bias.clone()
-        moved = [(new - old) / 0.01 for old, new in zip(before, reference(layer, rows[: 2 * B]), strict=True)]
-        smoothed = [0.9 * old + 0.1 * new for old, new in zip(smoothed, moved, strict=True)]
+        gradients = [
+            (new - old) / 0.01 for old, new in zip(before, reference_update(layer, rows[: 2 * B]), strict=True)
+        ]
+        momentum_buffers = [0.9 * old + 0.1 * new for old, new in zip(momentum_buffers, gradients, strict=True)]
         train_rows(layer, rows, B, lr_scale=lr_scale)
-        torch.testing.assert_close(layer.weight, before[0] + lr_scale * 0.01 * (smoothed[0] - 0.001 * before[0]))
-        torch.testing.assert_close(layer.bias, before[1] + lr_scale * 0.01 * smoothed[1])
+        torch.testing.assert_close(
+            layer.weight, before[0] + lr_scale * 0.01 * (momentum_buffers[0] - 0.001 * before[0])
+        )
+        torch.testing.assert_close(layer.bias, before[1] + lr_scale * 0.01 * momentum_buffers[1])
 
 
-def test_what_is_passed_on_is_computed_before_the_update():
-    layer, rows = a_layer(), some_rows()
+def test_output_is_computed_before_the_update():
+    layer, rows = make_layer(), random_rows()
     expected = layer(rows)
-    passed, _ = train_rows(layer, rows, B)
-    assert torch.equal(passed.activations, expected.activations)
+    output, _ = train_rows(layer, rows, B)
+    assert torch.equal(output.activations, expected.activations)
     assert not torch.equal(layer(rows).activations, expected.activations)
 
 
-def test_a_layer_that_does_not_learn_passes_on_and_stays_as_it_is():
-    layer, rows = a_layer(), some_rows()
+def test_lr_scale_none_keeps_the_state_and_returns_the_same_output():
+    layer, rows = make_layer(), random_rows()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    passed, metrics = train_rows(layer, rows, B, lr_scale=None)
+    output, metrics = train_rows(layer, rows, B, lr_scale=None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
-    learned, same_metrics = train_rows(layer, rows, B)
-    assert torch.equal(passed.activations, learned.activations)
-    assert torch.equal(metrics.nan_to_num(), same_metrics.nan_to_num())
+    trained_output, trained_metrics = train_rows(layer, rows, B)
+    assert torch.equal(output.activations, trained_output.activations)
+    assert torch.equal(metrics.nan_to_num(), trained_metrics.nan_to_num())
 
 
-def test_neutral_rows_teach_nothing():
-    one, other = a_layer(), a_layer()
-    rows = some_rows()
-    train_rows(one, rows, B)
+def test_neutral_rows_do_not_affect_the_update():
+    layer, other_layer = make_layer(), make_layer()
+    rows = random_rows()
+    train_rows(layer, rows, B)
     rows[2 * B :] = 0
-    train_rows(other, rows, B)
-    assert torch.equal(one.weight, other.weight)
+    train_rows(other_layer, rows, B)
+    assert torch.equal(layer.weight, other_layer.weight)
 
 
-def test_metrics_are_what_their_names_say():
-    layer, rows = a_layer(), some_rows()
-    goodness, activity = layer(rows).scores, layer.compute(rows)[: 2 * B]
+def test_metrics_match_their_definitions():
+    layer, rows = make_layer(), random_rows()
+    goodness, activations = layer(rows).scores, layer.compute(rows)[: 2 * B]
     expected_rms = layer.weight.square().mean().sqrt().item()
     _, values = train_rows(layer, rows, B, measure=True)
     metrics = dict(zip(layer.metrics, values.tolist(), strict=True))
     margin = torch.cat((goodness[:B] - H, H - goodness[B : 2 * B]))
     assert metrics["loss"] == pytest.approx(F.softplus(-margin).mean().item())
-    assert metrics["active_fraction"] == pytest.approx((activity > 0).double().mean().item())
+    assert metrics["active_fraction"] == pytest.approx((activations > 0).double().mean().item())
     assert metrics["goodness_positive"] == pytest.approx(goodness[:B].mean().item())
     assert metrics["goodness_negative"] == pytest.approx(goodness[B : 2 * B].mean().item())
     assert metrics["pairwise_error"] == pytest.approx((goodness[B : 2 * B] >= goodness[:B]).double().mean().item())
@@ -163,38 +176,40 @@ def test_metrics_are_what_their_names_say():
 
 
 def test_bfloat16_stays_near_float64():
-    exact, rounded = a_layer(), a_layer(torch.bfloat16)
+    exact, rounded = make_layer(), make_layer(torch.bfloat16)
     for _ in range(5):
-        train_rows(exact, some_rows(), B)
-        train_rows(rounded, some_rows(dtype=torch.bfloat16), B)
-    moved = (exact.weight - a_layer().weight).norm()
-    assert (exact.weight - rounded.weight).norm() < 0.02 * moved
+        train_rows(exact, random_rows(), B)
+        train_rows(rounded, random_rows(dtype=torch.bfloat16), B)
+    change = (exact.weight - make_layer().weight).norm()
+    assert (exact.weight - rounded.weight).norm() < 0.02 * change
 
 
 def test_peer_normalization_revives_a_dead_unit():
-    alive = {}
+    is_alive = {}
     for peer_strength in (0.0, 0.03):
-        layer, rows = a_layer(rule=Rule(peer_strength=peer_strength)), some_rows()
+        layer, rows = make_layer(rule=Rule(peer_strength=peer_strength)), random_rows()
         layer.bias[0] = -8.0
         assert not layer.compute(rows)[:, 0].any()
         for _ in range(10_000):
             train_rows(layer, rows, B)
-        alive[peer_strength] = bool(layer.compute(rows)[:, 0].any())
-    assert alive == {0.0: False, 0.03: True}
+        is_alive[peer_strength] = bool(layer.compute(rows)[:, 0].any())
+    assert is_alive == {0.0: False, 0.03: True}
 
 
 def test_loaded_weights_are_used_in_products():
-    """The products read a copy of the weights in the compute type, which a load must renew."""
-    trained, fresh = a_layer(torch.bfloat16), DenseLayer(D, H, compute_dtype=torch.bfloat16)
-    train_rows(trained, some_rows(dtype=torch.bfloat16), B)
+    """Matrix products use a copy of the weights in the compute dtype, which must be refreshed after loading."""
+    trained, fresh = make_layer(torch.bfloat16), DenseLayer(D, H, compute_dtype=torch.bfloat16)
+    train_rows(trained, random_rows(dtype=torch.bfloat16), B)
     fresh.load_state_dict(trained.state_dict())
-    assert torch.equal(fresh(some_rows(dtype=torch.bfloat16)).scores, trained(some_rows(dtype=torch.bfloat16)).scores)
+    assert torch.equal(
+        fresh(random_rows(dtype=torch.bfloat16)).scores, trained(random_rows(dtype=torch.bfloat16)).scores
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_changed_from_outside_count_at_once(dtype):
-    """In bfloat16, and on a GPU, products use a copy of the weights."""
-    changed, fresh, rows = a_layer(dtype), a_layer(dtype), some_rows(dtype=dtype)
+def test_in_place_changes_of_weights_take_effect_immediately(dtype):
+    """In bfloat16 and on a GPU, matrix products use a copy of the weights."""
+    changed, fresh, rows = make_layer(dtype), make_layer(dtype), random_rows(dtype=dtype)
     for layer in (changed, fresh):
         train_rows(layer, rows, B)
         with torch.no_grad():
@@ -202,12 +217,12 @@ def test_weights_changed_from_outside_count_at_once(dtype):
     fresh.refresh()
     assert torch.equal(changed(rows).scores, fresh(rows).scores)
     with torch.inference_mode():
-        assert torch.equal(a_layer(dtype)(rows).scores, a_layer(dtype)(rows).scores)
+        assert torch.equal(make_layer(dtype)(rows).scores, make_layer(dtype)(rows).scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_makes_no_needless_copies(dtype, monkeypatch):
-    layer, rows = a_layer(dtype), some_rows(dtype=dtype)
+def test_training_makes_no_unnecessary_weight_copies(dtype, monkeypatch):
+    layer, rows = make_layer(dtype), random_rows(dtype=dtype)
     monkeypatch.setattr(DenseLayer, "refresh", lambda self: pytest.fail("the update keeps the copy up to date"))
     for _ in range(3):
         train_rows(layer, rows, B)

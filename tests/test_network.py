@@ -11,35 +11,35 @@ from ffdist.ff.optimizers import Update
 from ffdist.ff.specs import Local
 
 
-def a_network(**changes) -> Network:
+def make_network(**changes) -> Network:
     return Network(
         image_architecture(**({"shape": (1, 4, 5), "classes": 4, "layers": (30, 25, 15), "seed": 1} | changes))
     )
 
 
-def some_images(count=6) -> torch.Tensor:
+def random_images(count=6) -> torch.Tensor:
     return torch.randint(0, 256, (count, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_state_dict_holds_everything_that_was_learned():
-    """Layers in a plain list leave an empty state_dict; running means kept outside of it are lost."""
-    names = set(a_network().state_dict())
+def test_state_dict_contains_all_learned_state():
+    """Layers in a plain list would be missing, and so would running means that are not buffers."""
+    names = set(make_network().state_dict())
     tensors = ("weight", "bias", "optimizer.weight/gradient", "optimizer.bias/gradient")
     assert names == {
         f"layers.{layer}.{name}" for layer in range(3) for name in (*tensors, "statistics.mean_activity")
     } | {f"readout.{name}" for name in tensors}
 
 
-def test_first_hidden_layer_has_no_say_in_predictions():
-    """Counted in, it makes them worse: it sees the label itself."""
-    network, images = a_network(), some_images()
+def test_predictions_ignore_the_first_hidden_layer():
+    """The first layer sees the label itself, so including it makes predictions worse."""
+    network, images = make_network(), random_images()
     prediction = network.predict(images)
     assert torch.equal(prediction.label, prediction.goodness[1:].sum(0).argmax(1))
     assert network.readout.weight.shape == (4, 25 + 15)
 
 
-def test_later_layers_do_not_see_how_long_a_layers_activity_is():
-    network, images = a_network(), some_images()
+def test_later_layers_do_not_depend_on_the_norm_of_activations():
+    network, images = make_network(), random_images()
     before = network.predict(images).goodness
     network.layers[0].weight.mul_(3)
     network.layers[0].refresh()
@@ -48,41 +48,41 @@ def test_later_layers_do_not_see_how_long_a_layers_activity_is():
     torch.testing.assert_close(after[1:], before[1:])
 
 
-def test_an_image_is_predicted_whatever_its_neighbours():
-    network, images = a_network(), some_images()
+def test_prediction_does_not_depend_on_other_images_of_the_batch():
+    network, images = make_network(), random_images()
     torch.testing.assert_close(network.predict(images).goodness[:, 2:3], network.predict(images[2:3]).goodness)
 
 
-def test_readout_sums_to_one_and_input_is_left_alone():
-    network, images = a_network(label="append", precision="bfloat16"), some_images()
+def test_readout_probabilities_sum_to_one_and_input_is_not_modified():
+    network, images = make_network(label="append", precision="bfloat16"), random_images()
     before = images.clone()
     torch.testing.assert_close(network.predict(images).probabilities.sum(1), torch.ones(6))
     assert torch.equal(images, before)
 
 
-def test_centred_images_differ_in_what_they_show_and_not_in_their_mean():
-    dark, bright = some_images() // 2, some_images() // 2 + 100
-    network = a_network(label="append", subtract_mean=True)
-    for one, other in zip(network.predict(dark), network.predict(bright), strict=True):
-        torch.testing.assert_close(one, other)
+def test_subtract_mean_makes_predictions_independent_of_brightness():
+    dark, bright = random_images() // 2, random_images() // 2 + 100
+    network = make_network(label="append", subtract_mean=True)
+    for actual, expected in zip(network.predict(dark), network.predict(bright), strict=True):
+        torch.testing.assert_close(actual, expected)
     rows = network.architecture.rows(dark, torch.ones(6, 4))
     torch.testing.assert_close(rows[:, :20].sum(1), torch.zeros(6), atol=1e-5, rtol=0)
-    assert not torch.equal(a_network(label="append").predict(dark).goodness, network.predict(dark).goodness)
+    assert not torch.equal(make_network(label="append").predict(dark).goodness, network.predict(dark).goodness)
 
 
 def test_initial_weights_do_not_depend_on_other_layers():
-    one, other = image_architecture((1, 4, 5), 4, (30, 25)), image_architecture((1, 4, 5), 4, (30, 25, 9))
-    assert torch.equal(one.layer(1).weight, other.layer(1).weight)
-    assert abs(one.layer(0).weight.std().item() * 20**0.5 - 1) < 0.1
+    architecture, deeper = image_architecture((1, 4, 5), 4, (30, 25)), image_architecture((1, 4, 5), 4, (30, 25, 9))
+    assert torch.equal(architecture.layer(1).weight, deeper.layer(1).weight)
+    assert abs(architecture.layer(0).weight.std().item() * 20**0.5 - 1) < 0.1
 
 
-def test_confusion_counts_true_by_predicted():
+def test_confusion_matrix_has_true_labels_in_rows():
     labels, predicted = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1])
     assert confusion_matrix(predicted, labels, 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
     assert error(predicted, labels) == 0.5
 
 
-def test_weights_are_counted_as_they_are_built():
+def test_num_parameters_and_widths_match_the_built_layers():
     layers = (Local(grid=3, stride=1, field=2, units=7), Local(grid=2, stride=1, field=2, units=5), 11, 6)
     for label in ("everywhere", "none"):
         architecture = image_architecture((2, 4, 5), 4, layers, label=label)
@@ -91,8 +91,8 @@ def test_weights_are_counted_as_they_are_built():
         assert architecture.widths[1:] == tuple(len(layer.bias) for layer in built) == (63, 20, 11, 6)
 
 
-def test_without_labels_the_readout_alone_predicts():
-    prediction = a_network(label="none").predict(some_images())
+def test_readout_predicts_if_no_label_is_shown():
+    prediction = make_network(label="none").predict(random_images())
     assert prediction.goodness.shape == (3, 6, 0)
     assert torch.equal(prediction.label, prediction.probabilities.argmax(1))
 
@@ -123,65 +123,65 @@ def test_without_labels_the_readout_alone_predicts():
         ),
     ],
 )
-def test_layers_that_do_not_fit_say_why(layers, label, message):
+def test_incompatible_layers_raise_an_error_with_the_reason(layers, label, message):
     with pytest.raises(ValueError, match=message):
         image_architecture((1, 4, 5), 4, layers, label=label)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"layers": (20,)}, r"predict_from must be one of the layers, 1 to 1 \(predict_from: 2\)"),
         ({"label": "apend"}, "label must be one of overwrite, append, everywhere, none"),
         ({"thresholds": (1.0,)}, "all of the 3 layers have a threshold, or none"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(changes, words):
-    with pytest.raises(ValueError, match=words):
-        a_network(**changes)
+def test_invalid_architecture_raises_value_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_network(**changes)
 
 
 def test_a_network_can_be_pickled():
-    network, images = a_network(), some_images()
-    again = pickle.loads(pickle.dumps(network))
-    again.load_state_dict(network.state_dict())
-    assert torch.equal(again(images), network(images))
+    network, images = make_network(), random_images()
+    copy = pickle.loads(pickle.dumps(network))
+    copy.load_state_dict(network.state_dict())
+    assert torch.equal(copy(images), network(images))
 
 
-def test_a_network_works_where_its_images_are():
-    """On a GPU, say; the device `meta` computes shapes alone, and refuses what lies elsewhere."""
-    prediction = a_network(label="append").to("meta").predict(some_images().to("meta"))
+def test_network_predicts_on_the_device_of_its_images():
+    """The device `meta` only computes shapes, and raises an error for tensors on other devices."""
+    prediction = make_network(label="append").to("meta").predict(random_images().to("meta"))
     assert {part.device.type for part in prediction} == {"meta"}
     assert prediction.label.shape == (6,)
 
 
-def test_a_network_without_layers_is_refused():
+def test_network_without_layers_raises_value_error():
     with pytest.raises(ValueError, match=r"layers must name at least one layer \(layers: \(\)\)"):
         image_architecture((1, 4, 5), 4, ())
 
 
-def test_a_network_for_inference_predicts_the_same_and_holds_weights_alone():
+def test_network_for_inference_predicts_the_same_and_contains_only_weights():
     for layers, label in (
         ((30, 25, 15), "append"),
         ((Local(grid=2, stride=2, field=3, units=4), Local(grid=2, stride=1, field=1, units=33), 6), "everywhere"),
     ):
-        whole, images = a_network(layers=layers, label=label, precision="bfloat16"), some_images()
-        tensors = whole.state_dict()
-        light = Network.for_inference(whole.architecture, tensors)
-        for one, other in zip(light.predict(images), whole.predict(images), strict=True):
-            assert torch.equal(one, other)
-        assert all(name.endswith((".weight", ".bias")) for name in light.state_dict())
-        assert light.readout.weight.data_ptr() == tensors["readout.weight"].data_ptr()
-        assert not any(tensor.is_meta for tensor in (*light.buffers(), *light.parameters()))
+        network, images = make_network(layers=layers, label=label, precision="bfloat16"), random_images()
+        tensors = network.state_dict()
+        inference_network = Network.for_inference(network.architecture, tensors)
+        for actual, expected in zip(inference_network.predict(images), network.predict(images), strict=True):
+            assert torch.equal(actual, expected)
+        assert all(name.endswith((".weight", ".bias")) for name in inference_network.state_dict())
+        assert inference_network.readout.weight.data_ptr() == tensors["readout.weight"].data_ptr()
+        assert not any(tensor.is_meta for tensor in (*inference_network.buffers(), *inference_network.parameters()))
     with pytest.raises(KeyError, match=r"readout\.bias"):
-        Network.for_inference(whole.architecture, {key: tensors[key] for key in tensors if key != "readout.bias"})
+        Network.for_inference(network.architecture, {key: tensors[key] for key in tensors if key != "readout.bias"})
 
 
 @pytest.mark.parametrize("optimizer", ["hinton", "adamw"])
 @pytest.mark.parametrize(
     "layers", [(30, 20), (Local(grid=3, stride=2, field=4, units=5), Local(grid=2, stride=1, field=2, units=40), 10)]
 )
-def test_sizes_are_those_of_the_tensors(layers, optimizer):
+def test_state_bytes_and_copy_bytes_match_the_tensors(layers, optimizer):
     label = "append" if isinstance(layers[0], int) else "everywhere"
     rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
     network = Network(image_architecture((1, 8, 8), 3, layers, label=label, precision="bfloat16", rule=rule))

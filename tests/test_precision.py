@@ -1,4 +1,4 @@
-"""A run's precision is the one that its devices multiply faster; it and the hardware of all actors are recorded."""
+"""`training.precision=auto` is the faster precision; the run records it, and the hardware of all actors."""
 
 import re
 import time
@@ -16,15 +16,15 @@ FAST, EQUAL, SLOW = Speed("a CPU with AMX", 5.0), Speed("a CPU of 2024", 1.05), 
 
 
 @pytest.mark.parametrize(
-    ("speeds", "precision", "device"),
+    ("speeds", "precision", "reason"),
     [
         ([FAST], "bfloat16", "5 times as fast as float32 on a CPU with AMX"),
         ([EQUAL], "float32", "1.1 times as fast as float32 on a CPU of 2024"),
         ([FAST, SLOW, FAST], "float32", "0.25 times as fast as float32 on a CPU of 2019"),
     ],
 )
-def test_auto_is_bfloat16_only_if_it_is_faster_on_every_device(speeds, precision, device):
-    assert choose("auto", speeds) == (precision, f"precision: {precision}; bfloat16 is {device}")
+def test_auto_is_bfloat16_only_if_it_is_faster_on_every_device(speeds, precision, reason):
+    assert choose("auto", speeds) == (precision, f"precision: {precision}; bfloat16 is {reason}")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_auto_is_bfloat16_only_if_it_is_faster_on_every_device(speeds, precision
         ("float32", [EQUAL], ""),
     ],
 )
-def test_a_slower_setting_is_kept_with_a_warning(setting, speeds, warning):
+def test_slower_precision_is_used_with_a_warning(setting, speeds, warning):
     precision, reason = choose(setting, speeds)
     assert precision == setting
     assert warning in reason
@@ -61,31 +61,31 @@ def test_a_run_records_the_resolved_precision(runner, tmp_path, capsys):
     assert f"\nprecision       {precision}\n" in output
 
 
-def test_recovery_on_another_kind_of_processor_is_a_warning_and_recorded(tmp_path, capsys):
-    """The node that computes is not the driver's; another comes in its place, and torch uses other instructions."""
+def test_recovery_on_another_cpu_type_is_recorded_with_a_warning(tmp_path, capsys):
+    """The actors are not on the driver's node. Their node is replaced by one where torch uses other instructions."""
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 4, "object_store_memory": 200_000_000, "node_ip_address": "127.0.0.2"}
     driver_node = {"num_cpus": 0, "object_store_memory": 200_000_000, "include_dashboard": False}
-    short = ["model.layers=[30,20]", "training.epochs=200", "checkpoint.every_minibatches=20", "pipeline.stages=1"]
-    config = load_config("digits", [*short, "tracking.artifacts=[]"])
+    settings = ["model.layers=[30,20]", "training.epochs=200", "checkpoint.every_minibatches=20", "pipeline.stages=1"]
+    config = load_config("digits", [*settings, "tracking.artifacts=[]"])
     with private_ray(), ExitStack() as stack:
         cluster = Cluster(initialize_head=True, head_node_args=driver_node)
         stack.callback(cluster.shutdown)
-        first = cluster.add_node(**node, env_vars={"ATEN_CPU_CAPABILITY": "default"})
+        first_node = cluster.add_node(**node, env_vars={"ATEN_CPU_CAPABILITY": "default"})
         with ThreadPoolExecutor(1) as thread:  # Ray starts nodes in the main thread only
             training = thread.submit(train, config, address=cluster.address, runs=tmp_path)
             while not list(tmp_path.glob("*/checkpoints/*/manifest.json")):
                 assert not training.done(), training.result()
                 time.sleep(0.01)
-            cluster.remove_node(first, allow_graceful=False)
+            cluster.remove_node(first_node, allow_graceful=False)
             cluster.add_node(**node)
             run = training.result()
     output = capsys.readouterr().out
-    measured = r"^precision: \w+; bfloat16 is .* on .*DEFAULT.*, node .* \(127\.0\.0\.2\)"
-    assert re.search(measured, output, re.M), "the driver's CPU says nothing"
+    pattern = r"^precision: \w+; bfloat16 is .* on .*DEFAULT.*, node .* \(127\.0\.0\.2\)"
+    assert re.search(pattern, output, re.M), "the precision must be measured on the node of the actors"
     (recovery,) = run.summary["recoveries"]
-    parts = "layer 1, layer 2, readout, negative actor 1"
-    assert re.search(f"{parts}: CPU was [^;]*DEFAULT[^;]* and is ", recovery["differences"])
-    assert f"{parts}: environment was ATEN_CPU_CAPABILITY=default and is none" in recovery["differences"]
+    actors = "layer 1, layer 2, readout, negative actor 1"
+    assert re.search(f"{actors}: CPU was [^;]*DEFAULT[^;]* and is ", recovery["differences"])
+    assert f"{actors}: environment was ATEN_CPU_CAPABILITY=default and is none" in recovery["differences"]
     assert recovery["differences"] in output

@@ -1,4 +1,4 @@
-"""What cannot be is found before anything starts."""
+"""Invalid settings raise errors before anything starts."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["data.label=none"], "negatives.kind=wrong_label: shows wrong labels, but data.label=none shows no labels"),
         (["negatives.kind=hybird"], r"negatives.kind=hybird: is none of wrong_label, .*, nor package\.module:function"),
@@ -34,14 +34,14 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
         (["training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
     ],
 )
-def test_what_does_not_fit_is_told(overrides, words):
-    with pytest.raises(ConfigError, match=words):
+def test_incompatible_settings_raise_config_error(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         prepare(load_config("digits", overrides))
 
 
-def test_a_store_of_another_seed_is_refused(tmp_path):
+def test_store_of_another_seed_dataset_or_kind_is_rejected(tmp_path):
     store = [f"negatives.store={tmp_path}/store"]
-    prepare(load_config("digits", [*store, "seed=5"]))  # which makes none, and so is in nobody's way
+    prepare(load_config("digits", [*store, "seed=5"]))  # does not create the store, so that another seed can use it
     prepare(load_config("digits", store)).negatives.store.write(0, 0, torch.zeros(5).long())
     prepare(load_config("digits", [*store, "training.epochs=3", "data.label=overwrite", "pipeline.chunk_size=3"]))
     with pytest.raises(ConfigError, match="seed: store 0, run 1"):
@@ -52,7 +52,7 @@ def test_a_store_of_another_seed_is_refused(tmp_path):
         prepare(load_config("digits", [*store, "negatives.kind=fixed"]))
 
 
-def test_options_at_their_defaults_are_the_same_store(tmp_path):
+def test_store_accepts_options_that_equal_the_defaults(tmp_path):
     hybrid = ["data.label=none", "negatives.kind=hybrid", f"negatives.store={tmp_path}/store"]
     prepare(load_config("digits", hybrid)).negatives.store.write(0, 0, torch.zeros(5).long())
     prepare(load_config("digits", [*hybrid, "negatives.options={blurs: 6}"]))
@@ -60,29 +60,29 @@ def test_options_at_their_defaults_are_the_same_store(tmp_path):
         prepare(load_config("digits", [*hybrid, "negatives.options={blurs: 5}"]))
 
 
-def test_where_a_run_is_tracked_is_not_written_to_the_store(tmp_path):
+def test_manifest_of_a_store_contains_neither_tracking_uri_nor_path(tmp_path):
     secret = ["tracking.uri=http://SECRET", f"negatives.store={tmp_path}/SECRET"]
     prepare(load_config("digits", secret)).negatives.store.write(0, 0, torch.zeros(5).long())
     assert "SECRET" not in (tmp_path / "SECRET/manifest.json").read_text()
 
 
-def test_images_in_colour_are_centred_unless_that_is_said():
+def test_subtract_mean_is_the_default_for_colour_images_only():
     data = {"name": "digits"}
-    for shape, asked, center in (
+    for shape, setting, expected in (
         ((1, 4, 4), "auto", False),
         ((3, 4, 4), "auto", True),
         ((1, 4, 4), True, True),
         ((3, 4, 4), False, False),
     ):
-        config = parse_config({"data": data | {"subtract_mean": asked}, "model": {"layers": [5]}}, "test")
-        assert build_encoder(config.data, "image", shape, 3).subtract_mean is center
+        config = parse_config({"data": data | {"subtract_mean": setting}, "model": {"layers": [5]}}, "test")
+        assert build_encoder(config.data, "image", shape, 3).subtract_mean is expected
 
 
-def test_a_long_chunk_is_as_long_as_the_epoch():
+def test_chunk_size_may_exceed_the_epoch():
     prepare(load_config("digits", ["negatives.kind=hard_label", "pipeline.chunk_size=1000"]))
 
 
-def test_predictions_are_drawn_for_hard_labels_alone():
+def test_only_hard_labels_have_a_prediction_delay():
     delays = [
         prepare(load_config("digits", [f"negatives.kind={kind}"])).negatives.prediction_delay
         for kind in ("wrong_label", "hard_label")

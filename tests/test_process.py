@@ -1,4 +1,4 @@
-"""A library call leaves the process of its caller as it was."""
+"""A library call does not change the state of the calling process."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import textwrap
 
 CODE = """
 import json, locale, logging, os, random, signal, sys, threading
-import matplotlib, matplotlib.pyplot, mlflow, numpy, psutil, sklearn.datasets, sqlalchemy, torch  # set up themselves
+import matplotlib, matplotlib.pyplot, mlflow, numpy, psutil, sklearn.datasets, sqlalchemy, torch  # with side effects
 import ffdist.training.offline_negatives, ffdist.training.trainer
 from ffdist import Run, load_config, train
 
@@ -25,7 +25,7 @@ def freed_bytes():
 def state():
     return {
         "threads": torch.get_num_threads(),
-        "sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "bf16_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "dtype": str(torch.get_default_dtype()),
         "gradients": torch.is_grad_enabled(),
         "random": [hash(random.getstate()), torch.initial_seed(), hash(torch.get_rng_state().numpy().tobytes()),
@@ -40,42 +40,44 @@ def state():
         "styles": hash(str(sorted(matplotlib.rcParams.items()))),
         "tracking": mlflow.get_tracking_uri(),
         "hooks": [str(sys.excepthook), str(threading.excepthook)],
-        "gives memory back": freed_bytes() > 0.9 * 2**28,
+        "frees_memory": freed_bytes() > 0.9 * 2**28,
     }
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 before = state()
 changes = ["model.layers=[9]", "training.epochs=1", "data.label=none", "negatives.kind=mine:dark"]
 run = train(load_config("digits", changes), runner="serial", runs="runs")
-found = Run.find(run.folder)
-found.predict(found.dataset.samples["test"][:5])
-found.plot()
+same_run = Run.find(run.folder)
+same_run.predict(same_run.dataset.samples["test"][:5])
+same_run.plot()
 after = state()
 print(json.dumps({name: [before[name], after[name]] for name in before if before[name] != after[name]}))
 """
 
 
-def test_training_and_predicting_leave_the_process_as_it_was(tmp_path):
-    (tmp_path / "mine.py").write_text("def dark(data, samples, draw):\n    return data.samples[samples] // 2\n")
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}  # a thread of MLflow's sets variables
-    done = subprocess.run(
+def test_training_and_prediction_do_not_change_the_process(tmp_path):
+    (tmp_path / "mine.py").write_text("def dark(data, samples, generator):\n    return data.samples[samples] // 2\n")
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}  # its thread sets environment variables
+    process = subprocess.run(
         [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {}
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == {}
 
 
-def test_training_without_a_home_folder_says_so(tmp_path):
-    """MLflow looks for one when it is imported; commands set it, and a function does not change the environment."""
+def test_training_without_a_home_folder_raises_config_error(tmp_path):
+    """MLflow needs a home folder on import. Commands set HOME, but a function does not change the environment."""
     code = """
         import os, pwd
-        def nobody(number): raise KeyError(number)
-        pwd.getpwuid = nobody
+        def fail(number): raise KeyError(number)
+        pwd.getpwuid = fail
         del os.environ["HOME"]
         from ffdist import train
         train("digits", runner="serial", runs="runs")
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert re.search(r"ConfigError: tracking at .*MLflow needs a home folder .*; set HOME", done.stderr), done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert re.search(r"ConfigError: tracking at .*MLflow needs a home folder .*; set HOME", process.stderr), (
+        process.stderr
+    )
     assert not list(tmp_path.glob("runs/digits-*"))

@@ -1,4 +1,4 @@
-"""Checkpoints and negatives on remote storage: a real S3 protocol over a local server, which fails for a while."""
+"""Checkpoints and negatives on remote storage: the S3 protocol with a local server that fails temporarily."""
 
 import threading
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from ffdist.storage.folder import Folder
 
 ATTEMPTS = 3
 CONFLICT = b"<Error><Code>OperationAborted</Code><Message>try again</Message></Error>"
-"""An error of S3 that its client does not try again by itself, as it does for 6 s after others."""
+"""S3 error that the client does not retry itself; it retries other errors for 6 s."""
 
 
 @dataclass
 class Storage:
-    """A server of buckets that refuses some requests."""
+    """S3 server that rejects some requests."""
 
     requests: list[str] = field(default_factory=list)
     failing: str = ""
-    """Part of the requests that fail, as `METHOD /path?query`."""
+    """Requests fail if they contain this text; a request is `METHOD /path?query`."""
     failures: int = 0
-    """Requests that still fail."""
+    """Number of requests that will still fail."""
     uri: str = ""
 
     def __post_init__(self) -> None:
@@ -75,13 +75,13 @@ def storage(server) -> Storage:
     return server
 
 
-def a_folder(storage: Storage, name: str) -> Folder:
+def make_folder(storage: Storage, name: str) -> Folder:
     return Folder(f"s3://runs/{name}{storage.uri}", RuntimeError)
 
 
-def test_an_upload_is_one_request_and_leaves_no_part(storage):
-    """A rename would be a copy, which S3 refuses above 5 GB, and a deletion."""
-    folder = a_folder(storage, "plain")
+def test_upload_writes_no_temporary_object(storage):
+    """S3 has no rename: it would be a copy, which fails above 5 GB, and a deletion."""
+    folder = make_folder(storage, "plain")
     folder.check_writable()
     folder.put("a/b", b"one")
     folder.put("a/b", b"two")
@@ -91,8 +91,8 @@ def test_an_upload_is_one_request_and_leaves_no_part(storage):
     assert not [request for request in storage.requests if ".part" in request]
 
 
-def test_an_operation_is_tried_again_and_a_wrong_uri_is_not(storage):
-    folder = a_folder(storage, "again")
+def test_operations_are_retried_unless_the_uri_is_wrong(storage):
+    folder = make_folder(storage, "again")
     for operation, method in (
         (lambda: folder.put("a", b"one"), "PUT"),
         (lambda: folder.get("a"), "GET"),
@@ -113,34 +113,39 @@ def test_an_operation_is_tried_again_and_a_wrong_uri_is_not(storage):
     assert len(storage.requests) < ATTEMPTS
 
 
-def a_config(storage: Storage, name: str, *changes: str):
+def make_config(storage: Storage, name: str, *changes: str):
     uri = f"s3://runs/{name}{storage.uri}"
-    short = ["model.layers=[40,30]", "training.epochs=2", "checkpoint.every_minibatches=7", "checkpoint.keep_last=100"]
-    return load_config("digits", [*short, f"checkpoint.uri={uri}", "pipeline.chunk_size=7", *changes])
+    settings = [
+        "model.layers=[40,30]",
+        "training.epochs=2",
+        "checkpoint.every_minibatches=7",
+        "checkpoint.keep_last=100",
+    ]
+    return load_config("digits", [*settings, f"checkpoint.uri={uri}", "pipeline.chunk_size=7", *changes])
 
 
-def test_a_run_goes_on_without_a_checkpoint_that_storage_did_not_take(storage, tmp_path, capsys):
-    config = a_config(storage, "skipped", "training.validation_samples=200", "training.validate_every_epochs=1")
+def test_run_continues_if_a_checkpoint_cannot_be_written(storage, tmp_path, capsys):
+    config = make_config(storage, "skipped", "training.validation_samples=200", "training.validate_every_epochs=1")
     storage.fail("/0001-", ATTEMPTS * 2)
     run = train(config, runner="serial", runs=tmp_path)
-    said = capsys.readouterr().out
-    assert said.count("was skipped: ") == 2
+    output = capsys.readouterr().out
+    assert output.count("was skipped: ") == 2
     names = checkpoints_of(config, run.folder).names()
-    assert len(names) == 6  # of 8
+    assert len(names) == 6  # 2 of 8 were skipped
     manifests = [checkpoints_of(config, run.folder).read_manifest(name) for name in names]
     assert all(manifest.best_checkpoint in (None, *names) for manifest in manifests)
 
 
 def test_a_failed_removal_of_old_checkpoints_is_a_warning(storage, tmp_path, capsys):
-    config = a_config(storage, "pruned", "checkpoint.keep_last=1", "training.epochs=2")
+    config = make_config(storage, "pruned", "checkpoint.keep_last=1", "training.epochs=2")
     storage.fail("delete", 1)
     run = train(config, runner="serial", runs=tmp_path)
     assert capsys.readouterr().out.count("old checkpoints were not removed: ") == 1
     assert len(checkpoints_of(config, run.folder).names()) == 1
 
 
-def test_a_run_stops_when_storage_stays_away(storage, tmp_path):
-    config = a_config(storage, "away", "training.epochs=3")
+def test_run_stops_if_storage_stays_unavailable(storage, tmp_path):
+    config = make_config(storage, "away", "training.epochs=3")
     storage.fail("/0001-", 10**9)
     with pytest.raises(
         RunFailed, match=r"/0001-.* cannot be written .*the run stopped, and its last good checkpoint is"

@@ -1,4 +1,4 @@
-"""Configurations run one after the other: what is there counts, what was stopped goes on, a missed target is told."""
+"""Reproduction of results: finished runs are reused, interrupted runs resumed, and missed targets reported."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from ffdist.training.reproduce import _find_previous, _previous_runs
 
-SMALL = """
+CONFIG_TEMPLATE = """
 data: {name: digits, label: LABEL}
 model: {layers: [60, 50]}
 negatives: {kind: KIND}
@@ -22,52 +22,52 @@ reference: {paper_error: 0.012, target_error: TARGET}
 """
 
 
-def write(folder, name, *, label="append", kind="wrong_label", epochs=12, target=0.9):
-    text = SMALL.replace("LABEL", label).replace("KIND", kind).replace("EPOCHS", str(epochs))
+def write_config(folder, name, *, label="append", kind="wrong_label", epochs=12, target=0.9):
+    text = CONFIG_TEMPLATE.replace("LABEL", label).replace("KIND", kind).replace("EPOCHS", str(epochs))
     (folder / f"{name}.yaml").write_text(text.replace("TARGET", str(target)))
 
 
-def table_of(said):
-    head, *rows = (line.split("\t") for line in said.splitlines() if "\t" in line)
-    return [dict(zip(head, row, strict=True)) for row in rows]
+def parse_table(output):
+    header, *rows = (line.split("\t") for line in output.splitlines() if "\t" in line)
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def test_figures_stand_beside_paper_and_target_and_are_not_made_twice(tmp_path, ffdist, monkeypatch):
+def test_errors_are_compared_with_paper_and_target_and_finished_runs_are_reused(tmp_path, ffdist, monkeypatch):
     reproduce = ("reproduce", "--runner", "serial", "labelled.yaml")
-    write(tmp_path, "labelled")
-    write(tmp_path, "unlabelled", label="none", kind="hybrid")
-    said = ffdist(*reproduce, "unlabelled.yaml")
-    assert "2 of 2: unlabelled.yaml, seed 0" in said
-    labelled, unlabelled = rows = table_of(said)
+    write_config(tmp_path, "labelled")
+    write_config(tmp_path, "unlabelled", label="none", kind="hybrid")
+    output = ffdist(*reproduce, "unlabelled.yaml")
+    assert "2 of 2: unlabelled.yaml, seed 0" in output
+    labelled, unlabelled = rows = parse_table(output)
     assert (labelled["run"], labelled["paper"], labelled["target"]) == ("labelled", "1.20%", "90.00%, reached")
     assert labelled["by goodness"].endswith("%")
-    assert unlabelled["by readout"].endswith("% fitted")  # by a readout of its own
-    made = sorted(tmp_path.glob("runs/*/"))
-    said = ffdist(*reproduce, "unlabelled.yaml")
-    assert table_of(said) == rows
-    assert said.count("finished: runs/") == 2
-    assert sorted(tmp_path.glob("runs/*/")) == made
-    assert said.endswith(ffdist("results"))
+    assert unlabelled["by readout"].endswith("% fitted")  # by a readout that is fitted afterwards
+    run_folders = sorted(tmp_path.glob("runs/*/"))
+    output = ffdist(*reproduce, "unlabelled.yaml")
+    assert parse_table(output) == rows
+    assert output.count("finished: runs/") == 2
+    assert sorted(tmp_path.glob("runs/*/")) == run_folders
+    assert output.endswith(ffdist("results"))
     with monkeypatch.context() as patch:
         patch.setattr("ffdist.runs.results.is_interactive", lambda screen: True)
         table = ffdist("results")
         assert table.startswith("| run | ")
         assert ffdist(*reproduce, "unlabelled.yaml").endswith(table)
-    write(tmp_path, "labelled", target=0.0001)  # the run is judged by what is asked for today
-    said = ffdist(*reproduce, "labelled.yaml", "--seeds", "2", code=1)
-    assert said.count("finished: runs/") == 1
-    (row,) = table_of(said)
+    write_config(tmp_path, "labelled", target=0.0001)  # finished runs are compared with the new target
+    output = ffdist(*reproduce, "labelled.yaml", "--seeds", "2", code=1)
+    assert output.count("finished: runs/") == 1
+    (row,) = parse_table(output)
     assert row["target"] == "0.01%, missed"
     assert "2 seeds" in row["by goodness"]
-    assert "a target was missed by labelled" in said
+    assert "a target was missed by labelled" in output
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     for run in client.search_runs(["1"]):
         client.delete_run(run.info.run_id)
     assert "MLflow has no finished run" in ffdist(*reproduce, code=1)
 
 
-def test_what_starts_from_other_weights_reproduces_nothing(tmp_path, ffdist):
-    write(tmp_path, "labelled", epochs=1)
+def test_warm_started_runs_are_not_reused(tmp_path, ffdist):
+    write_config(tmp_path, "labelled", epochs=1)
     train = ("train", "labelled.yaml", "--runner", "serial")
     ffdist(*train)
     (first,) = tmp_path.glob("runs/labelled-*")
@@ -77,45 +77,46 @@ def test_what_starts_from_other_weights_reproduces_nothing(tmp_path, ffdist):
     assert ffdist("results").count("\nlabelled\t") == 2
 
 
-def test_what_was_stopped_goes_on(tmp_path, ffdist):
-    write(tmp_path, "long", epochs=60)
-    runs, how = tmp_path / "my runs", ("--runner", "serial", "--runs", "my runs")
-    command = [sys.executable, "-m", "ffdist.cli", "train", "long.yaml", *how, "checkpoint.every_minibatches=10"]
+def test_interrupted_run_is_resumed(tmp_path, ffdist):
+    write_config(tmp_path, "long", epochs=60)
+    runs, options = tmp_path / "my runs", ("--runner", "serial", "--runs", "my runs")
+    command = [sys.executable, "-m", "ffdist.cli", "train", "long.yaml", *options, "checkpoint.every_minibatches=10"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(runs.glob("long-*/checkpoints/*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    told = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     config, folder = next(_previous_runs(runs))
-    assert shlex.split(told)[-2:] == ["--resume", f"my runs/{folder.name}"]  # as a shell takes it
-    with FileLock(folder / ".lock"):  # as another command that resumes it
+    assert shlex.split(error)[-2:] == ["--resume", f"my runs/{folder.name}"]  # quoted for the shell
+    with FileLock(folder / ".lock"):  # like another command that resumes the run
         assert _find_previous(config, [(config, folder)], runs) is None
     (tmp_path / "kept").write_text("of the user")
-    for make in (lambda path: path.symlink_to(tmp_path / "kept"), os.mkfifo):  # whoever wrote the folder chose it
+    # The folder may come from another person, who chose the type of this file.
+    for create in (lambda path: path.symlink_to(tmp_path / "kept"), os.mkfifo):
         (folder / ".lock").unlink(missing_ok=True)
-        make(folder / ".lock")
+        create(folder / ".lock")
         assert _find_previous(config, [(config, folder)], runs) is None
         assert (tmp_path / "kept").read_text() == "of the user"
     (folder / ".lock").unlink()
-    said = ffdist("reproduce", "long.yaml", *how)
-    assert "resuming from" in said
-    assert [row["epochs"] for row in table_of(said)] == ["60"]
+    output = ffdist("reproduce", "long.yaml", *options)
+    assert "resuming from" in output
+    assert [row["epochs"] for row in parse_table(output)] == ["60"]
     assert len(list(runs.glob("long-*"))) == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "rule"),
+    ("names", "message"),
     [
         (["labelled.yaml", "lost.yaml"], "given: lost.yaml; shipped: "),
         (["labelled.yaml", "broken.yaml"], "needs data.path"),
         (["labelled.yaml", "large.yaml"], "training samples: 1437"),
     ],
 )
-def test_all_are_checked_before_the_first_begins(tmp_path, ffdist, words, rule):
-    write(tmp_path, "labelled")
+def test_all_configurations_are_checked_before_training(tmp_path, ffdist, names, message):
+    write_config(tmp_path, "labelled")
     (tmp_path / "broken.yaml").write_text("data: {name: parquet}\nmodel: {layers: [9]}\n")
     (tmp_path / "large.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\ntraining: {batch_size: 9999}\n")
-    assert rule in ffdist("reproduce", *words, code=2)
+    assert message in ffdist("reproduce", *names, code=2)
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""Recovery on simulated parts: nothing breaks it, and what would break it is found."""
+"""Recovery with simulated actors: faults do not change the result, and the simulation detects deliberate bugs."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +14,14 @@ from ffdist.training.metrics import Metrics
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_schedule_breaks_it(seed):
+def test_random_faults_do_not_break_recovery(seed):
     outcome = simulate(200, seed)
     assert outcome.schedules == 200
     assert outcome.faults > 400
 
 
 class Recorder:
-    """Only notes what is written."""
+    """Records files instead of writing them."""
 
     def __init__(self, written):
         self.written = written
@@ -37,72 +37,72 @@ class Recorder:
             self.put(name, path.read_bytes())
 
 
-def manifest_first(monkeypatch):
+def write_manifest_first(monkeypatch):
     finish = Checkpoints.finish
 
-    def broken(self, *args, **facts):
-        folder, written = self.folder, []
-        self.folder = Recorder(written)
+    def finish_manifest_first(self, *args, **options):
+        folder, files = self.folder, []
+        self.folder = Recorder(files)
         try:
-            manifest = finish(self, *args, **facts)
+            manifest = finish(self, *args, **options)
         finally:
             self.folder = folder
-        for name, content in reversed(written):
+        for name, content in reversed(files):
             folder.put(name, content)
         return manifest
 
-    monkeypatch.setattr(Checkpoints, "finish", broken)
+    monkeypatch.setattr(Checkpoints, "finish", finish_manifest_first)
 
 
-def pruned_before_saved(monkeypatch):
+def prune_before_saving(monkeypatch):
     finish = Checkpoints.finish
 
-    def broken(self, *args, **facts):
+    def finish_after_pruning(self, *args, **options):
         for name in self.names():
             self.folder.remove(f"{name}/manifest.json")
             self.folder.remove(name)
-        return finish(self, *args, **facts)
+        return finish(self, *args, **options)
 
-    monkeypatch.setattr(Checkpoints, "finish", broken)
+    monkeypatch.setattr(Checkpoints, "finish", finish_after_pruning)
 
 
-def labels_under_way_forgotten(monkeypatch):
+def lose_labels_in_flight(monkeypatch):
     monkeypatch.setattr(Drawn, "added_to", lambda self, state: state)
 
 
-def labels_that_wait_forgotten(monkeypatch):
+def lose_pending_labels(monkeypatch):
     monkeypatch.setattr(HardLabels, "restore", lambda self, state: None)
 
 
-def half_an_average_forgotten(monkeypatch):
+def lose_partial_averages(monkeypatch):
     monkeypatch.setattr(Metrics, "state", lambda self: {})
 
 
-def points_sent_again(monkeypatch):
+def resend_points(monkeypatch):
     add = Outbox._add
 
-    def broken(self, points, *, sent):
+    def add_again(self, points, *, sent):
         points = list(points)
         for point in points:
             self._database.execute("delete from points where name = ? and step = ?", (point.name, point.step))
         return add(self, [point._replace(timestamp=point.timestamp + id(point)) for point in points], sent=sent)
 
-    monkeypatch.setattr(Outbox, "_add", broken)
+    monkeypatch.setattr(Outbox, "_add", add_again)
 
 
 @pytest.mark.parametrize(
-    "break_it",
+    "inject_bug",
     [
-        manifest_first,
-        pruned_before_saved,
-        labels_under_way_forgotten,
-        labels_that_wait_forgotten,
-        half_an_average_forgotten,
-        points_sent_again,
+        write_manifest_first,
+        prune_before_saving,
+        lose_labels_in_flight,
+        lose_pending_labels,
+        lose_partial_averages,
+        resend_points,
     ],
 )
-def test_a_broken_recovery_is_found_within_200(monkeypatch, break_it):
-    break_it(monkeypatch)
+def test_simulation_detects_the_bug_within_200_schedules(monkeypatch, inject_bug):
+    inject_bug(monkeypatch)
     with pytest.raises(
         ScheduleFailed,
         match=r"schedule \d+ of seed 0 failed: .*run `ffdist chaos --simulated \d+ --seed 0` to reproduce it",

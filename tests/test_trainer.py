@@ -20,78 +20,78 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run whose layers do not learn, so that its first checkpoint is the best by goodness; its readout goes on."""
+def config_and_run(tmp_path_factory):
+    """A run whose layers do not learn: the first checkpoint is the best by goodness, but the readout improves."""
     config = load_config("digits", [*SHORT, "training.learning_rate=0", "tracking.artifacts=[model]"])
     return config, train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(run):
-    config, finished = run
-    best, checkpoints = finished.summary["best_checkpoint"], checkpoints_of(config, finished.folder)
+def test_best_and_last_checkpoints_are_kept(config_and_run):
+    config, run = config_and_run
+    best, checkpoints = run.summary["best_checkpoint"], checkpoints_of(config, run.folder)
     errors = {name: checkpoints.read_manifest(name).validation_error for name in checkpoints.names()}
-    kept = list(errors)
-    assert kept[-1] == "0006-000000"
-    assert best == checkpoints.path(kept[0]) != checkpoints.path(kept[-1])
-    assert errors[kept[0]] == min(errors.values())
+    names = list(errors)
+    assert names[-1] == "0006-000000"
+    assert best == checkpoints.path(names[0]) != checkpoints.path(names[-1])
+    assert errors[names[0]] == min(errors.values())
 
 
-def test_figures_and_model_are_of_the_best_checkpoint(run):
-    """And so is what every command uses, unless another is named."""
-    _, finished = run
-    test = finished.dataset.samples["test"], finished.dataset.labels["test"]
-    same, last = Run.find(finished.folder), Run.find(finished.folder, checkpoint="last")
-    assert finished.summary["checkpoint"] == same.checkpoint.name == finished.checkpoint.name
-    assert (same.checkpoint.kind, last.checkpoint.kind, last.checkpoint.name) == ("best", "last", "0006-000000")
-    assert same.evaluate(*test).readout_error == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
-    assert last.evaluate(*test).readout_error < finished.summary["test_readout_error"] - 0.02
-    (kept,) = finished.folder.parent.glob("artifacts/**/network.json")
-    images = test[0][:50]
-    assert torch.equal(read_network(kept.parent)(images), same.network(images))
-    assert not torch.equal(same.network(images), last.network(images))
+def test_results_and_model_belong_to_the_best_checkpoint(config_and_run):
+    """Commands use the best checkpoint too, unless another one is chosen."""
+    _, run = config_and_run
+    test_set = run.dataset.samples["test"], run.dataset.labels["test"]
+    best, last = Run.find(run.folder), Run.find(run.folder, checkpoint="last")
+    assert run.summary["checkpoint"] == best.checkpoint.name == run.checkpoint.name
+    assert (best.checkpoint.kind, last.checkpoint.kind, last.checkpoint.name) == ("best", "last", "0006-000000")
+    assert best.evaluate(*test_set).readout_error == pytest.approx(run.summary["test_readout_error"], abs=1.5 / 360)
+    assert last.evaluate(*test_set).readout_error < run.summary["test_readout_error"] - 0.02
+    (network_file,) = run.folder.parent.glob("artifacts/**/network.json")
+    images = test_set[0][:50]
+    assert torch.equal(read_network(network_file.parent)(images), best.network(images))
+    assert not torch.equal(best.network(images), last.network(images))
 
 
-def test_a_checkpoint_is_named_and_chosen(run, tmp_path, ffdist):
-    _, finished = run
-    runs, best = ["--runs", finished.folder.parent], finished.summary["checkpoint"]
-    said = {which: ffdist("evaluate", finished.folder, "--checkpoint", which) for which in ("best", "last", best)}
-    assert f"checkpoint: best, {finished.folder}/checkpoints/{best}" in said["best"] == said[best]
-    assert f"checkpoint: last, {finished.folder}/checkpoints/0006-000000" in said["last"]
-    assert ffdist("evaluate", finished.folder) == said["best"]
-    assert f"best, last or the name of one (given: x, {finished.folder}/checkpoints has: {best}, " in ffdist(
-        "evaluate", finished.folder, "--checkpoint", "x", code=2
+def test_commands_print_and_accept_the_checkpoint_to_use(config_and_run, tmp_path, ffdist):
+    _, run = config_and_run
+    runs, best = ["--runs", run.folder.parent], run.summary["checkpoint"]
+    outputs = {name: ffdist("evaluate", run.folder, "--checkpoint", name) for name in ("best", "last", best)}
+    assert f"checkpoint: best, {run.folder}/checkpoints/{best}" in outputs["best"] == outputs[best]
+    assert f"checkpoint: last, {run.folder}/checkpoints/0006-000000" in outputs["last"]
+    assert ffdist("evaluate", run.folder) == outputs["best"]
+    assert f"best, last or the name of one (given: x, {run.folder}/checkpoints has: {best}, " in ffdist(
+        "evaluate", run.folder, "--checkpoint", "x", code=2
     )
     start = ["train", "digits", "model.layers=[40,30]", "--runner", "serial", "training.epochs=1", NO_ARTIFACTS, *runs]
-    assert "give" in ffdist("plot", finished.folder, "--checkpoint", "last", code=2)
+    assert "give" in ffdist("plot", run.folder, "--checkpoint", "last", code=2)
     assert "--checkpoint needs --init-from RUN" in ffdist(*start, "--checkpoint", "last", code=2)
-    for which, options in (("best", []), ("last", ["--checkpoint", "last"])):
-        said = ffdist(*start, "training.learning_rate=0", "--init-from", finished.folder, *options)
-        assert f"starting from checkpoint: {which}, " in said
-        assert "(last)" in said  # of the new run, which is not validated
-        assert "is far worse than the readout" in said  # as its layers have never learned
+    for name, options in (("best", []), ("last", ["--checkpoint", "last"])):
+        output = ffdist(*start, "training.learning_rate=0", "--init-from", run.folder, *options)
+        assert f"starting from checkpoint: {name}, " in output
+        assert "(last)" in output  # the new run is not validated
+        assert "is far worse than the readout" in output  # because its layers never learned
 
 
-def test_the_last_line_names_the_checkpoint(run, tmp_path, capsys):
-    _, finished = run
-    assert finished.summary["best_checkpoint"].endswith(finished.summary["checkpoint"])
+def test_train_prints_the_checkpoint_of_its_results(config_and_run, tmp_path, capsys):
+    _, run = config_and_run
+    assert run.summary["best_checkpoint"].endswith(run.summary["checkpoint"])
     config = load_config("xor", ["training.epochs=1", NO_ARTIFACTS])
-    short = train(config, runner="serial", runs=tmp_path)
+    short_run = train(config, runner="serial", runs=tmp_path)
     assert "checkpoint      0001-000000 (last)" in capsys.readouterr().out
-    assert (short.summary["checkpoint"], short.summary["best_checkpoint"]) == ("0001-000000", None)
+    assert (short_run.summary["checkpoint"], short_run.summary["best_checkpoint"]) == ("0001-000000", None)
     with pytest.raises(ConfigError, match="no best checkpoint, because the run was not validated"):
-        _ = Run.find(short.folder, checkpoint="best").network
+        _ = Run.find(short_run.folder, checkpoint="best").network
 
 
-def test_a_readout_is_kept_only_with_the_checkpoint_that_the_figures_are_of(run, ffdist):
-    _, finished = run
-    said = ffdist("readout", finished.folder, "--checkpoint", "last")
-    assert "by a readout fitted" in said
-    assert Run.find(finished.folder).summary["test_fitted_readout_error"] is None
-    ffdist("readout", finished.folder)
-    assert Run.find(finished.folder).summary["test_fitted_readout_error"] < 1
+def test_fitted_readout_error_is_saved_only_for_the_reported_checkpoint(config_and_run, ffdist):
+    _, run = config_and_run
+    output = ffdist("readout", run.folder, "--checkpoint", "last")
+    assert "by a readout fitted" in output
+    assert Run.find(run.folder).summary["test_fitted_readout_error"] is None
+    ffdist("readout", run.folder)
+    assert Run.find(run.folder).summary["test_fitted_readout_error"] < 1
 
 
-def test_a_readout_is_fitted_where_a_folder_is_named_like_markup(tmp_path, ffdist, monkeypatch):
+def test_readout_is_fitted_in_a_folder_named_like_markup(tmp_path, ffdist, monkeypatch):
     config = load_config("xor", ["training.epochs=1", NO_ARTIFACTS])
     run = train(config, runner="serial", runs=tmp_path / "m[" / "x]")
     assert f"fitted to the layers of {run.folder} (" in ffdist("readout", run.folder)
@@ -99,44 +99,44 @@ def test_a_readout_is_fitted_where_a_folder_is_named_like_markup(tmp_path, ffdis
     assert "the activations that a readout is fitted to must fit into" in ffdist("readout", run.folder, code=2)
 
 
-def test_a_checkpoint_is_a_network_that_predicts_as_the_run_says(run):
-    config, finished = run
+def test_network_of_a_checkpoint_has_the_errors_of_the_summary(config_and_run):
+    config, run = config_and_run
     dataset = load_dataset(config.data, seed=0, validation_samples=200)
-    network = finished.network
+    network = run.network
     prediction, labels = network.predict(dataset.samples["test"]), dataset.labels["test"]
     error = (prediction.label != labels).double().mean().item()
-    assert error == pytest.approx(finished.summary["test_goodness_error"], abs=1.5 / 360)
+    assert error == pytest.approx(run.summary["test_goodness_error"], abs=1.5 / 360)
     error = (prediction.probabilities.argmax(1) != labels).double().mean().item()
-    assert error == pytest.approx(finished.summary["test_readout_error"], abs=1.5 / 360)
+    assert error == pytest.approx(run.summary["test_readout_error"], abs=1.5 / 360)
 
 
-def test_one_layer_and_two_classes_are_enough(tmp_path):
-    words = ["data.label=append", "negatives={kind: wrong_label}", "model.layers=[20]", "training.epochs=1"]
-    run = train(load_config("xor", [*words, "pipeline.chunk_size=1000"]), runner="serial", runs=tmp_path)
+def test_training_with_one_layer_and_two_classes_works(tmp_path):
+    overrides = ["data.label=append", "negatives={kind: wrong_label}", "model.layers=[20]", "training.epochs=1"]
+    run = train(load_config("xor", [*overrides, "pipeline.chunk_size=1000"]), runner="serial", runs=tmp_path)
     assert (run.summary["stages"], run.summary["classes"]) == (1, 2)
     assert len(run.summary["layer_errors"]) == 1
     assert (run.folder / "goodness.png").is_file()
 
 
-def test_training_leaves_torchs_threads_as_they_were(tmp_path):
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
+def test_training_does_not_change_the_number_of_torch_threads(tmp_path):
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads + 1)
     train(
         load_config("digits", ["model.layers=[9]", "training.epochs=1", NO_ARTIFACTS]), runner="serial", runs=tmp_path
     )
-    assert torch.get_num_threads() == before + 1
-    torch.set_num_threads(before)
+    assert torch.get_num_threads() == num_threads + 1
+    torch.set_num_threads(num_threads)
 
 
-def test_greedy_layers_are_trained_one_after_the_other(tmp_path):
-    """The first layer ends as it does alone, because it stops learning when its turn ends."""
-    short = ["training.epochs=2", "training.schedule=greedy", NO_ARTIFACTS]
+def test_greedy_schedule_trains_layers_one_after_the_other(tmp_path):
+    """The first layer gets the same weights as in a network of one layer, because it stops learning after its turn."""
+    overrides = ["training.epochs=2", "training.schedule=greedy", NO_ARTIFACTS]
     weights = []
     for layers in ("[20]", "[20, 15]"):
-        config = load_config("digits", [*short, f"model.layers={layers}"])
-        finished = train(config, runner="serial", runs=tmp_path)
-        weights.append(finished.network.layers[0].state_dict())
-    assert finished.summary["epochs"] == 4
+        config = load_config("digits", [*overrides, f"model.layers={layers}"])
+        run = train(config, runner="serial", runs=tmp_path)
+        weights.append(run.network.layers[0].state_dict())
+    assert run.summary["epochs"] == 4
     assert torch.equal(weights[0]["weight"], weights[1]["weight"])
 
 
@@ -155,10 +155,10 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rules_learn(rule, tmp_path):
-    """A third as wrong as chance is nothing to be proud of, and more than any mistake in a sign allows."""
-    changes = ["training.epochs=8", "model.layers=[100, 100, 100]", NO_ARTIFACTS, *rule.split()]
-    summary = train(load_config("digits", changes), runner="serial", runs=tmp_path).summary
+def test_every_learning_rule_learns(rule, tmp_path):
+    """The limit is a third of the error of random guesses; with a wrong sign in an update, the error is larger."""
+    overrides = ["training.epochs=8", "model.layers=[100, 100, 100]", NO_ARTIFACTS, *rule.split()]
+    summary = train(load_config("digits", overrides), runner="serial", runs=tmp_path).summary
     assert summary["test_goodness_error"] < 0.3
     assert summary["test_readout_error"] < 0.3
 
@@ -169,22 +169,22 @@ def test_xor_is_learned_without_labels_from_any_seed(tmp_path):
         assert summary["test_readout_error"] == 0
 
 
-def test_a_model_or_a_timeline_that_fails_costs_no_plot(tmp_path, monkeypatch, capsys):
+def test_plots_are_drawn_if_the_model_or_timeline_cannot_be_saved(tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise OSError("the disk is full")
 
     monkeypatch.setattr("ffdist.tracking.tracker.save_network", fail)
     monkeypatch.setattr("ffdist.pipeline.timeline.Timeline.write", fail)
     run = train(load_config("xor", ["training.epochs=1"]), runner="serial", runs=tmp_path)
-    told = capsys.readouterr().out
-    assert "warning: the model could not be kept (OSError: the disk is full)" in told
-    assert "warning: the timeline could not be written (OSError: the disk is full)" in told
+    output = capsys.readouterr().out
+    assert "warning: the model could not be kept (OSError: the disk is full)" in output
+    assert "warning: the timeline could not be written (OSError: the disk is full)" in output
     assert {"errors.png", "timeline.png"} <= {path.name for path in run.folder.glob("*.png")}
 
 
 def test_a_run_without_artifacts_draws_no_plot_and_logs_no_model(tmp_path):
-    words = ["model.layers=[9]", "training.epochs=1"]
-    run = train(load_config("digits", [*words, NO_ARTIFACTS]), runner="serial", runs=tmp_path)
+    overrides = ["model.layers=[9]", "training.epochs=1"]
+    run = train(load_config("digits", [*overrides, NO_ARTIFACTS]), runner="serial", runs=tmp_path)
     assert not list(run.folder.glob("*.png"))
     assert not MlflowClient(default_uri(tmp_path)).get_run(run.summary["mlflow_run_id"]).outputs.model_outputs
     with pytest.raises(ConfigError, match=r"tracking.register needs a model .*add model to tracking.artifacts"):

@@ -1,4 +1,4 @@
-"""Idea 2 of the design: however the work is spread, the results are bitwise those of the serial run."""
+"""Results are bitwise equal to those of a serial run, for any distribution of the work."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from ffdist.pipeline.source import NegativePlan
 from ffdist.storage.folder import Folder
 
 EPOCHS, BATCH_SIZE = 2, 50
-MANY = {"train": 12_030, "validation": 200, "test": 360}
+NUM_SHARDED_SAMPLES = {"train": 12_030, "validation": 200, "test": 360}
 DENSE = (60, 50, 40)
 MIXED = (Local(grid=3, stride=2, field=4, units=6), Local(grid=2, stride=1, field=2, units=12), 40)
 CLIPPED = (Local(grid=8, stride=1, field=5, units=2), 50, 40)
@@ -45,11 +45,11 @@ def digits() -> Dataset:
     return load_dataset(Data(name="digits", label="append"), seed=0, validation_samples=200)
 
 
-def an_order(digits) -> SampleOrder:
+def make_order(digits) -> SampleOrder:
     return SampleOrder(0, len(digits.labels["train"]), BATCH_SIZE)
 
 
-def a_blueprint(
+def make_blueprint(
     digits,
     stages,
     precision,
@@ -80,15 +80,17 @@ def a_blueprint(
     plan = NegativePlan(
         kind, num_actors=actors, prefetch_chunks=2, prediction_delay=32 if kind == "hard_label" else None, store=store
     )
-    cut = partition(architecture.num_parameters, stages)
-    return Blueprint(architecture, an_order(digits), plan, cut, measure_every=5, device=device)
+    stage_layers = partition(architecture.num_parameters, stages)
+    return Blueprint(architecture, make_order(digits), plan, stage_layers, measure_every=5, device=device)
 
 
-def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greedy_layers: int | None = None) -> Results:
+def run_pipeline(
+    runner: Runner, digits: Dataset, chunk_size: int, folder: str, greedy_layers: int | None = None
+) -> Results:
     metrics, readout, goodness, predicted, states = [], [], [], [], []
-    shape = {
+    settings = {
         "epochs": EPOCHS,
-        "minibatches": an_order(digits).num_minibatches,
+        "minibatches": make_order(digits).num_minibatches,
         "chunk_size": chunk_size,
         "greedy_layers": greedy_layers,
         "validation_samples": 200,
@@ -96,7 +98,7 @@ def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greed
         "validate_every_epochs": 1,
         "evaluation_block": 64,
     }
-    for event in runner.run(schedule(**shape), schedule(**shape)):
+    for event in runner.run(schedule(**settings), schedule(**settings)):
         match event:
             case Trained():
                 metrics.append(torch.cat([report.metrics for report in event.stages], 1))
@@ -110,23 +112,23 @@ def results(runner: Runner, digits: Dataset, chunk_size: int, folder: str, greed
     return Results(torch.cat(metrics), torch.cat(readout), torch.cat(goodness, 1), torch.cat(predicted), states)
 
 
-def serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, greedy=None, **changes) -> Results:
-    blueprint = a_blueprint(digits, stages, precision, **changes)
+def run_serial(digits, *, stages=1, chunk_size=24, precision="bfloat16", threads=1, greedy=None, **changes) -> Results:
+    blueprint = make_blueprint(digits, stages, precision, **changes)
     with torch_threads(threads), TemporaryDirectory() as folder:
         runner = serial_runner(
             blueprint, digits.samples, digits.labels["train"], CheckpointWriter(Folder(folder, CheckpointError))
         )
-        return results(runner, digits, chunk_size, folder, greedy)
+        return run_pipeline(runner, digits, chunk_size, folder, greedy)
 
 
-def assert_equal(one: Results, other: Results) -> None:
+def assert_equal(expected: Results, actual: Results) -> None:
     for name in ("metrics", "readout_metrics", "goodness", "predicted"):
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
-    assert len(one.states) == len(other.states) >= EPOCHS
-    for state, twin in zip(one.states, other.states, strict=True):
-        assert state.keys() == twin.keys() >= {"layer_1", "layer_2", "layer_3", "readout"}
-        for layer, tensors in state.items():
-            assert all(torch.equal(tensor, twin[layer][name]) for name, tensor in tensors.items())
+        torch.testing.assert_close(getattr(expected, name), getattr(actual, name), rtol=0, atol=0, equal_nan=True)
+    assert len(expected.states) == len(actual.states) >= EPOCHS
+    for expected_state, actual_state in zip(expected.states, actual.states, strict=True):
+        assert expected_state.keys() == actual_state.keys() >= {"layer_1", "layer_2", "layer_3", "readout"}
+        for layer, tensors in expected_state.items():
+            assert all(torch.equal(tensor, actual_state[layer][name]) for name, tensor in tensors.items())
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; set CUDA_VISIBLE_DEVICES=0")
@@ -138,9 +140,9 @@ on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", 
 @pytest.mark.parametrize("label", ["append", "overwrite"])
 def test_stages_and_chunks_change_no_bit(digits, precision, label, device):
     changes = {"precision": precision, "label": label, "device": device}
-    truth = serial(digits, **changes)
+    expected = run_serial(digits, **changes)
     for stages, chunk_size in [(1, 1), (2, 7), (3, 32)]:
-        assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, **changes))
+        assert_equal(expected, run_serial(digits, stages=stages, chunk_size=chunk_size, **changes))
 
 
 KINDS = [
@@ -160,13 +162,13 @@ KINDS = [
 @pytest.mark.parametrize(("kind", "label", "layers"), KINDS)
 def test_stages_and_chunks_change_no_bit_for_any_kind_of_negative_or_layer(digits, kind, label, layers, device):
     changes = {"kind": kind, "label": label, "layers": layers, "jitter": 1, "subtract_mean": True, "device": device}
-    truth = serial(digits, **changes)
+    expected = run_serial(digits, **changes)
     for stages, chunk_size, actors in [(1, 1, 1), (2, 7, 2), (3, 32, 3)]:
-        assert_equal(truth, serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
+        assert_equal(expected, run_serial(digits, stages=stages, chunk_size=chunk_size, actors=actors, **changes))
 
 
 ADAMW = Update(0.01, 0.01, optimizer="adamw")
-RULES = {
+RULE_CASES = {
     "mean of squares": {"rule": Rule("mean_of_squares", "l2"), "thresholds": (2.0, 1.5, 1.0)},
     "minus sum of squares": {"rule": Rule("minus_sum_of_squares", "none")},
     "minus mean of squares": {"rule": Rule("minus_mean_of_squares", loss="margin"), "thresholds": (1.0,) * 3},
@@ -181,100 +183,103 @@ RULES = {
 
 
 @on_each_device
-@pytest.mark.parametrize("changes", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("changes", RULE_CASES.values(), ids=RULE_CASES)
 def test_stages_and_chunks_change_no_bit_for_any_rule(digits, changes, device):
-    truth = serial(digits, device=device, **changes)
+    expected = run_serial(digits, device=device, **changes)
     for stages, chunk_size in [(1, 1), (2, 7), (3, 32)]:
-        assert_equal(truth, serial(digits, device=device, stages=stages, chunk_size=chunk_size, **changes))
+        assert_equal(expected, run_serial(digits, device=device, stages=stages, chunk_size=chunk_size, **changes))
 
 
-ACTORS = {
-    "the readout's sums depend on threads as well": (1, 32, 1, {"threads": 2}),
-    "float32 messages are read without a copy, and must not be written to": (
+ACTOR_CASES = {
+    "two threads, which change the sums of the readout": (1, 32, 1, {"threads": 2}),
+    "float32 messages, which are not copied and must not be modified": (
         2,
         7,
         4,
         {"actors": 2, "precision": "float32", "label": "overwrite"},
     ),
-    "more in flight than an epoch has, its evaluation and snapshot included": (3, 1, 60, {}),
-    "predictions travel back": (3, 4, 4, {"kind": "hard_label", "actors": 2}),
-    "images are negatives": (
+    "more commands in flight than an epoch has, including evaluation and snapshot": (3, 1, 60, {}),
+    "hard labels, which need predictions of the readout": (3, 4, 4, {"kind": "hard_label", "actors": 2}),
+    "negative images": (
         2,
         7,
         3,
         {"kind": "hybrid", "label": "none", "layers": MIXED, "actors": 3, "subtract_mean": True},
     ),
-    "an optimizer of torch, layer after layer": (3, 5, 4, {"rule": Rule(update=ADAMW), "greedy": 3}),
-    "many negatives for one positive": (2, 5, 4, {"kind": "all_wrong", "label": "everywhere", "layers": CLIPPED}),
+    "optimizer of torch and greedy schedule": (3, 5, 4, {"rule": Rule(update=ADAMW), "greedy": 3}),
+    "several negatives per positive sample": (2, 5, 4, {"kind": "all_wrong", "label": "everywhere", "layers": CLIPPED}),
 }
 
 
-@pytest.mark.parametrize(("stages", "chunk_size", "window", "changes"), ACTORS.values(), ids=ACTORS)
-def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, window, changes, tmp_path):
+@pytest.mark.parametrize(("stages", "chunk_size", "max_in_flight", "changes"), ACTOR_CASES.values(), ids=ACTOR_CASES)
+def test_actors_change_no_bit(ray_start_4_cpus, digits, stages, chunk_size, max_in_flight, changes, tmp_path):
     from ffdist.runtime.placement import Placement, reserve
     from ffdist.runtime.runner import ray_runner
 
     changes = {"precision": "bfloat16", "threads": 1} | changes
     threads, greedy = changes.pop("threads"), changes.pop("greedy", None)
-    blueprint = a_blueprint(digits, stages, **changes)
-    pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=window, threads_per_stage=threads)
+    blueprint = make_blueprint(digits, stages, **changes)
+    pipeline = Pipeline(chunk_size=chunk_size, max_in_flight=max_in_flight, threads_per_stage=threads)
     images, labels = digits.samples, digits.labels["train"]
     with (
         reserve(Placement(stages, "cpu", 0, 0.5, 0.5).bundles(blueprint.negatives.num_actors)) as group,
         ray_runner(blueprint, group, pipeline, images, labels, Folder(str(tmp_path), CheckpointError)) as runner,
     ):
-        spread = results(runner, digits, chunk_size, str(tmp_path), greedy)
-    assert_equal(serial(digits, **changes, threads=threads, greedy=greedy), spread)
+        actual = run_pipeline(runner, digits, chunk_size, str(tmp_path), greedy)
+    assert_equal(run_serial(digits, **changes, threads=threads, greedy=greedy), actual)
 
 
 @pytest.fixture(scope="module")
-def many() -> Dataset:
-    """Three shards an epoch, the last of them partly used: small colour images of two classes."""
-    draw = torch.Generator().manual_seed(0)
-    images = {split: torch.randint(0, 256, (n, 48), dtype=torch.uint8, generator=draw) for split, n in MANY.items()}
-    labels = {split: torch.randint(0, 2, (n,), generator=draw) for split, n in MANY.items()}
+def sharded_dataset() -> Dataset:
+    """Small colour images of two classes; three shards per epoch, of which the last is only partly used."""
+    generator = torch.Generator().manual_seed(0)
+    images = {
+        split: torch.randint(0, 256, (n, 48), dtype=torch.uint8, generator=generator)
+        for split, n in NUM_SHARDED_SAMPLES.items()
+    }
+    labels = {split: torch.randint(0, 2, (n,), generator=generator) for split, n in NUM_SHARDED_SAMPLES.items()}
     return Dataset(images, labels, ImageEncoder((3, 4, 4), 2))
 
 
-@pytest.mark.parametrize("kind", ["hard_label", "hybrid", f"{__name__}:turned"])
-def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, many, kind, tmp_path):
-    """Several actors make neighbouring shards, ahead of need, and keep them in a store from which others read."""
+@pytest.mark.parametrize("kind", ["hard_label", "hybrid", f"{__name__}:permute_pixels"])
+def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, sharded_dataset, kind, tmp_path):
+    """Several actors prefetch consecutive shards, and a second run reads them from a store."""
     from ffdist.runtime.placement import Placement, reserve
     from ffdist.runtime.runner import ray_runner
 
     store, checkpoints = Store(str(tmp_path / "store")) if kind == "hybrid" else None, str(tmp_path / "checkpoints")
     changes = {"kind": kind, "layers": (20, 15, 10), "jitter": 1, "precision": "float32"}
-    truth = serial(many, chunk_size=25, **changes)
-    for _ in range(2):  # made, then read
-        blueprint = a_blueprint(many, 2, actors=3, store=store, **changes)
+    expected = run_serial(sharded_dataset, chunk_size=25, **changes)
+    for _ in range(2):  # first written to the store, then read
+        blueprint = make_blueprint(sharded_dataset, 2, actors=3, store=store, **changes)
         with (
             reserve(Placement(2, "cpu", 0, 0.5, 0.5).bundles(3)) as group,
             ray_runner(
                 blueprint,
                 group,
                 Pipeline(chunk_size=7),
-                many.samples,
-                many.labels["train"],
+                sharded_dataset.samples,
+                sharded_dataset.labels["train"],
                 Folder(checkpoints, CheckpointError),
             ) as runner,
         ):
-            assert_equal(truth, results(runner, many, 7, checkpoints))
+            assert_equal(expected, run_pipeline(runner, sharded_dataset, 7, checkpoints))
         if store is None:
             break
         assert len(list(store.entries())) == EPOCHS * 3
 
 
-def turned(data, samples, draw):
-    """A kind of one's own: images with their pixels in another order, the same for all."""
-    return data.samples[samples][:, torch.randperm(data.samples.shape[1], generator=draw)]
+def permute_pixels(data, samples, generator):
+    """Custom negatives: images whose pixels are permuted, in the same order for all images."""
+    return data.samples[samples][:, torch.randperm(data.samples.shape[1], generator=generator)]
 
 
-def test_training_changes_the_weights_and_the_seed_decides_them(digits):
-    """Equality above would be worth nothing if nothing had been learned."""
-    first, last = serial(digits).states
+def test_training_changes_weights_and_the_seed_determines_initial_weights(digits):
+    """The other tests would prove nothing if training did not change the weights."""
+    first, last = run_serial(digits).states
     assert weights_sha256(first) != weights_sha256(last)
-    start = a_blueprint(digits, 1, "bfloat16").architecture
-    assert not torch.equal(start.layer(0).weight, last["layer_1"]["weight"])
+    architecture = make_blueprint(digits, 1, "bfloat16").architecture
+    assert not torch.equal(architecture.layer(0).weight, last["layer_1"]["weight"])
     assert not torch.equal(
-        start.layer(0).weight, image_architecture((1, 8, 8), 10, DENSE, label="append").layer(0).weight
+        architecture.layer(0).weight, image_architecture((1, 8, 8), 10, DENSE, label="append").layer(0).weight
     )

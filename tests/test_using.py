@@ -1,4 +1,4 @@
-"""What leaves a run, used as people would."""
+"""Prediction, evaluation, export and serving with a finished run."""
 
 import json
 import os
@@ -32,16 +32,16 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("layers", [(5, 4), (Local(grid=2, stride=2, field=3, units=4), 6)])
 @pytest.mark.parametrize("label", ["append", "none"])
-def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
+def test_saved_network_gives_the_same_predictions(layers, label, tmp_path):
     label = "everywhere" if label == "append" and not isinstance(layers[0], int) else label
     network = Network(image_architecture((1, 6, 6), 3, layers, label=label, precision="bfloat16", seed=3))
-    for parameter in network.parameters():  # or what the seed alone makes would do
+    for parameter in network.parameters():  # so that the seed alone does not determine the weights
         parameter.data += torch.randn_like(parameter)
     network.load_state_dict(network.state_dict())
     save_network(network, tmp_path)
     images = torch.randint(256, (7, 36), dtype=torch.uint8)
-    for one, other in zip(network.predict(images), read_network(tmp_path).predict(images), strict=True):
-        assert torch.equal(one, other)
+    for expected, actual in zip(network.predict(images), read_network(tmp_path).predict(images), strict=True):
+        assert torch.equal(expected, actual)
     (tmp_path / "network.json").write_text("{}")
     with pytest.raises(ValueError, match="no network that can be read"):
         read_network(tmp_path)
@@ -52,7 +52,7 @@ def test_a_network_that_was_kept_predicts_as_before(layers, label, tmp_path):
         read_network(tmp_path)
 
 
-def test_exported_files_need_torch_alone(run, tmp_path, ffdist):
+def test_exported_network_needs_only_torch(run, tmp_path, ffdist):
     assert "readout.pt2" in ffdist("export", run.folder, "--to", tmp_path / "out")
     images = run.dataset.samples["test"][:9]
     torch.save(images, tmp_path / "images.pt")
@@ -61,20 +61,25 @@ def test_exported_files_need_torch_alone(run, tmp_path, ffdist):
         "print(network(images).argmax(1).tolist()); assert 'ffdist' not in sys.modules"
     )
     command = [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "out" / "readout.pt2"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
-    assert json.loads(said) == run.predict(images).probabilities.argmax(1).tolist()
+    output = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
+    assert json.loads(output) == run.predict(images).probabilities.argmax(1).tolist()
     (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"samples": images.numpy()})
     assert torch.allclose(torch.as_tensor(logits), run.network(images), atol=0.05)  # trained in bfloat16
     assert "new or empty" in ffdist("export", run.folder, "--to", tmp_path / "out", code=2)
 
 
-def test_fields_in_bfloat16_are_exported(tmp_path):
-    """With few units a place, and with many, which take another way to their products."""
+def test_local_layers_in_bfloat16_are_exported(tmp_path):
+    """The matrix products of few and of many units per field take different paths."""
     layers = (
         "{kind: local, grid: 4, stride: 2, field: 4, units: 8}, {kind: local, grid: 3, stride: 1, field: 2, units: 40}"
     )
-    words = [f"model.layers=[{layers}]", "data.label=everywhere", "training.precision=bfloat16", "training.epochs=1"]
-    run = train(load_config("digits", words), runner="serial", runs=tmp_path / "runs")
+    overrides = [
+        f"model.layers=[{layers}]",
+        "data.label=everywhere",
+        "training.precision=bfloat16",
+        "training.epochs=1",
+    ]
+    run = train(load_config("digits", overrides), runner="serial", runs=tmp_path / "runs")
     assert len(export_network(run, tmp_path / "out")) == 6
     images, network = run.dataset.samples["test"], run.network
     program = torch.export.load(tmp_path / "out" / "readout.pt2").module()
@@ -83,40 +88,40 @@ def test_fields_in_bfloat16_are_exported(tmp_path):
     assert (torch.as_tensor(logits).argmax(1) == network(images).argmax(1)).double().mean() > 0.98
 
 
-def test_predictions_as_a_table_and_as_parquet(run, tmp_path, ffdist):
+def test_predict_prints_a_table_and_writes_parquet(run, tmp_path, ffdist):
     images, labels = run.dataset.samples["test"][:20], run.dataset.labels["test"][:20]
     folder = tmp_path / ("long" * 40)
     folder.mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image.view(8, 8).numpy()).save(folder / f"{number:02}.png")
-    said = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
-    found = pq.read_table(tmp_path / "found.parquet").to_pydict()
-    assert found["label"] == run.predict(images).label.tolist()
-    assert sum(one == other for one, other in zip(found["label"], labels.tolist(), strict=True)) >= 16
-    assert [len(row) for row in found["probability"] + found["goodness"]] == [10] * 40
-    assert found["goodness"][0].index(max(found["goodness"][0])) == found["label"][0]
-    header, *rows = [line.split("\t") for line in said.splitlines() if "\t" in line]
+    output = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
+    table = pq.read_table(tmp_path / "found.parquet").to_pydict()
+    assert table["label"] == run.predict(images).label.tolist()
+    assert sum(predicted == label for predicted, label in zip(table["label"], labels.tolist(), strict=True)) >= 16
+    assert [len(row) for row in table["probability"] + table["goodness"]] == [10] * 40
+    assert table["goodness"][0].index(max(table["goodness"][0])) == table["label"][0]
+    header, *rows = [line.split("\t") for line in output.splitlines() if "\t" in line]
     assert header == ["input", "label", "probability", "goodness"]
-    assert [row[0] for row in rows] == found["input"]  # whole, however long
-    assert [int(row[1]) for row in rows] == found["label"]
-    assert float(rows[7][2]) == found["probability"][7][found["label"][7]]
-    assert float(rows[7][3]) == found["goodness"][7][found["label"][7]]
-    again = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
-    skipped = "skipped: 1 files of another format (.parquet: 1)\n"  # what the first has left there holds no images
-    assert again.replace(skipped, "") == said != again
+    assert [row[0] for row in rows] == table["input"]  # not truncated, although it is long
+    assert [int(row[1]) for row in rows] == table["label"]
+    assert float(rows[7][2]) == table["probability"][7][table["label"][7]]
+    assert float(rows[7][3]) == table["goodness"][7][table["label"][7]]
+    second_output = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
+    skip_message = "skipped: 1 files of another format (.parquet: 1)\n"  # the output file of the first call
+    assert second_output.replace(skip_message, "") == output != second_output
 
 
-def test_predictions_need_no_output(run, tmp_path, monkeypatch):
-    """As after `>&-`; they may be kept in a file."""
+def test_predict_works_without_stdout(run, tmp_path, monkeypatch):
+    """As after `>&-`: predictions can still be written to a file."""
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     monkeypatch.setattr("sys.stdout", None)
-    words = ["predict", run.folder, "--input", tmp_path / "x.png", "--to", tmp_path / "found.parquet"]
-    main([str(word) for word in words], standalone_mode=False)
+    arguments = ["predict", run.folder, "--input", tmp_path / "x.png", "--to", tmp_path / "found.parquet"]
+    main([str(word) for word in arguments], standalone_mode=False)
     assert pq.read_table(tmp_path / "found.parquet").num_rows == 1
 
 
-def test_classes_go_by_their_names(tmp_path, ffdist, monkeypatch):
-    """Whatever they are; and the chosen label is listed, however improbable the readout takes it to be."""
+def test_commands_and_served_models_use_class_names(tmp_path, ffdist, monkeypatch):
+    """Names may contain special characters. The predicted label is listed even if its probability is low."""
     for split in ("train", "test"):
         for shade, name in ((40, "ant"), (120, "$x^$"), (160, "cat"), (200, "[dog]")):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
@@ -131,50 +136,52 @@ def test_classes_go_by_their_names(tmp_path, ffdist, monkeypatch):
     ]
     ffdist("train", "digits", *options, "model.layers=[20,10]", "--runner", "serial", "--runs", tmp_path / "runs")
     (folder,) = (tmp_path / "runs").glob("digits-*")
-    said = ffdist("predict", folder, "--input", tmp_path / "pets" / "test", "--to", tmp_path / "found.parquet")
-    header, *rows = [line.split("\t") for line in said.splitlines() if "\t" in line]
+    output = ffdist("predict", folder, "--input", tmp_path / "pets" / "test", "--to", tmp_path / "found.parquet")
+    header, *rows = [line.split("\t") for line in output.splitlines() if "\t" in line]
     assert header[:3] == ["input", "name", "label"]
-    assert said.count("photo[3].png") == 4
-    assert "$x^$/photo[3].png" in said
-    found = pq.read_table(tmp_path / "found.parquet")
-    assert found.column_names[:3] == header[:3]
-    assert found["name"].to_pylist() == [row[1] for row in rows]
+    assert output.count("photo[3].png") == 4
+    assert "$x^$/photo[3].png" in output
+    table = pq.read_table(tmp_path / "found.parquet")
+    assert table.column_names[:3] == header[:3]
+    assert table["name"].to_pylist() == [row[1] for row in rows]
     monkeypatch.setattr("ffdist.runs.inference.is_interactive", lambda screen: True)
     monkeypatch.setattr("ffdist.console.is_interactive", lambda screen: True)
-    shown = ffdist("predict", folder, "--input", tmp_path / "pets" / "test")
-    shown = [line.split(maxsplit=2) for line in shown.splitlines() if ".png" in line]
-    assert all(f"{name}: " in told for _, name, told in shown)
+    listing = ffdist("predict", folder, "--input", tmp_path / "pets" / "test")
+    listing = [line.split(maxsplit=2) for line in listing.splitlines() if ".png" in line]
+    assert all(f"{name}: " in scores for _, name, scores in listing)
     assert "of 20 samples" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test")
     ffdist("export", folder, "--to", tmp_path / "out")
     images = [[[[shade] * 6] * 6] for shade in range(40, 240, 40)]
     (tmp_path / "asked.json").write_text(json.dumps({"inputs": images}))
-    words = ["-m", "out/model", "-i", "asked.json", "-o", "answer.json", "--env-manager", "local"]
-    subprocess.run([sys.executable, "-m", "mlflow", "models", "predict", *words], cwd=tmp_path, check=True, timeout=200)
-    answer = json.loads((tmp_path / "answer.json").read_text())["predictions"]
-    assert answer["name"] == [["$x^$", "[dog]", "ant", "cat"][label] for label in answer["label"]]
+    arguments = ["-m", "out/model", "-i", "asked.json", "-o", "answer.json", "--env-manager", "local"]
+    subprocess.run(
+        [sys.executable, "-m", "mlflow", "models", "predict", *arguments], cwd=tmp_path, check=True, timeout=200
+    )
+    predictions = json.loads((tmp_path / "answer.json").read_text())["predictions"]
+    assert predictions["name"] == [["$x^$", "[dog]", "ant", "cat"][label] for label in predictions["label"]]
     (tmp_path / "pets" / "test" / "ant").rename(tmp_path / "pets" / "test" / "owl")
     assert "(classes: $x^$, [dog], ant, cat; " in ffdist(
         "evaluate", folder, "--data", tmp_path / "pets" / "test", code=2
     )
 
 
-def test_who_has_loaded_a_model_still_has_all_of_ffdist(run, tmp_path, ffdist):
-    """MLflow puts the model's own part of the package in front of what is installed."""
+def test_loading_a_model_keeps_the_whole_package_importable(run, tmp_path, ffdist):
+    """MLflow puts the model's copy of a part of the package before the installed package in the import path."""
     ffdist("export", run.folder, "--to", tmp_path / "out")
     code = (
         "import mlflow, sys; model = mlflow.pyfunc.load_model('out/model'); from ffdist import Run; "
         "print('out' in sys.modules['ffdist'].__file__, Run.find(sys.argv[1]).summary['classes'])"
     )
     command = [sys.executable, "-c", code, str(run.folder)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
-    assert said.split() == ["True", "10"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
+    assert output.split() == ["True", "10"]
 
 
-def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
-    told = f"\ntest error {run.summary['test_goodness_error']:.2%} by goodness"
-    said = ffdist("evaluate", run.folder)
-    assert said.startswith(f"checkpoint: last, {run.folder}/checkpoints/0012-000000{told}")
-    assert len(said.splitlines()) == 2  # no progress bar where nobody looks
+def test_evaluate_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
+    error_text = f"\ntest error {run.summary['test_goodness_error']:.2%} by goodness"
+    output = ffdist("evaluate", run.folder)
+    assert output.startswith(f"checkpoint: last, {run.folder}/checkpoints/0012-000000{error_text}")
+    assert len(output.splitlines()) == 2  # no progress bar without a terminal
     images, labels = run.dataset.samples["test"], run.dataset.labels["test"]
     for label in range(10):
         (tmp_path / str(label)).mkdir()
@@ -184,7 +191,7 @@ def test_evaluation_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
 
 
 def test_the_registered_model_is_served(run, tmp_path, free_port):
-    """By MLflow's own server, from the registry, with an answer for a known digit."""
+    """MLflow's server loads the model from the registry and predicts the label of a known digit."""
     uri = run.summary["mlflow_tracking_uri"]
     image, label = run.dataset.samples["test"][0], run.predict(run.dataset.samples["test"][:1]).label[0].item()
     command = [
@@ -201,49 +208,51 @@ def test_the_registered_model_is_served(run, tmp_path, free_port):
     server = subprocess.Popen(
         [*command, "--port", str(free_port)],
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)},
-        cwd=tmp_path,  # where there is no ffdist but the model's
+        cwd=tmp_path,  # this folder has no ffdist: the server uses the model's copy
         stderr=(tmp_path / "log").open("w"),
     )
-    good = image.view(1, 1, 8, 8).tolist()
-    body = json.dumps({"inputs": good}).encode()
+    batch = image.view(1, 1, 8, 8).tolist()
+    body = json.dumps({"inputs": batch}).encode()
 
-    def refusal(inputs: list) -> str:
-        ask = urllib.request.Request(url, json.dumps({"inputs": inputs}).encode(), {"Content-Type": "application/json"})
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(ask, timeout=20)
-        assert refused.value.code == 400
-        return json.load(refused.value)["message"]
+    def expect_error(inputs: list) -> str:
+        request = urllib.request.Request(
+            url, json.dumps({"inputs": inputs}).encode(), {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as error_info:
+            urllib.request.urlopen(request, timeout=20)
+        assert error_info.value.code == 400
+        return json.load(error_info.value)["message"]
 
     url = f"http://127.0.0.1:{free_port}/invocations"
     try:
         deadline = time.monotonic() + 120
         while True:
             try:
-                ask = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-                answer = json.load(urllib.request.urlopen(ask, timeout=10))["predictions"]
+                request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+                predictions = json.load(urllib.request.urlopen(request, timeout=10))["predictions"]
                 break
             except OSError:
                 assert server.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline, "no answer"
                 time.sleep(1)
-        whole = "pixels must be whole numbers from 0 to 255"
-        for pixel, told in ((0.5, "given: 0.5"), (26.7, "given: 26.7"), (350, "given: 350"), (-73, "given: -73")):
-            assert refusal([[[[pixel, *good[0][0][0][1:]], *good[0][0][1:]]]]) == f"{whole} ({told})"
-        assert refusal([[[[float(x > 99) for x in row] for row in good[0][0]]]]) == f"{whole}, not 0.0 to 1.0"
-        assert refusal([[[[float("nan")] * 8] * 8]]).startswith(whole)
-        assert refusal(good[0]).startswith("samples must have the shape [N, 1, 8, 8] (given: [1, 8, 8])")
+        message = "pixels must be whole numbers from 0 to 255"
+        for pixel, detail in ((0.5, "given: 0.5"), (26.7, "given: 26.7"), (350, "given: 350"), (-73, "given: -73")):
+            assert expect_error([[[[pixel, *batch[0][0][0][1:]], *batch[0][0][1:]]]]) == f"{message} ({detail})"
+        assert expect_error([[[[float(x > 99) for x in row] for row in batch[0][0]]]]) == f"{message}, not 0.0 to 1.0"
+        assert expect_error([[[[float("nan")] * 8] * 8]]).startswith(message)
+        assert expect_error(batch[0]).startswith("samples must have the shape [N, 1, 8, 8] (given: [1, 8, 8])")
     finally:
         server.terminate()
         server.wait(120)
-    assert answer["label"] == [label] == [run.dataset.labels["test"][0].item()]
-    assert len(answer["probability"][0]) == len(answer["goodness"][0]) == 10
+    assert predictions["label"] == [label] == [run.dataset.labels["test"][0].item()]
+    assert len(predictions["probability"][0]) == len(predictions["goodness"][0]) == 10
 
 
-def test_an_export_that_fails_leaves_nothing(run, tmp_path, ffdist, monkeypatch):
-    def broken(*arguments, **more):
+def test_failed_export_leaves_no_files(run, tmp_path, ffdist, monkeypatch):
+    def fail_export(*args, **kwargs):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("torch.onnx.export", broken)
+    monkeypatch.setattr("torch.onnx.export", fail_export)
     (tmp_path / "empty").mkdir()
     for folder in ("new", "empty"):
         with pytest.raises(RuntimeError, match="no such operator"):
@@ -252,37 +261,37 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, ffdist, monkeypatch)
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_output_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch, capfd):
+def test_unwritable_output_is_a_one_line_error(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "input").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "input" / "black.png")
     export = ["export", run.folder, "--to", tmp_path / "out"]
     for command in (["evaluate", run.folder], ["predict", run.folder, "--input", tmp_path / "input"], export):
-        with open("/dev/full", "w") as full:  # noqa: PTH123
-            monkeypatch.setattr(sys, "stdout", full)
-            with pytest.raises(SystemExit) as end:
+        with open("/dev/full", "w") as full_device:  # noqa: PTH123
+            monkeypatch.setattr(sys, "stdout", full_device)
+            with pytest.raises(SystemExit) as exit_info:
                 main([str(word) for word in command])
             monkeypatch.undo()
-        assert end.value.code == 1
+        assert exit_info.value.code == 1
         lines = capfd.readouterr().err.splitlines()
         assert lines[-1 if command is export else 1 :] == [  # torch warns when it exports
             "Error: the output cannot be written (No space left on device); nothing else failed"
         ]
-    assert (tmp_path / "out" / "model").is_dir()  # the export itself is whole
+    assert (tmp_path / "out" / "model").is_dir()  # the export itself is complete
 
 
-def test_names_go_through_a_pipe_of_any_encoding(run, tmp_path):
+def test_predict_replaces_characters_that_the_output_encoding_lacks(run, tmp_path):
     (tmp_path / "M\u00f6we").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "M\u00f6we" / "black.png")
     command = [sys.executable, "-m", "ffdist.cli", "predict", str(run.folder), "--input", str(tmp_path)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, timeout=200, check=True, env=environment)
-    header, row = done.stdout.decode("ascii").splitlines()
+    process = subprocess.run(command, capture_output=True, timeout=200, check=True, env=environment)
+    header, row = process.stdout.decode("ascii").splitlines()
     assert header.split("\t")[0] == "input"
     assert row.split("\t")[0] == f"{tmp_path}/M?we/black.png"
-    assert b"Traceback" not in done.stderr
+    assert b"Traceback" not in process.stderr
 
 
-def image_folder(path: Path) -> None:
+def write_image_folder(path: Path) -> None:
     for split in ("train", "test"):
         for shade in range(4):
             (path / split / f"class_{shade}").mkdir(parents=True)
@@ -291,23 +300,23 @@ def image_folder(path: Path) -> None:
                 image.save(path / split / f"class_{shade}" / f"{number}.png")
 
 
-def test_a_run_is_used_with_its_own_data_wherever_that_is(tmp_path, ffdist):
-    image_folder(tmp_path / "data")
-    words = ["data.name=image_folder", "data.path=data", "training.batch_size=8", "training.epochs=1"]
-    words.append("tracking.artifacts=[]")
-    ffdist("train", "digits", *words, "model.layers=[8]", "--runner", "serial")
+def test_commands_accept_moved_data_but_not_other_data(tmp_path, ffdist):
+    write_image_folder(tmp_path / "data")
+    overrides = ["data.name=image_folder", "data.path=data", "training.batch_size=8", "training.epochs=1"]
+    overrides.append("tracking.artifacts=[]")
+    ffdist("train", "digits", *overrides, "model.layers=[8]", "--runner", "serial")
     (folder,) = (tmp_path / "runs").glob("digits-*")
-    error = ffdist("evaluate", folder).splitlines()[-1]
+    error_line = ffdist("evaluate", folder).splitlines()[-1]
     (tmp_path / "data").rename(tmp_path / "moved")
     for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
         ffdist(*command, folder, code=2)
-        said = ffdist(*command, folder, "data.path=moved")
-        assert command != ["evaluate"] or error in said
-    assert error in ffdist("evaluate", folder, "--data", "moved/test")
+        output = ffdist(*command, folder, "data.path=moved")
+        assert command != ["evaluate"] or error_line in output
+    assert error_line in ffdist("evaluate", folder, "--data", "moved/test")
     assert "only the location of the data can be changed" in ffdist("evaluate", folder, "data.label=append", code=2)
     for split in ("test", "train"):
         Image.new("L", (4, 4), 99).save(tmp_path / "moved" / split / "class_0" / "0.png")
         for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
-            said = ffdist(*command, folder, "data.path=moved", code=2)
-            assert f"was {split}ed on other samples than {tmp_path}/moved contains now" in said
+            output = ffdist(*command, folder, "data.path=moved", code=2)
+            assert f"was {split}ed on other samples than {tmp_path}/moved contains now" in output
     assert "of 48 samples" in ffdist("evaluate", folder, "--data", "moved/test")

@@ -92,6 +92,7 @@ def measure_steps(
         for name, (form, spec) in specs.items():
             layer = spec.build(form, **settings).to(device)
             assert isinstance(layer, ReluLayer)
+            layer.add_optimizer_state()
             layer.refresh()
             for batch in batches:
                 yield _measure(name, layer, form.width, batch, precision, byte_s, device)

@@ -23,7 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ffdist.errors import RunFailed
-from ffdist.ff.optimizers import is_for_training
+from ffdist.ff.optimizers import is_for_inference
 from ffdist.pipeline.schedule import Position, Snapshot
 from ffdist.pipeline.source import Drawn
 from ffdist.pipeline.stage import State
@@ -201,7 +201,7 @@ class Checkpoints:
 
         Args:
             name: As `checkpoint_name` returns it.
-            select: Selects the tensors to return by their names, such as `for_inference`; all by default.
+            select: Selects the tensors to return by their names, such as `is_for_inference`; all by default.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or of another version.
@@ -276,23 +276,19 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def for_inference(name: str) -> bool:
-    """Returns whether inference needs a tensor of this name in the state of a layer or of the readout."""
-    return not is_for_training(name)
-
-
 def weights_sha256(state: State) -> str:
     """Returns the SHA-256 of the tensors that inference needs.
 
     The bytes are, for `layer_1`, `layer_2`, ... and `readout`, for each tensor in the order of the names, such as
-    `bias` and `weight`: the line `layer_1/bias float32 [1000]` with a line feed, then the values as little-endian
-    float32 in row-major order.
+    `bias` and `weight`: the line `layer_1/bias float32 [1000]` with a line feed, then the values, little-endian and in
+    row-major order. Floating-point numbers are converted to float32.
     """
     hasher = hashlib.sha256()
     layers = [key for key in state if key.startswith("layer_") or key == "readout"]
     for layer in sorted(layers, key=lambda key: (key == "readout", len(key), key)):
-        for name in sorted(filter(for_inference, state[layer])):
-            tensor = state[layer][name].to("cpu", torch.float32).contiguous()
-            hasher.update(f"{layer}/{name} float32 {list(tensor.shape)}\n".encode())
-            hasher.update(tensor.numpy().astype("<f4", copy=False).ravel().data)
+        for name in sorted(filter(is_for_inference, state[layer])):
+            tensor = state[layer][name].cpu().contiguous()
+            values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            hasher.update(f"{layer}/{name} {values.dtype} {list(tensor.shape)}\n".encode())
+            hasher.update(values.astype(values.dtype.newbyteorder("<"), copy=False).ravel().data)
     return hasher.hexdigest()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from ffdist.config.schema import Config
 from ffdist.config.sections import Data
@@ -12,7 +13,7 @@ from ffdist.ff.objectives import OBJECTIVES, Rule
 from ffdist.ff.optimizers import Update
 
 
-def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int) -> Encoder:
+def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int, **settings: Any) -> Encoder:
     """Returns the encoder of a dataset.
 
     Args:
@@ -20,12 +21,13 @@ def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int) -
         kind: A key of `ENCODERS`.
         shape: Shape of a sample.
         classes: Number of classes.
+        **settings: Settings of the encoder that do not come from the configuration.
 
     Raises:
         ConfigError: The settings do not fit the samples.
     """
-    names = [field.name for field in fields(ENCODERS[kind]) if field.name not in ("shape", "classes")]
-    settings = {name: getattr(config, name) for name in names}
+    names = {field.name for field in fields(ENCODERS[kind])} & Data.model_fields.keys() - {"classes"}
+    settings |= {name: getattr(config, name) for name in names}
     if settings.get("subtract_mean") == "auto":
         settings["subtract_mean"] = shape[0] > 1
     try:

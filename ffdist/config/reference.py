@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
-from ffdist.config.sections import MAX_VALUE, LayerEntry, Section
-from ffdist.ff.specs import LAYERS, LayerSpec
+from ffdist.config.sections import LayerEntry, Section
+from ffdist.ff.specs import LAYERS, MAX_VALUE, LayerSpec
 
 TYPE_NAMES: dict[Any, str] = {
     bool: "`true`, `false`",
@@ -59,10 +59,10 @@ def _layer_table(spec: type[LayerSpec]) -> str:
     rows = [
         (
             f"`{field.name}`",
-            "integer >= 1" if field.type in (int, "int") else str(field.type),
+            f"integer >= {field.metadata.get('min', 1)}" if field.type in (int, "int") else str(field.type),
             "required" if field.default is MISSING else f"`{field.default}`",
             "yes",
-            " ".join(str(texts[field.name]).split()),
+            " ".join(str(texts.get(field.name, "")).split()),
         )
         for field in fields(spec)
     ]

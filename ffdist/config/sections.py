@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from ffdist.ff import MAX_CLASSES as MAX_CLASSES
-from ffdist.ff.specs import LayerSpec, layer_entry, parse_layer
+from ffdist.ff.specs import MAX_VALUE, LayerSpec, layer_entry, parse_layer
 
 
 def _no_boolean(value: Any) -> Any:
@@ -50,8 +50,6 @@ def reject_secrets(uri: str) -> str:
 
 
 Number = BeforeValidator(_no_boolean)
-MAX_VALUE = 10**9
-"""Larger values exceed float32, time limits of the system, or memory."""
 Count = Annotated[int, Number, Field(ge=1, le=MAX_VALUE)]
 
 

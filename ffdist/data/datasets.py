@@ -123,7 +123,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
     Raises:
         ConfigError: The dataset is missing, damaged or inconsistent. The message names the file, row and rule.
     """
-    samples, labels, names, origin, kind = READERS.get(config.name, _torchvision)(config)
+    samples, labels, names, origin, kind, settings = READERS.get(config.name, _torchvision)(config)
     num_samples = len(labels["train"])
     if validation_samples >= num_samples:
         raise ConfigError(
@@ -131,7 +131,7 @@ def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset
             f"(validation_samples: {validation_samples}, training samples: {num_samples})"
         )
     classes = config.classes or len(names) or int(labels["train"].max()) + 1
-    encoder = build_encoder(config, kind, samples["train"].shape[1:], classes)
+    encoder = build_encoder(config, kind, samples["train"].shape[1:], classes, **settings)
     train, validation = _hold_out(samples.pop("train").flatten(1), labels["train"], seed, validation_samples)
     dataset = Dataset(
         {"train": train[0], "validation": validation[0], "test": samples.pop("test").flatten(1)},

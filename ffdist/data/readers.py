@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -59,6 +59,8 @@ class Splits(NamedTuple):
     origin: Origin = Origin()
     encoder: str = "image"
     """Kind of the samples, a key of `ENCODERS`."""
+    encoder_settings: Mapping[str, Any] = {}
+    """Settings of the encoder that the reader determines."""
 
 
 class _Encoded(NamedTuple):

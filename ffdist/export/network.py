@@ -9,10 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ffdist.ff.encoders import ENCODERS, encoder_kind
+from ffdist.ff.encoders import encoder_entry, parse_encoder
 from ffdist.ff.network import Architecture, Network
 from ffdist.ff.objectives import Rule
-from ffdist.ff.optimizers import Update, is_for_training
+from ffdist.ff.optimizers import Update, is_for_inference
 from ffdist.ff.specs import layer_entry
 from ffdist.storage.files import file_in, read_json
 
@@ -23,13 +23,13 @@ CLASS_NAMES = "class_names"
 
 def save_network(network: Network, folder: Path, class_names: Sequence[str] = ()) -> None:
     """Writes a network and its class names into an existing folder, without the tensors that only training uses."""
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if not is_for_training(name)}
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if is_for_inference(name)}
     weights = file_in(folder, WEIGHTS)
     save_file(tensors, weights)
     weights.chmod(folder.stat().st_mode & 0o666)  # safetensors makes the file private
     architecture = network.architecture
     values = asdict(architecture) | {
-        "encoder": {"kind": encoder_kind(architecture.encoder), **asdict(architecture.encoder)},
+        "encoder": encoder_entry(architecture.encoder),
         "layers": [layer_entry(layer) for layer in architecture.layers],
         CLASS_NAMES: list(class_names),
     }
@@ -58,12 +58,11 @@ def read_network(folder: str | Path) -> Network:
 
 
 def _parse_architecture(values: dict[str, Any]) -> Architecture:
-    rule, encoder = values["rule"], dict(values["encoder"])
-    encoder_class = ENCODERS[encoder.pop("kind")]
+    rule = values["rule"]
     architecture = Architecture(
         **{key: value for key, value in values.items() if key != CLASS_NAMES}
         | {
-            "encoder": encoder_class(**encoder | {"shape": tuple(encoder["shape"])}),
+            "encoder": parse_encoder(values["encoder"]),
             "layers": tuple(values["layers"]),
             "thresholds": tuple(values["thresholds"]),
             "untrained": tuple(values.get("untrained", ())),
@@ -71,7 +70,7 @@ def _parse_architecture(values: dict[str, Any]) -> Architecture:
             "readout_update": Update(**values["readout_update"]),
         }
     )
-    for section in (architecture, architecture.rule, architecture.encoder):
+    for section in (architecture, architecture.rule):
         for field in fields(section):
             value, default = getattr(section, field.name), field.default
             valid = (int, float) if isinstance(default, float) else type(default)

@@ -44,7 +44,12 @@ class ServedModel:
 
     def _convert(self, samples: Any) -> Tensor:
         try:
-            return self._network.architecture.encoder.from_array(torch.as_tensor(np.asarray(samples)))
+            values = np.ascontiguousarray(samples)
+            if values.dtype.kind not in "biuf":
+                raise ValueError(f"samples must be numbers (given: {values.dtype})")
+            if values.dtype.kind in "biu" and values.dtype != np.uint8:
+                values = values.astype(np.int64)  # torch lacks operations of some unsigned types
+            return self._network.architecture.encoder.from_array(torch.from_numpy(values))
         except (TypeError, ValueError) as error:
             raise _invalid_request(f"{error}") from error
 

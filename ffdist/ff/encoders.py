@@ -5,8 +5,9 @@ Shapes: `K` minibatches, `B` samples of a minibatch, `D` values of a sample, `C`
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,14 @@ from torch import Tensor
 from ffdist.ff import MAX_CLASSES
 from ffdist.ff.forms import Form
 from ffdist.ff.labels import LABELS
+from ffdist.ff.specs import MAX_VALUE
 
 
 @dataclass(frozen=True)
 class Encoder(ABC):
     """Turns samples into input rows.
 
-    Fields that have the name of a setting of the section `data` are set by it.
+    A field with the name of a setting of the section `data` is set by it. Readers of datasets set other fields.
     """
 
     shape: tuple[int, ...]
@@ -34,14 +36,22 @@ class Encoder(ABC):
     """Scale of the label's one-hot values."""
 
     dtype: ClassVar[torch.dtype]
-    """Type of the values of a sample, not int64."""
+    """Type of the values of a sample. It must not be int64, the type of labels."""
 
     def __post_init__(self) -> None:
-        """Checks the settings.
+        """Checks the settings, and converts `shape` to a tuple.
 
         Raises:
             ValueError: A setting is invalid.
         """
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not self.shape or not all(type(size) is int and 1 <= size <= MAX_VALUE for size in self.shape):
+            raise ValueError(f"shape must be positive integers (shape: {self.shape})")
+        if self.label == "overwrite" and self.classes >= self.size:
+            raise ValueError(
+                f"data.label=overwrite replaces the first values of a sample by {self.classes} label values, but a "
+                f"sample has only {self.size}; set data.label to append"
+            )
         if self.label not in (*LABELS, "none"):
             raise ValueError(f"label must be one of {', '.join(LABELS)}, none (label: {self.label})")
         if not 1 <= self.classes <= MAX_CLASSES:
@@ -112,7 +122,7 @@ class Encoder(ABC):
         return 0
 
     def from_array(self, samples: Tensor) -> Tensor:
-        """Returns samples of any number type `[N, *shape]` in `dtype`, if that does not change them.
+        """Returns samples of any number type `[N, *shape]` in `dtype`. Numbers may be rounded to it.
 
         Raises:
             ValueError: The samples are of another shape, or invalid; the message states the rule.
@@ -148,12 +158,9 @@ class ImageEncoder(Encoder):
             ValueError: A setting is invalid.
         """
         super().__post_init__()
+        if len(self.shape) != 3:
+            raise ValueError(f"the shape of images must be channels, height and width (shape: {self.shape})")
         _, height, width = self.shape
-        if self.label == "overwrite" and self.classes >= self.size:
-            raise ValueError(
-                f"data.label=overwrite replaces the first pixels of an image by {self.classes} label values, but an "
-                f"image has only {self.size}; set data.label to append"
-            )
         if self.jitter >= min(height, width):
             raise ValueError(
                 f"data.jitter must be smaller than the images (jitter: {self.jitter}, images: {height} x {width}); "
@@ -210,6 +217,27 @@ ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder}
 """Encoders, by the name that a dataset gives."""
 
 
-def encoder_kind(encoder: Encoder) -> str:
-    """Returns the name of an encoder in `ENCODERS`."""
-    return next(name for name, kind in ENCODERS.items() if kind is type(encoder))
+def parse_encoder(entry: Any) -> Encoder:
+    """Returns the encoder of an entry in a file, the result of `encoder_entry`.
+
+    Raises:
+        ValueError: The entry is invalid.
+    """
+    kind = entry.get("kind") if isinstance(entry, Mapping) else None
+    if not (isinstance(kind, str) and kind in ENCODERS):
+        raise ValueError(f"the kind of an encoder must be one of {', '.join(ENCODERS)} (kind: {str(kind)[:99]!r})")
+    settings = {key: value for key, value in entry.items() if key != "kind"}
+    for field in fields(ENCODERS[kind]):
+        value, default = settings.get(field.name, field.default), field.default
+        if default is not MISSING and type(value) is not type(default) and not isinstance(value, int | float):
+            raise ValueError(f"{field.name} must be of type {type(default).__name__} (given: {str(value)[:99]!r})")
+    try:
+        return ENCODERS[kind](**settings)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"the settings of an encoder are invalid ({error})") from error
+
+
+def encoder_entry(encoder: Encoder) -> dict[str, Any]:
+    """Returns an encoder as JSON data."""
+    kind = next(name for name, cls in ENCODERS.items() if cls is type(encoder))
+    return {"kind": kind, **asdict(encoder), "shape": list(encoder.shape)}

@@ -5,13 +5,13 @@ Shapes: `P` passes, `T` passes that are trained on, `B` samples of a minibatch, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
-from ffdist.ff.objectives import OBJECTIVES, RELEASE, Rule
+from ffdist.ff.objectives import OBJECTIVES, RELEASE, Loss, Rule
 from ffdist.ff.optimizers import Learner
 
 MEASURED = ("active_fraction", "weight_rms")
@@ -32,11 +32,6 @@ class Passes(NamedTuple):
     def num_trained(self) -> int:
         """Number of passes that are trained on: positive and negative."""
         return 1 + self.num_negatives
-
-    @property
-    def num_passes(self) -> int:
-        """Number of passes P."""
-        return self.num_trained + self.has_neutral
 
     @property
     def readout(self) -> int:
@@ -73,34 +68,22 @@ class Output(NamedTuple):
     """Scores of the objective `[...]`, such as the goodness, float32."""
 
 
-class LayerSettings(TypedDict, total=False):
-    """Arguments of all kinds of layers."""
-
-    rule: Rule
-    """The learning rule."""
-    threshold: float | None
-    """Goodness, before any minus, at which a row is as likely positive as negative; None for the number of units."""
-    compute_dtype: torch.dtype
-    """Type of the matrix products. Parameters, goodness and updates stay float32."""
-    generator: torch.Generator | None
-    """Source of the initial weights; zeros without it."""
-
-
 class Layer(Learner, ABC):
     """A layer that trains on its own loss.
 
-    A kind of layer creates its parameters in `__init__` and computes its output in `compute`. Its gradient is computed
-    by autograd, within the layer, unless the kind overrides `compute_for_training` and `gradients`.
+    A kind of layer creates its parameters in `__init__` and computes its output in `compute`. All parameters are
+    trained; constants are buffers. The gradient is computed by autograd, within the layer, unless the kind overrides
+    `compute_for_training` and `gradients`. `compute` must not wait for the device (such as `.item()`), because it is
+    captured in a CUDA graph, and must not draw random numbers, because they would depend on the process.
 
     Args:
         num_units: Number of outputs H.
         rule: The learning rule.
-        threshold: See `LayerSettings`.
-        compute_dtype: See `LayerSettings`.
+        threshold: Goodness, before any minus, at which a row is as likely positive as negative; None for the number of
+            units.
+        compute_dtype: Type of input and output rows and of matrix products. Parameters, activations, goodness and
+            updates are float32.
     """
-
-    masks_gradients: ClassVar[bool] = False
-    """Whether units that are 0 pass no gradient of the objective on, as in a ReLU."""
 
     def __init__(
         self,
@@ -114,38 +97,45 @@ class Layer(Learner, ABC):
         self.rule, self.compute_dtype = rule, compute_dtype
         self.objective = OBJECTIVES[rule.objective](rule, threshold, num_units)
         self._normalize = NORMALIZATIONS[rule.normalization]
-        self.statistics = nn.Module()
         self.statistics.register_buffer("mean_activity", torch.full((num_units,), INITIAL_MEAN_ACTIVITY))
 
     @abstractmethod
     def compute(self, inputs: Tensor) -> Tensor:
-        """Returns the activations `[R, H]`, float32 or wider, from the result of `prepare`."""
+        """Returns the activations `[R, H]`, float32 or wider.
+
+        Args:
+            inputs: Result of `prepare`: by default, rows `[R, D]` of the compute type.
+        """
 
     def prepare(self, rows: Tensor) -> Tensor:
         """Arranges rows `[R, D]` for `compute` and `gradients`, `[R, ...]`. By default, it returns them."""
         return rows
 
     def compute_for_training(self, inputs: Tensor) -> Tensor:
-        """Returns the same as `compute`, with what `gradients` needs."""
-        self.requires_grad_()
+        """Returns the activations, with their graph. Submodules, such as batch norm, are in training mode."""
+        self.requires_grad_().train()
         with torch.enable_grad():
-            return self.compute(inputs)
+            activations = self.compute(inputs)
+        self.eval()
+        return activations
 
     def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
         """Returns the gradient of each parameter, by name.
 
         Args:
-            direction: Minus the gradient of the loss with respect to some of the activations `[r, H]`.
-            inputs: Result of `prepare` for all rows.
-            activations: Result of `compute_for_training` for all rows.
+            direction: Minus the gradient of the loss with respect to the activations of these rows `[r, H]`.
+            inputs: Result of `prepare`.
+            activations: Result of `compute_for_training`.
             rows: The rows that `direction` is for.
         """
+        if not activations.requires_grad:  # there are no parameters
+            return {}
         weights = torch.zeros_like(activations)
         weights[rows] = direction
-        names, parameters = zip(*self.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(activations, parameters, weights)
+        named = dict(self.named_parameters())
+        gradients = torch.autograd.grad(activations, [*named.values()], weights, materialize_grads=True)
         self.requires_grad_(False)
-        return dict(zip(names, gradients, strict=True))
+        return dict(zip(named, gradients, strict=True))
 
     def update_parameters(self, gradients: Mapping[str, Tensor], lr_scale: float) -> None:
         """Makes one update."""
@@ -167,7 +157,7 @@ class Layer(Learner, ABC):
     def forward(self, rows: Tensor) -> Output:
         """Returns the output for rows `[..., D]` of the compute type."""
         activations = self.compute(self.prepare(rows.reshape(-1, rows.shape[-1])))
-        return self._output(activations.view(*rows.shape[:-1], -1))
+        return self._output(activations.reshape(*rows.shape[:-1], -1))
 
     def _output(self, activations: Tensor) -> Output:
         squares = squared_norm(activations)
@@ -192,7 +182,7 @@ class Layer(Learner, ABC):
         rows, num_trained, labels = minibatch.rows, minibatch.passes.num_trained, minibatch.labels
         inputs = self.prepare(rows.flatten(0, 1))
         activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs)
-        values = activations.detach().view(*rows.shape[:2], -1)
+        values = activations.detach().reshape(*rows.shape[:2], -1)
         squares = squared_norm(values)
         scores = self.objective.scores(values, squares)
         output = Output(self._normalize(values, squares).to(self.compute_dtype), scores)
@@ -205,41 +195,43 @@ class Layer(Learner, ABC):
         )
         metrics = torch.stack((*loss.metrics, *measured)).float()
         if lr_scale is not None:
-            self._learn(inputs, activations, trained, loss.direction, labels, lr_scale)
+            self._learn(inputs, activations, trained, loss, labels, lr_scale)
         return output, metrics
 
     def _weight_rms(self) -> Tensor:
-        return torch.cat([each.flatten() for each in self.parameters() if each.dim() > 1]).square().mean().sqrt()
+        """Returns the root mean square of all parameters with at least two dimensions; NaN without any."""
+        weights = [parameter for parameter in self.parameters() if parameter.dim() > 1]
+        count = sum(weight.numel() for weight in weights)
+        means = [weight.square().mean() * (weight.numel() / count) for weight in weights]
+        return torch.stack(means).sum().sqrt() if means else self.mean_activity.new_full((), torch.nan)
 
     def _learn(
         self,
         inputs: Tensor,
         activations: Tensor,
         trained: Tensor,
-        direction: Tensor,
+        loss: Loss,
         labels: Tensor | None,
         lr_scale: float,
     ) -> None:
         """Makes the updates of a minibatch; the first one reuses the forward pass.
 
         The gradient is that of the mean over samples. Peer normalization adds a pull towards the mean activity of the
-        layer to the positive pass, which reaches inactive units, too.
+        layer to the positive pass. It reaches inactive units in layers whose gradient is in closed form.
         """
-        passes, batch = trained.shape[:2]
-        inputs = inputs[: passes * batch]
-        turns = [slice(0, 1), slice(1, passes)] if self.rule.alternating else [slice(0, passes)]
-        for number, turn in enumerate(turns * self.rule.updates_per_minibatch):
+        num_passes, batch = trained.shape[:2]
+        inputs = inputs[: num_passes * batch]
+        parts = [slice(0, 1), slice(1, num_passes)] if self.rule.alternating else [slice(0, num_passes)]
+        for number, part in enumerate(parts * self.rule.updates_per_minibatch):
             if number:
                 activations = self.compute_for_training(inputs)
                 trained = activations.detach().view_as(trained)
                 squares = squared_norm(trained)
-                direction = self.objective(trained, squares, self.objective.scores(trained, squares), labels).direction
-            part = direction[turn]
-            if self.masks_gradients and not self.objective.is_zero_where_inactive:
-                part = part * (trained[turn] != 0)
-            if turn.start == 0:
+                loss = self.objective(trained, squares, self.objective.scores(trained, squares), labels)
+            direction = loss.direction(part)
+            if part.start == 0:
                 self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)
                 strength = self.rule.peer_strength / batch
-                part[0] += strength * (self.mean_activity.mean() - self.mean_activity)
-            rows = slice(turn.start * batch, turn.stop * batch)
-            self.update_parameters(self.gradients(part.flatten(0, 1), inputs, activations, rows), lr_scale)
+                direction[0] += strength * (self.mean_activity.mean() - self.mean_activity)
+            rows = slice(part.start * batch, part.stop * batch)
+            self.update_parameters(self.gradients(direction.flatten(0, 1), inputs, activations, rows), lr_scale)

@@ -19,8 +19,8 @@ from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import neutral, one_hot
 from ffdist.ff.layers import MEASURED, Layer
-from ffdist.ff.objectives import OBJECTIVES, RELEASE, Rule
-from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_training
+from ffdist.ff.objectives import OBJECTIVES, RELEASE, Objective, Rule
+from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_inference
 from ffdist.ff.readout import Readout
 from ffdist.ff.specs import LayerSpec, parse_layer
 
@@ -109,9 +109,14 @@ class Architecture:
         return [label for label in range(self.classes) if label not in self.untrained]
 
     @property
+    def objective(self) -> type[Objective]:
+        """Kind of the layers' objective."""
+        return OBJECTIVES[self.rule.objective]
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics of each layer for a minibatch, in their order."""
-        return (*OBJECTIVES[self.rule.objective].metrics, *MEASURED)
+        return (*self.objective.metrics, *MEASURED)
 
     @cached_property
     def forms(self) -> tuple[Form, ...]:
@@ -155,18 +160,25 @@ class Architecture:
     def _layers_and_forms(self) -> Iterable[tuple[LayerSpec, Form]]:
         return zip(self.layers, self.forms[:-1], strict=True)
 
-    def layer(self, index: int) -> Layer:
-        """Builds hidden layer `index`, counted from 0, with its initial weights."""
-        has_values = torch.get_default_device().type != "meta"  # arithmetic there would import torch's compiler
-        layer = self.layers[index].build(
-            self.forms[index],
-            rule=self.rule,
-            threshold=self.thresholds[index] if self.thresholds else None,
-            compute_dtype=self.compute_dtype,
-            generator=generator(self.seed, "layer", index) if has_values else None,
-        )
-        layer.add_optimizer_state()
-        return layer
+    def layer(self, index: int, *, trainable: bool = True) -> Layer:
+        """Builds a hidden layer.
+
+        Args:
+            index: Number of the layer, counted from 0.
+            trainable: Whether it has initial weights and optimizer state. Otherwise its weights must be loaded.
+        """
+        spec = self.layers[index]
+        with torch.device("cpu" if trainable or not spec.builds_on_meta else "meta"):
+            layer = spec.build(
+                self.forms[index],
+                rule=self.rule,
+                threshold=self.thresholds[index] if self.thresholds else None,
+                compute_dtype=self.compute_dtype,
+                generator=generator(self.seed, "layer", index) if trainable else None,
+            )
+        if trainable:
+            layer.add_optimizer_state()
+        return layer.eval()
 
     def readout(self) -> Readout:
         """Builds the readout, whose initial parameters are 0."""
@@ -220,13 +232,15 @@ class Network(nn.Module):
 
     Args:
         architecture: Determines the network.
+        trainable: Whether it has initial weights and optimizer state. Otherwise its weights must be loaded.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, trainable: bool = True) -> None:
         super().__init__()
-        self.architecture = architecture
-        self.layers = nn.ModuleList(architecture.layer(index) for index in range(len(architecture.layers)))
-        self.readout = architecture.readout()
+        self.architecture, indices = architecture, range(len(architecture.layers))
+        self.layers = nn.ModuleList(architecture.layer(index, trainable=trainable) for index in indices)
+        with torch.device("cpu" if trainable else "meta"):
+            self.readout = architecture.readout()
 
     @classmethod
     def for_inference(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> "Network":
@@ -242,14 +256,12 @@ class Network(nn.Module):
             KeyError: A tensor is missing.
             RuntimeError: A tensor has another shape.
         """
-        with torch.device("meta"):
-            network = cls(architecture)
-        names = [name for name in network.state_dict() if not is_for_training(name)]
+        network = cls(architecture, trainable=False)
+        names = [name for name in network.state_dict() if is_for_inference(name)]
         network.load_state_dict({name: tensors[name] for name in names}, strict=False, assign=True)
-        for module in network.modules():
-            for name in [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]:
-                delattr(module, name)
-        return network.requires_grad_(False)
+        for learner in (*network.layers, network.readout):
+            learner.optimizer = learner.statistics = nn.Module()
+        return network.requires_grad_(False).eval()
 
     def read(self, rows: Tensor) -> list[Tensor]:
         """Returns the readout's inputs for rows `[B, D']`: the normalized activations of each read layer `[B, H]`."""

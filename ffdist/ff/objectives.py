@@ -4,6 +4,7 @@ Shapes: `T` passes that are trained on, the positive one first, `B` samples, `H`
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -48,12 +49,15 @@ class Loss(NamedTuple):
 
     metrics: tuple[Tensor, ...]
     """Values of `Objective.metrics`, scalars."""
-    direction: Tensor
-    """Minus the gradient of the mean loss over samples with respect to the activations `[T, B, H]`; a new tensor."""
+    direction: Callable[[slice], Tensor]
+    """Returns minus the gradient of the mean loss over samples with respect to the activations of some of the passes
+    `[t, B, H]`, as a new tensor. It is 0 where an activation is 0, as behind a ReLU."""
 
 
 class Objective(ABC):
-    """The local loss of a layer. A kind implements `scores` and `loss`; its gradient is computed by autograd.
+    """The local loss of a layer.
+
+    Its methods must not wait for the device (such as `.item()`), because they are captured in a CUDA graph.
 
     Args:
         rule: The learning rule.
@@ -65,8 +69,6 @@ class Objective(ABC):
     """Names of the metrics of a minibatch."""
     needs_labels: ClassVar[bool] = False
     """Whether it needs the true labels."""
-    is_zero_where_inactive: ClassVar[bool] = False
-    """Whether its gradient is 0 wherever an activation is 0, so that a ReLU does not need to mask it."""
 
     def __init__(self, rule: Rule, threshold: float | None, num_units: int) -> None:
         self.rule, self.num_units = rule, num_units
@@ -81,9 +83,6 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, activations: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the mean loss over samples, a scalar, from activations `[T, B, H]` and true labels `[B]`."""
-
     def __call__(self, activations: Tensor, squares: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch.
 
@@ -93,11 +92,26 @@ class Objective(ABC):
             scores: Their scores `[T, B]`.
             labels: True labels `[B]`, or None if it does not need them.
         """
+
+
+class AutogradObjective(Objective):
+    """An objective whose gradient is computed by autograd."""
+
+    @abstractmethod
+    def loss(self, activations: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the mean loss over samples, a scalar, from activations `[T, B, H]` and true labels `[B]`."""
+
+    def __call__(self, activations: Tensor, squares: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+        """Returns the loss of a minibatch."""
+        leaf = activations.detach().requires_grad_()
         with torch.enable_grad():
-            leaf = activations.detach().requires_grad_()
             loss = self.loss(leaf, labels)
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        return Loss((loss.detach(),), gradient.neg_())
+
+        def direction(passes: slice) -> Tensor:
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            return -gradient[passes] * (activations[passes] != 0)
+
+        return Loss((loss.detach(),), direction)
 
 
 class GoodnessObjective(Objective):
@@ -108,7 +122,6 @@ class GoodnessObjective(Objective):
     """
 
     metrics = ("loss", "goodness_positive", "goodness_negative", "pairwise_error")
-    is_zero_where_inactive = True
 
     def __init__(self, rule: Rule, threshold: float | None, num_units: int) -> None:
         super().__init__(rule, threshold, num_units)
@@ -121,26 +134,21 @@ class GoodnessObjective(Objective):
         goodness = self._goodness.value(activations, squares)
         return -goodness if self._is_minus else goodness
 
-    def loss(self, activations: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the mean of the positive and negative losses."""
-        return self._margin_loss(self.scores(activations, activations.square().sum(-1)))[0]
-
-    def _margin_loss(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss, and minus the derivative of the summed losses with respect to the scores `[T, B]`."""
-        margin = self.rule.alpha * (scores - self.threshold)
-        losses, pull = self._loss(margin[0], margin[1:])
-        return (losses[0].mean() + losses[1:].mean()) / 2, pull
-
     def __call__(self, activations: Tensor, squares: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch; each of the M negative rows of a sample has the weight 1 / M."""
-        loss, pull = self._margin_loss(scores)
+        margin = self.rule.alpha * (scores - self.threshold)
+        losses, pull = self._loss(margin[0], margin[1:])
         pull.mul_(self.rule.alpha / scores.shape[1])
         if len(pull) > 2:
             pull[1:] /= len(pull) - 1
-        slope = self._goodness.slope(activations)
         positive, negative = scores[0], scores[1:]
+        loss = (losses[0].mean() + losses[1:].mean()) / 2
         pairwise_error = (negative >= positive).float().mean()
-        direction = (-slope if self._is_minus else slope) * pull.unsqueeze(-1)
+
+        def direction(passes: slice) -> Tensor:
+            slope = self._goodness.slope(activations[passes])
+            return (-slope if self._is_minus else slope) * pull[passes].unsqueeze(-1)
+
         return Loss((loss, positive.mean(), negative.mean(), pairwise_error), direction)
 
 

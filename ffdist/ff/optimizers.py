@@ -1,5 +1,6 @@
 """Optimizers of layers and readout, and the schedule of their learning rates."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,6 +16,8 @@ BETA2, EPSILON = 0.999, 1e-8
 BLOCK_VALUES = 2**19
 """Number of values in a block of a parameter; an update processes one block after the other."""
 
+TRAINING_STATE = re.compile(r"(layers\.\d+\.|readout\.)?(optimizer|statistics)\.")
+"""Names of the tensors that only training needs, in the state of a `Learner` or of a network."""
 Slots = dict[str, Tensor]
 """The state of an optimizer for a parameter, by slot; changed in place."""
 
@@ -33,7 +36,7 @@ class Update:
     """A key of `OPTIMIZERS`."""
 
     def num_values(self, parameters: int) -> int:
-        """Returns the number of values of a weight and a bias with their optimizer state, from that of both."""
+        """Returns the number of values of two parameters, such as weight and bias, with their optimizer state."""
         slots = OPTIMIZERS[self.optimizer].slots
         steps = slots.count("steps")
         return parameters * (1 + len(slots) - steps) + 2 * steps
@@ -128,10 +131,11 @@ class Learner(nn.Module):
 
     def __init__(self, update: Update) -> None:
         super().__init__()
-        self.update, self.optimizer = update, nn.Module()
+        self.update = update
+        self.optimizer, self.statistics = nn.Module(), nn.Module()
 
     def add_optimizer_state(self) -> None:
-        """Adds the optimizer state of all parameters that have none, 0 initially."""
+        """Adds the optimizer state of all parameters that have none, 0 initially, and excludes them from autograd."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(False)
             for slot in OPTIMIZERS[self.update.optimizer].slots:
@@ -177,9 +181,9 @@ def is_optimizer_state(name: str) -> bool:
     return name.startswith("optimizer.")
 
 
-def is_for_training(name: str) -> bool:
-    """Returns whether only training needs a tensor of this name in the state of a `Learner`, or of its parent."""
-    return not {"optimizer", "statistics"}.isdisjoint(name.split("."))
+def is_for_inference(name: str) -> bool:
+    """Returns whether inference needs a tensor of this name in the state of a `Learner` or of a network."""
+    return not TRAINING_STATE.match(name)
 
 
 def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

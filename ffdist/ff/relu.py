@@ -22,10 +22,8 @@ class ReluLayer(Layer):
         shape: Shape of the weight, with the number of inputs of a unit last.
         generator: Source of the initial weights, N(0, 1) divided by the square root of the number of inputs of a unit;
             zeros without it.
-        **settings: See `LayerSettings`.
+        **settings: See `Layer`.
     """
-
-    masks_gradients = True
 
     def __init__(self, shape: tuple[int, ...], *, generator: torch.Generator | None = None, **settings: Any) -> None:
         num_units = math.prod(shape[:-1])
@@ -33,7 +31,6 @@ class ReluLayer(Layer):
         initial = torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) if generator else torch.zeros(shape)
         self.weight = nn.Parameter(initial, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(num_units), requires_grad=False)
-        self.add_optimizer_state()
         self._compute_weight: Tensor
         self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
         self.refresh()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ffdist.ff.forms import Form
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ffdist.ff.layers import Layer
 
 MAX_VALUE = 10**9
-"""Largest number in the settings of a layer."""
+"""Largest number in a setting. Larger numbers exceed float32, time limits of the system, or memory."""
 FLOAT32_BYTES = 4
 MIN_UNITS_PER_FIELD = 32
 """With fewer units per field, one product for each row of fields is faster than one for each field."""
@@ -28,16 +28,19 @@ MIN_UNITS_PER_FIELD = 32
 class LayerSpec(ABC):
     """Describes a layer in a configuration. Its fields are the settings of the kind."""
 
+    builds_on_meta: ClassVar[bool] = False
+    """Whether `build` works on torch's device `meta`, which saves the memory of weights that are loaded afterwards."""
+
     def __post_init__(self) -> None:
-        """Checks the settings that are whole numbers.
+        """Checks the settings that are whole numbers; the `min` in the metadata of a field is 1 by default.
 
         Raises:
-            ValueError: One is not from 1 to MAX_VALUE.
+            ValueError: One is less than its minimum, or greater than MAX_VALUE.
         """
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and not (type(value) is int and 1 <= value <= MAX_VALUE):
-                raise ValueError(f"{field.name} must be a whole number from 1 to {MAX_VALUE} (given: {value!r})")
+            value, low = getattr(self, field.name), field.metadata.get("min", 1)
+            if field.type in (int, "int") and not (type(value) is int and low <= value <= MAX_VALUE):
+                raise ValueError(f"{field.name} must be a whole number from {low} to {MAX_VALUE} (given: {value!r})")
 
     @abstractmethod
     def output_form(self, form: Form) -> Form:
@@ -53,7 +56,8 @@ class LayerSpec(ABC):
 
         Args:
             form: Form of the input.
-            **settings: See `LayerSettings`.
+            **settings: `rule`, `threshold` and `compute_dtype`, see `Layer`; and `generator`, the source of the initial
+                weights, or None if they will be loaded.
         """
 
     def validate(self, form: Form) -> None:  # noqa: B027
@@ -90,6 +94,8 @@ class Dense(LayerSpec):
 
     units: int
     """Number of units."""
+
+    builds_on_meta = True
 
     def __str__(self) -> str:
         return str(self.units)
@@ -135,6 +141,8 @@ class Local(LayerSpec):
     stride: int = 1
     """Distance between adjacent fields, in positions of the input map."""
 
+    builds_on_meta = True
+
     def __str__(self) -> str:
         return f"{self.grid}x{self.grid}x{self.units}"
 
@@ -171,7 +179,7 @@ class Local(LayerSpec):
     def validate(self, form: Form) -> None:
         """Checks that the input is a map, and that every field overlaps it."""
         if not form.is_map:
-            raise ValueError("has local fields and needs a map as input, which a dense layer does not return")
+            raise ValueError(f"has local fields and needs a map as input (shape of its input: {form.shape})")
         _, *sizes = form.shape
         ends = 0, (self.grid - 1) * self.stride  # the fields in between overlap if these do, and there may be many
         starts = [(size, (size - self.covered) // 2 + end) for size in sizes for end in ends]
@@ -221,7 +229,7 @@ def parse_layer(entry: Any) -> LayerSpec:
     if not isinstance(entry, Mapping):
         return Dense(entry)
     kind = entry.get("kind")
-    if kind not in LAYERS:
+    if not (isinstance(kind, str) and kind in LAYERS):
         raise ValueError(f"kind must be one of {', '.join(LAYERS)} (kind: {kind!r})")
     spec, settings = LAYERS[kind], {key: value for key, value in entry.items() if key != "kind"}
     names = [field.name for field in fields(spec)]

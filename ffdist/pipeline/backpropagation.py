@@ -80,13 +80,14 @@ class Backpropagation:
 
     def _train_minibatch(self, rows: Tensor, labels: Tensor, lr_scale: float) -> Tensor:
         """Makes one update; returns loss and error before it `[2]`."""
-        self._network.requires_grad_()
+        self._network.requires_grad_().train()
         self._refresh()
         logits = self._logits(rows)
+        self._network.eval()
         loss = F.cross_entropy(logits, labels)
         named = [dict(learner.named_parameters()) for learner in self._learners]
         parameters = [parameter for each in named for parameter in each.values()]
-        gradients = iter(torch.autograd.grad(-loss, parameters))
+        gradients = iter(torch.autograd.grad(-loss, parameters, materialize_grads=True))
         self._network.requires_grad_(False)
         for learner, names in zip(self._learners, named, strict=True):
             learner.ascend({name: next(gradients) for name in names}, lr_scale=lr_scale)  # the loss is a mean

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
-from ffdist.ff.objectives import OBJECTIVES
 from ffdist.pipeline.schedule import EVALUATION_ROWS, evaluation_block
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
@@ -131,7 +130,7 @@ class Blueprint(NamedTuple):
         """
         architecture, order, negatives = self.architecture, self.order, self.negatives
         source = (negatives, samples, labels)
-        needed_labels = labels if OBJECTIVES[architecture.rule.objective].needs_labels else None
+        needed_labels = labels if architecture.objective.needs_labels else None
         return Actors(
             stages=[
                 make(Stage, architecture, layers, order, self.measure_every, self.device, needed_labels, *first)

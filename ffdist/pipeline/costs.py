@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
-from ffdist.ff.objectives import OBJECTIVES
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.runner import torch_threads
 from ffdist.pipeline.schedule import Train
@@ -81,12 +80,12 @@ def measure_costs(sample: Sample, threads: int) -> Costs:
         sample: Of the run.
         threads: torch's threads.
     """
-    blueprint, of_shape = sample.blueprint, dict[Any, float]()
+    blueprint, of_shape = sample.blueprint, dict[str, float]()
     architecture, deadline = blueprint.architecture, time.monotonic() + LIMIT_S
     layers = list[float | None]()
     with torch_threads(threads):
         for index, layer in enumerate(architecture.layers):
-            shape = architecture.forms[index], layer, index == 0
+            shape = str((architecture.forms[index], repr(layer), index == 0))
             if shape not in of_shape and (not index or time.monotonic() < deadline):
                 of_shape[shape] = _layer_s(sample, index)
             layers.append(of_shape.get(shape))
@@ -95,7 +94,7 @@ def measure_costs(sample: Sample, threads: int) -> Costs:
             torch.cuda.empty_cache()
     known = [index for index, cost in enumerate(layers) if cost is not None]
     counts = architecture.num_parameters
-    parameter_s = sum(layers[index] or 0.0 for index in known) / sum(counts[index] for index in known)
+    parameter_s = sum(layers[index] or 0.0 for index in known) / max(1, sum(counts[index] for index in known))
     guesses = (parameter_s * count for count in counts)
     filled = [guess if cost is None else cost for cost, guess in zip(layers, guesses, strict=True)]
     return Costs(filled, readout, sample.negatives_s, blueprint.device)
@@ -112,7 +111,7 @@ def _layer_s(sample: Sample, index: int) -> float:
         width, passes = architecture.widths[index], blueprint.negatives.per_sample + architecture.labels_shown
         signal, read = (_values(blueprint, *passes, order.batch_size, width) for passes in ((passes,), ()))
         message = signal, read
-    labels = sample.labels if OBJECTIVES[architecture.rule.objective].needs_labels else None
+    labels = sample.labels if architecture.objective.needs_labels else None
     stage = Stage(architecture, range(index, index + 1), order, blueprint.measure_every, device, labels, *data)
     return _minibatch_s(lambda chunk: stage.train(chunk, *message)[0], blueprint)
 

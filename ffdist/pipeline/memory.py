@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 
-import torch
-
 from ffdist.ff.network import Architecture
+from ffdist.ff.specs import FLOAT32_BYTES
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.schedule import EVALUATION_ROWS
 
-FLOAT32_BYTES = torch.float32.itemsize
 WORKING_VALUES = 6
 """float32 values per activity of a minibatch while a layer is trained."""
 PROCESS_BYTES = 350_000_000

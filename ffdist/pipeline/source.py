@@ -193,7 +193,7 @@ class Source:
         self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
     def train(self, chunk: Train, *arrived: Shard | Drawn) -> list[Tensor]:
-        """Gathers what the rows of a chunk are made of.
+        """Gathers the samples and labels of a chunk.
 
         Args:
             chunk: The chunk.

@@ -14,7 +14,7 @@ from ffdist.console import track
 from ffdist.errors import ConfigError
 from ffdist.ff.classify import error as classification_error
 from ffdist.ff.network import Network
-from ffdist.pipeline import memory
+from ffdist.ff.specs import FLOAT32_BYTES
 from ffdist.runs.folder import SUMMARY
 from ffdist.runs.run import Run
 from ffdist.storage.folder import Folder
@@ -45,7 +45,7 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     network, dataset = run.network, run.dataset
     readout, samples = network.architecture.readout(), len(dataset.samples["train"])
     features = readout.weight.shape[1]
-    host_memory.check(memory.FLOAT32_BYTES * samples * features, "the activations that a readout is fitted to")
+    host_memory.check(FLOAT32_BYTES * samples * features, "the activations that a readout is fitted to")
     train, done = _activations(network, dataset.samples["train"], "train"), 0
     rows = torch.empty(samples, features)  # allocated once, because it dominates the memory use
     for batch in train:

@@ -28,8 +28,14 @@ TASK_PREFIXES = (
 TASK_EXCEPTIONS = ("data.label", "data.label_scale", "data.root")
 """Parameters that may differ in spite of their prefix: how the input shows the label, and the location of the data."""
 RULE_PARAMETERS = (
-    *("model.goodness", "model.threshold", "model.normalization", "training.loss", "training.alpha"),
-    *("training.updates", "training.schedule", "training.updates_per_minibatch", "training.optimizer"),
+    *("training.objective", "model.goodness", "model.threshold", "model.normalization", "training.loss"),
+    *(
+        "training.alpha",
+        "training.updates",
+        "training.schedule",
+        "training.updates_per_minibatch",
+        "training.optimizer",
+    ),
 )
 """Parameters of the learning rule, which the table shows unless they are at their default."""
 GOODNESS_ERROR, READOUT_ERROR, FITTED_ERROR = "test/goodness_error", "test/readout_error", "test/fitted_readout_error"

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffdist.checkpoint.checkpoints import for_inference
-from ffdist.config.architecture import build_architecture, build_encoder
+from ffdist.config.architecture import build_architecture
 from ffdist.config.schema import Config
 from ffdist.console import track
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.errors import ConfigError
 from ffdist.ff import MAX_CLASSES
-from ffdist.ff.encoders import ENCODERS
+from ffdist.ff.encoders import parse_encoder
 from ffdist.ff.negatives import KINDS
 from ffdist.ff.network import Network, Prediction
+from ffdist.ff.optimizers import is_for_inference
 from ffdist.pipeline.evaluation import Evaluation, evaluate
 from ffdist.pipeline.timeline import TIMELINE, read_timeline
 from ffdist.runs.folder import (
@@ -124,15 +124,14 @@ class Run:
     @cached_property
     def network(self) -> Network:
         """The network of the checkpoint, on the CPU; inference needs only torch."""
-        if not {"encoder", "shape", "classes"} <= self.summary.keys():
+        if "encoder" not in self.summary:
             raise ConfigError(
-                f"{self.folder} is of an earlier version, which did not record the shape of samples; train it again"
+                f"{self.folder} is of an earlier version, which did not record the encoder of samples; train it again"
             )
-        kind, shape, classes = (self.summary[key] for key in ("encoder", "shape", "classes"))
-        encoder = build_encoder(self.config.data, kind, shape, classes)
-        architecture = build_architecture(self.config, encoder, self.summary.get("untrained_classes", ()))
+        encoder, untrained = parse_encoder(self.summary["encoder"]), self.summary.get("untrained_classes", ())
+        architecture = build_architecture(self.config, encoder, untrained)
         architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
-        state = read_state(checkpoints_of(self.config, self.folder), self.checkpoint, for_inference)
+        state = read_state(checkpoints_of(self.config, self.folder), self.checkpoint, is_for_inference)
         try:
             return network_of(architecture, state)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -248,7 +247,7 @@ def _check_summary(summary: Any) -> dict[str, Any]:
     """
     if not isinstance(summary, dict):
         raise ValueError("it is not a JSON object")
-    shape, names = summary.get("shape", [1, 1, 1]), summary.get("class_names", [])
+    names = summary.get("class_names", [])
     data = summary.get("data", {})
     columns = data.get("columns", {}) if isinstance(data, dict) else None
     classes, untrained = summary.get("classes", 1), summary.get("untrained_classes", [])
@@ -257,13 +256,13 @@ def _check_summary(summary: Any) -> dict[str, Any]:
         "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
         "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
         "test_readout_error": isinstance(summary.get("test_readout_error"), float),
-        "encoder": summary.get("encoder", "image") in ENCODERS,
-        "shape": isinstance(shape, list) and shape and all(isinstance(n, int) and n > 0 for n in shape),
         "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
         "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "data": isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values()),
     }
+    if "encoder" in summary:
+        parse_encoder(summary["encoder"])
     if wrong := [key for key, is_valid in checks.items() if not is_valid]:
         raise ValueError(f"missing, or of the wrong type or size: {', '.join(wrong)}")
     return summary

@@ -82,6 +82,7 @@ def show_store(uri: str, plot: Path) -> None:
     print_rows(rows)
     assert negatives is not None, "the store has entries"
     if not isinstance(dataset.encoder, ImageEncoder):
+        notes.print(f"no plot, because only images are drawn (samples: {dataset.encoder.describe()})")
         return
     indices = order.shard(first.epoch, first.number)[:NUM_SAMPLES]
     images, labels = dataset.samples["train"][indices], dataset.labels["train"][indices]

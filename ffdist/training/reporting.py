@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist.checkpoint.checkpoints import for_inference, weights_sha256
+from ffdist.checkpoint.checkpoints import weights_sha256
 from ffdist.config.schema import Config
 from ffdist.errors import RunFailed, as_warning
-from ffdist.ff.encoders import encoder_kind
+from ffdist.ff.encoders import encoder_entry
 from ffdist.ff.network import Network
+from ffdist.ff.optimizers import is_for_inference
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, Trained
 from ffdist.pipeline.timeline import Timeline
@@ -82,13 +83,12 @@ class Reporter(Observer):
             started: Start of the run, in seconds since 1970.
         """
         test, checkpoints = loop.test, checkpointer.checkpoints
-        _, state = checkpoints.read(checkpointer.reported, for_inference)
+        _, state = checkpoints.read(checkpointer.reported, is_for_inference)
         assert test, "the run ends with a test"
         samples = loop.step * self._config.training.batch_size
         summary: dict[str, Any] = {
             "weights_sha256": weights_sha256(state),
-            "encoder": encoder_kind(self._dataset.encoder),
-            "shape": list(self._dataset.shape),
+            "encoder": encoder_entry(self._dataset.encoder),
             "classes": self._dataset.classes,
             "class_names": list(self._dataset.names),
             "untrained_classes": list(self._dataset.untrained),

@@ -123,17 +123,17 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
     for name, module in modules.items():
         state[name] = state_of(module)
         source = weights.get(name, {})
-        found, expected = (
+        shapes, expected = (
             {key: list(tensor.shape) for key, tensor in each.items() if not is_optimizer_state(key)}
             for each in (source, state[name])
         )
-        if found == expected:
+        if shapes == expected:
             state[name] |= source
         elif name == "readout":
             remarks.append("the readout of that run does not fit, and is initialized instead")
         else:
             raise ConfigError(
-                f"the layers of {folder} do not fit ({name}: {found or 'missing'}, expected: "
+                f"the layers of {folder} do not fit ({name}: {shapes or 'missing'}, expected: "
                 f"{expected}); set model.layers and data.label to the values of that run"
             )
     return Start(state, None, tuple(remarks))
