@@ -117,7 +117,8 @@ def test_run_is_tracked_evaluated_and_exported_like_any_other(tmp_path):
 
 
 def test_baseline_is_resumed_only_with_its_own_algorithm(tmp_path):
-    config = load_config("digits", ["training.epochs=2", "model.layers=[20, 10]"]).by_backpropagation()
+    config = load_config("digits", ["training.epochs=2", "model.layers=[20, 10]", "tracking.artifacts=[]"])
+    config = config.by_backpropagation()
     run = train(config, runner="backpropagation", runs=tmp_path)
     (run.folder / "summary.json").unlink()
     with pytest.raises(ConfigError, match="resumed with its own algorithm, backpropagation; `ffdist baseline`"):

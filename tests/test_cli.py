@@ -338,7 +338,9 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(
+    "stop", [kill_cluster, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS if stop is not kill_cluster)]
+)
 def test_stop_saves_a_checkpoint_marks_the_run_as_killed_and_leaves_no_process(tmp_path, stop):
     code, message = STOPS[stop]
     marker = f"FFDIST_TEST_MARK={tmp_path}"

@@ -16,6 +16,7 @@ B, D, H = 6, 11, 9
 
 def make_layer(dtype=torch.float64, **settings) -> DenseLayer:
     layer = DenseLayer(D, H, compute_dtype=dtype, generator=generator(0, "layer", 0), **settings)
+    layer.add_optimizer_state()
     layer.bias.copy_(0.1 * torch.randn(H, generator=generator(0, "bias")))
     if dtype == torch.float64:
         layer = layer.double()
@@ -200,6 +201,7 @@ def test_loaded_weights_are_used_in_products():
     """Matrix products use a copy of the weights in the compute dtype, which must be refreshed after loading."""
     trained, fresh = make_layer(torch.bfloat16), DenseLayer(D, H, compute_dtype=torch.bfloat16)
     train_rows(trained, random_rows(dtype=torch.bfloat16), B)
+    fresh.add_optimizer_state()
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(
         fresh(random_rows(dtype=torch.bfloat16)).scores, trained(random_rows(dtype=torch.bfloat16)).scores

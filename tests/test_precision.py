@@ -61,6 +61,7 @@ def test_a_run_records_the_resolved_precision(runner, tmp_path, capsys):
     assert f"\nprecision       {precision}\n" in output
 
 
+@pytest.mark.slow
 def test_recovery_on_another_cpu_type_is_recorded_with_a_warning(tmp_path, capsys):
     """The actors are not on the driver's node. Their node is replaced by one where torch uses other instructions."""
     from ray.cluster_utils import Cluster

@@ -42,6 +42,6 @@ def test_terminal_shows_a_progress_bar_and_a_table_of_layers(monkeypatch, capsys
         display.say("[a line] that stays")
     output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
     assert re.search(r"epoch 1/2 .* 25 %", output)
-    assert re.search(r"layer +loss +goodness: positive +negative +pairwise error +active", output)
+    assert re.search(r"layer +loss +goodness: positive +negative +pairwise error *\n", output)
     assert re.search(r"1 +0\.500 +1\.31 +0\.8 +0\.1000", output)
     assert "[a line] that stays" in output

@@ -97,7 +97,14 @@ def database(tmp_path_factory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('tracked')}/mlflow.db"
 
 
-@pytest.mark.parametrize("line", [line for line in TRAINING if "store" not in line])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] * line.startswith("python"))
+        for line in TRAINING
+        if "store" not in line
+    ],
+)
 def test_training_commands(line, tmp_path, request, database, monkeypatch, ffdist):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     if "mnist" in line:
@@ -155,7 +162,7 @@ def test_commands_that_use_a_run(tmp_path, ffdist):
     for line in USING:
         line = line.replace("RUN", str(run_folder)).replace("IMAGES", "images").replace("LABELED", "labeled")
         ffdist(*shlex.split(line)[1:])
-    assert {"found.parquet", "pictures", "network"} < {path.name for path in tmp_path.iterdir()}
+    assert {"predictions.parquet", "pictures", "network"} < {path.name for path in tmp_path.iterdir()}
 
 
 def test_own_images(tmp_path, ffdist):
@@ -300,6 +307,7 @@ def test_a_token_is_generated(tmp_path):
     assert (tmp_path / ".ray" / "auth_token").read_text().strip() == run.stdout.strip() != ""
 
 
+@pytest.mark.slow
 def test_run_py_works_where_ray_submit_copies_it_and_joins_the_cluster(tmp_path, request):
     import ray
 

@@ -46,7 +46,8 @@ def digits() -> Dataset:
 
 
 def make_order(digits) -> SampleOrder:
-    return SampleOrder(0, len(digits.labels["train"]), BATCH_SIZE)
+    num_samples = len(digits.labels["train"])
+    return SampleOrder(0, num_samples, BATCH_SIZE if num_samples < 5_000 else 250)
 
 
 def make_blueprint(
