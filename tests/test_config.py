@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from ffdist.config.loading import RENAMED_SETTINGS, config_folder, load_config, parse_config
+from ffdist.config.loading import RENAMED_SETTINGS, load_config, parse_config
 from ffdist.config.reference import settings_reference
 from ffdist.config.schema import Config
 from ffdist.config.sections import Data, Model, Training
@@ -16,17 +16,18 @@ from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import OPTIMIZERS
 from ffdist.ff.specs import Dense
 
-README = (Path(__file__).parent.parent / "configs" / "README.md").read_text()
+CONFIGS = Path(__file__).parent.parent / "configs"
+README = (CONFIGS / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(config_folder().rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_found_by_name(path):
     assert load_config(path.stem) == load_config(str(path))
 
 
 def test_readme_links_every_shipped_configuration():
-    for path in config_folder().rglob("*.yaml"):
-        assert f"[`{path.stem}`]({path.relative_to(config_folder())})" in README
+    for path in CONFIGS.rglob("*.yaml"):
+        assert f"[`{path.stem}`]({path.relative_to(CONFIGS)})" in README
 
 
 def test_settings_reference_matches_the_schema():

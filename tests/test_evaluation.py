@@ -24,7 +24,7 @@ def test_evaluation_by_stages_equals_evaluation_by_the_whole_network(label):
     blocks = list(runner.run(evaluation("test", 37, 8), []))
     goodness = torch.cat([torch.cat(block.goodness) for block in blocks], 1)
     predictions = torch.cat([block.predicted for block in blocks])
-    actual = evaluate(goodness, predictions, labels, classes=4, predict_from=2)
+    actual = evaluate(goodness, predictions, labels, architecture)
 
     expected = Network(architecture).predict(images)
     assert actual.readout_error == (expected.probabilities.argmax(1) != labels).double().mean().item()

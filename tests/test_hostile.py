@@ -516,7 +516,7 @@ def test_sync_uploads_no_file_outside_the_run_folder(work_dir):
     Path("network").mkdir()
     (run / "network").symlink_to("../../network")
     with closing(sqlite3.connect(run / "metrics.db")) as database, database:
-        database.executemany("insert into calls (kind, content) values (?, ?)", INVALID_CALLS)
+        database.executemany("insert into calls (what, content) values (?, ?)", INVALID_CALLS)
         (run_id,) = database.execute("select value from facts where key = 'run_id'").fetchone()
     uri = default_uri(Path("runs"))
     artifacts_before = [file.path for file in MlflowClient(uri).list_artifacts(run_id)]

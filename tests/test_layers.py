@@ -6,7 +6,7 @@ from helpers import train_rows
 from ffdist.ff.dense import DenseLayer
 from ffdist.ff.goodness import GOODNESS
 from ffdist.ff.keyed import generator
-from ffdist.ff.layers import MEAN_ACTIVITY_MOMENTUM
+from ffdist.ff.layers import MEAN_ACTIVITY_MOMENTUM, MEASURED
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
@@ -15,7 +15,7 @@ B, D, H = 6, 11, 9
 
 
 def make_layer(dtype=torch.float64, **settings) -> DenseLayer:
-    layer = DenseLayer(D, H, compute_dtype=dtype, generator=generator(0, "layer", 0), **settings)
+    layer = DenseLayer((H, D), compute_dtype=dtype, generator=generator(0, "layer", 0), **settings)
     layer.add_optimizer_state()
     layer.bias.copy_(0.1 * torch.randn(H, generator=generator(0, "bias")))
     if dtype == torch.float64:
@@ -166,7 +166,7 @@ def test_metrics_match_their_definitions():
     goodness, activations = layer(rows).scores, layer.compute(rows)[: 2 * B]
     expected_rms = layer.weight.square().mean().sqrt().item()
     _, values = train_rows(layer, rows, B, measure=True)
-    metrics = dict(zip(layer.metrics, values.tolist(), strict=True))
+    metrics = dict(zip((*layer.objective.metrics, *MEASURED), values.tolist(), strict=True))
     margin = torch.cat((goodness[:B] - H, H - goodness[B : 2 * B]))
     assert metrics["loss"] == pytest.approx(F.softplus(-margin).mean().item())
     assert metrics["active_fraction"] == pytest.approx((activations > 0).double().mean().item())
@@ -199,7 +199,7 @@ def test_peer_normalization_revives_a_dead_unit():
 
 def test_loaded_weights_are_used_in_products():
     """Matrix products use a copy of the weights in the compute dtype, which must be refreshed after loading."""
-    trained, fresh = make_layer(torch.bfloat16), DenseLayer(D, H, compute_dtype=torch.bfloat16)
+    trained, fresh = make_layer(torch.bfloat16), DenseLayer((H, D), compute_dtype=torch.bfloat16)
     train_rows(trained, random_rows(dtype=torch.bfloat16), B)
     fresh.add_optimizer_state()
     fresh.load_state_dict(trained.state_dict())

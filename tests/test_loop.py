@@ -159,9 +159,10 @@ def test_resumed_run_frees_the_state_that_it_started_from(tmp_path, monkeypatch)
     config = load_config("digits", ["model.layers=[9,8]", "training.epochs=1", "tracking.artifacts=[]"])
     first = train(config, runner="serial", runs=tmp_path)
     (first.folder / "summary.json").unlink()
-    starts, find_start = [], ffdist.training.trainer._find_start
+    starts, start_from_checkpoint = [], ffdist.training.trainer.start_from_checkpoint
     monkeypatch.setattr(
-        "ffdist.training.trainer._find_start", lambda *args: starts.append(find_start(*args)) or starts[0]
+        "ffdist.training.trainer.start_from_checkpoint",
+        lambda *args, **options: starts.append(start_from_checkpoint(*args, **options)) or starts[0],
     )
     resumed = train(config, runner="serial", runs=tmp_path, resume=first.folder)
     assert resumed.summary["weights_sha256"] == first.summary["weights_sha256"]

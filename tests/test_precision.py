@@ -10,9 +10,10 @@ import pytest
 from ffdist import load_config, train
 from ffdist.runs.folder import checkpoints_of
 from ffdist.runtime.access import private_ray
-from ffdist.training.precision import Speed, choose
+from ffdist.training.precision import DeviceMeasurement, resolve
 
-FAST, EQUAL, SLOW = Speed("a CPU with AMX", 5.0), Speed("a CPU of 2024", 1.05), Speed("a CPU of 2019", 0.25)
+FAST, EQUAL = DeviceMeasurement("a CPU with AMX", 5.0), DeviceMeasurement("a CPU of 2024", 1.05)
+SLOW = DeviceMeasurement("a CPU of 2019", 0.25)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ FAST, EQUAL, SLOW = Speed("a CPU with AMX", 5.0), Speed("a CPU of 2024", 1.05), 
     ],
 )
 def test_auto_is_bfloat16_only_if_it_is_faster_on_every_device(speeds, precision, reason):
-    assert choose("auto", speeds) == (precision, f"precision: {precision}; bfloat16 is {reason}")
+    assert resolve("auto", speeds)[0] == (precision, f"precision: {precision}; bfloat16 is {reason}")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_auto_is_bfloat16_only_if_it_is_faster_on_every_device(speeds, precision
     ],
 )
 def test_slower_precision_is_used_with_a_warning(setting, speeds, warning):
-    precision, reason = choose(setting, speeds)
+    precision, reason = resolve(setting, speeds)[0]
     assert precision == setting
     assert warning in reason
     assert bool(reason) == bool(warning)

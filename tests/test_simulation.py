@@ -6,8 +6,9 @@ from tempfile import NamedTemporaryFile
 
 import pytest
 
-from ffdist.chaos.simulation import ScheduleFailed, simulate
+from ffdist.chaos.simulation import simulate
 from ffdist.checkpoint.checkpoints import Checkpoints
+from ffdist.errors import RunFailed
 from ffdist.pipeline.source import Drawn, HardLabels
 from ffdist.tracking.outbox import Outbox
 from ffdist.training.metrics import Metrics
@@ -104,7 +105,7 @@ def resend_points(monkeypatch):
 def test_simulation_detects_the_bug_within_200_schedules(monkeypatch, inject_bug):
     inject_bug(monkeypatch)
     with pytest.raises(
-        ScheduleFailed,
+        RunFailed,
         match=r"schedule \d+ of seed 0 failed: .*run `ffdist chaos --simulated \d+ --seed 0` to reproduce it",
     ):
         simulate(200, seed=0)

@@ -15,7 +15,7 @@ def _format(figure: str, value: float) -> str:
     """Formats a figure with the unit that the end of its name implies; ratios and fractions have none."""
     if figure.endswith("_bytes"):
         return f"{value / 1e6:,.0f} MB"
-    if figure.endswith(("samples_per_s", "weights")):
+    if figure.endswith(("samples_per_s", "parameters")):
         return f"{value:,.0f}"
     if figure.endswith(("_s", "seconds")):
         return f"{value:.1f} s"

@@ -25,7 +25,7 @@ from ffdist.pipeline.blueprint import DEFAULT_CHUNK
 from ffdist.pipeline.schedule import Position
 from ffdist.runs.results import results_table
 from ffdist.runtime.access import private_ray
-from ffdist.tracking.server import metric_histories
+from ffdist.tracking.server import open_client
 from ffdist.training.metrics import is_learned
 from ffdist.training.prepare import prepare
 from ffdist.training.recoveries import Recovery
@@ -268,7 +268,12 @@ def _phase_durations(injected_at: float, recovery: Recovery) -> dict[str, float]
 
 def _read_result(training: Training, cluster: LocalCluster) -> RunResult:
     summary = training.summary()
-    histories = metric_histories(cluster.uri, summary["mlflow_run_id"])
+    run_id = summary["mlflow_run_id"]
+    with open_client(cluster.uri) as client:
+        histories = {
+            name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+            for name in client.get_run(run_id).data.metrics
+        }
     metrics = {name: series for name, series in histories.items() if is_learned(name)}
     duplicates = [name for name, series in histories.items() if len({step for step, _ in series}) < len(series)]
     return RunResult(summary["weights_sha256"], metrics, duplicates)

@@ -28,7 +28,7 @@ RUN_FAILED, CONFIG_ERROR, INTERRUPTED = 1, 2, 130
 
 
 class Fault:
-    """A fault to inject into a run; each of its kinds is a method.
+    """A fault to inject into a run; `KINDS` has a function for each kind.
 
     Args:
         training: The run.
@@ -43,30 +43,14 @@ class Fault:
         self.step = 0
         """Minibatches done when the driver was killed; 0 for other faults."""
 
-    def kill_stage(self) -> None:
-        """`kill -9` of a stage."""
-        self._kill("StageActor")
-
-    def kill_readout(self) -> None:
-        """`kill -9` of the readout."""
-        self._kill("ReadoutActor")
-
-    def kill_negative_actor(self) -> None:
-        """`kill -9` of a negative actor."""
-        self._kill("NegativeActor")
-
-    def kill_writer(self) -> None:
-        """`kill -9` of the checkpoint writer."""
-        self._kill("WriterActor")
-
     def kill_two_actors(self) -> None:
         """`kill -9` of two actors of different classes at once."""
-        self._kill(*self._rng.sample(ACTOR_CLASSES, 2))
+        self.kill(*self._rng.sample(ACTOR_CLASSES, 2))
 
     def kill_during_recovery(self) -> None:
         """`kill -9` of a stage, and of an actor that is started during the recovery."""
         old, before = self._processes(), len(self.training.recoveries())
-        self._kill("StageActor")
+        self.kill("StageActor")
         wait_for("the failure to be noticed", lambda: len(self.training.recoveries()) > before)
         self._signal(wait_for("new actors", lambda: set(self._processes()) - set(old)), signal.SIGKILL)
 
@@ -84,17 +68,9 @@ class Fault:
         self._stop_driver()
         self.training.resume()
 
-    def terminate_driver(self) -> None:
-        """SIGTERM to the driver, as sent by a cluster at preemption; the run is resumed."""
-        self._terminate("resume with --resume")
-
-    def terminate_group(self) -> None:
-        """SIGTERM to the driver and its process group, as sent by `timeout`; the run is resumed."""
-        self._terminate("resume with --resume", group=True)
-
     def terminate_all(self) -> None:
         """SIGTERM to the driver and all actors, as sent by systemd and Slurm; the run is resumed."""
-        self._terminate(others=self._processes())
+        self.terminate(others=self._processes())
 
     def tear_checkpoint(self) -> None:
         """`kill -9` of the driver, leaving a checkpoint as if a random one of its writes had been interrupted."""
@@ -152,22 +128,6 @@ class Fault:
         time.sleep(OUTAGE_S)
         self._change_database("alter table hidden rename to metrics")
 
-    def delay_network(self) -> None:
-        """A round-trip time of 200 ms between the nodes for `OUTAGE_S`."""
-        self._change_link(Link(delay_s=0.1), OUTAGE_S)
-
-    def drop_packets(self) -> None:
-        """A packet loss of 5% between the nodes for `OUTAGE_S`."""
-        self._change_link(Link(loss=0.05), OUTAGE_S)
-
-    def limit_bandwidth(self) -> None:
-        """A bandwidth of 1.6 Mbit/s between the nodes for `OUTAGE_S`."""
-        self._change_link(Link(bytes_per_s=200_000), OUTAGE_S)
-
-    def partition_briefly(self) -> None:
-        """A partition that heals before Ray declares the node dead."""
-        self._change_link(Link(loss=1), SHORT_PARTITION_S)
-
     def partition_until_lost(self) -> None:
         """A partition that heals after Ray has declared the node dead; the node must then exit by itself."""
         before = len(self.training.recoveries())
@@ -197,7 +157,8 @@ class Fault:
 
         wait_for("the recovery", is_over)
 
-    def _change_link(self, link: Link, duration_s: float) -> None:
+    def change_link(self, link: Link, duration_s: float = OUTAGE_S) -> None:
+        """Changes the link between the nodes for a time; fails if that affected no packet."""
         self.cluster.set_link(link)
         self.injected_at = time.time()
         time.sleep(duration_s)
@@ -214,7 +175,8 @@ class Fault:
     def _processes(self) -> list[psutil.Process]:
         return [process for name in ACTOR_CLASSES for process in self.training.actors(name)]
 
-    def _kill(self, *names: str) -> None:
+    def kill(self, *names: str) -> None:
+        """`kill -9` of an actor of each class at once."""
         processes = [self._rng.choice(self._actors(name)) for name in names]
         self.injected_at = time.time()
         for process in processes:
@@ -231,7 +193,8 @@ class Fault:
         self.training.driver.wait()
         self.step = self.training.step()
 
-    def _terminate(self, *output: str, group: bool = False, others: Sequence[psutil.Process] = ()) -> None:
+    def terminate(self, *output: str, group: bool = False, others: Sequence[psutil.Process] = ()) -> None:
+        """SIGTERM to the driver, and to its process group or other processes; the run is resumed."""
         self.injected_at = time.time()
         for process in (self.training.driver, *others):
             process.send_signal(signal.SIGTERM)
@@ -255,17 +218,17 @@ class Fault:
 
 
 KINDS: dict[str, Callable[[Fault], None]] = {
-    "stage": Fault.kill_stage,
-    "readout": Fault.kill_readout,
-    "negative actor": Fault.kill_negative_actor,
-    "checkpoint writer": Fault.kill_writer,
+    "stage": lambda fault: fault.kill("StageActor"),
+    "readout": lambda fault: fault.kill("ReadoutActor"),
+    "negative actor": lambda fault: fault.kill("NegativeActor"),
+    "checkpoint writer": lambda fault: fault.kill("WriterActor"),
     "two actors at once": Fault.kill_two_actors,
     "actor during recovery": Fault.kill_during_recovery,
     "stuck stage": Fault.suspend_stage,
     "lost node": Fault.lose_node,
     "driver": Fault.kill_driver,
-    "SIGTERM": Fault.terminate_driver,
-    "SIGTERM to the group": Fault.terminate_group,
+    "SIGTERM": lambda fault: fault.terminate("resume with --resume"),  # as sent by a cluster at preemption
+    "SIGTERM to the group": lambda fault: fault.terminate("resume with --resume", group=True),  # as sent by `timeout`
     "SIGTERM to all": Fault.terminate_all,
     "torn checkpoint": Fault.tear_checkpoint,
     "flipped byte": Fault.flip_byte,
@@ -273,10 +236,10 @@ KINDS: dict[str, Callable[[Fault], None]] = {
     "server hangs": Fault.suspend_server,
     "server refuses": Fault.restart_server,
     "server answers 500": Fault.break_server,
-    "network delay": Fault.delay_network,
-    "packet loss": Fault.drop_packets,
-    "limited bandwidth": Fault.limit_bandwidth,
-    "short partition": Fault.partition_briefly,
+    "network delay": lambda fault: fault.change_link(Link(delay_s=0.1)),  # a round-trip time of 200 ms
+    "packet loss": lambda fault: fault.change_link(Link(loss=0.05)),
+    "limited bandwidth": lambda fault: fault.change_link(Link(bytes_per_s=200_000)),  # 1.6 Mbit/s
+    "short partition": lambda fault: fault.change_link(Link(loss=1), SHORT_PARTITION_S),  # heals before Ray notices
     "long partition": Fault.partition_until_lost,
     "wrong clock": Fault.set_clock_forward,
 }

@@ -7,7 +7,8 @@ where an actor dies or hangs, and at which call or write the driver dies; anothe
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -62,10 +63,6 @@ SETTINGS = {
 }
 
 
-class ScheduleFailed(AssertionError):
-    """Faults stopped a run or changed its result; the text has the command that reproduces it."""
-
-
 class RunResult(NamedTuple):
     """The result of a run."""
 
@@ -88,7 +85,7 @@ def simulate(schedules: int, seed: int) -> Outcome:
     """Runs a number of schedules, and compares the result of each with that of a run without faults.
 
     Raises:
-        ScheduleFailed: A schedule failed; the schedules after it were not run.
+        RunFailed: Faults stopped a run or changed its result; the message has the command that reproduces it.
     """
     reference, _ = run_schedule(seed, max_faults=0)
     start, num_faults = time.perf_counter(), 0
@@ -97,10 +94,10 @@ def simulate(schedules: int, seed: int) -> Outcome:
             result, faults = run_schedule(seed * 1_000_000 + number, max_faults=MAX_FAULTS)
             differing = [field for field in RunResult._fields if getattr(result, field) != getattr(reference, field)]
             if differing:
-                raise ScheduleFailed(f"{', '.join(differing)} differ after these faults: {'; '.join(faults)}")
+                raise RunFailed(f"{', '.join(differing)} differ after these faults: {'; '.join(faults)}")
         except Exception as error:
             command = f"ffdist chaos --simulated {number + 1} --seed {seed}"
-            raise ScheduleFailed(
+            raise RunFailed(
                 f"schedule {number} of seed {seed} failed: {error}; run `{command}` to reproduce it"
             ) from error
         num_faults += len(faults)
@@ -114,7 +111,7 @@ def run_schedule(seed: int, max_faults: int) -> tuple[RunResult, list[str]]:
         The result of the run, and the injected faults.
 
     Raises:
-        ScheduleFailed: The run failed with an error, or was not completed.
+        RunFailed: The run failed with an error, or was not completed.
     """
     injector, server = FaultInjector(seed, max_faults), dict[Point, None]()
     with TemporaryDirectory(prefix="ffdist-simulation-", dir=MEMORY_FOLDER) as name:
@@ -128,27 +125,34 @@ def run_schedule(seed: int, max_faults: int) -> tuple[RunResult, list[str]]:
                 if result:
                     return result, injector.faults
         except (ConfigError, RunFailed) as error:
-            raise ScheduleFailed(f"{error}; faults: {'; '.join(injector.faults)}") from error
-    raise ScheduleFailed(f"not completed by {MAX_DRIVERS} drivers; faults: {'; '.join(injector.faults)}")
+            raise RunFailed(f"{error}; faults: {'; '.join(injector.faults)}") from error
+    raise RunFailed(f"not completed by {MAX_DRIVERS} drivers; faults: {'; '.join(injector.faults)}")
 
 
 def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]) -> RunResult | None:
     """Starts or resumes the run; returns its result, or None if a stop was requested."""
+    is_requested = False
+
+    def should_stop() -> bool:
+        nonlocal is_requested  # at a random time, as by Ctrl-C
+        is_requested = is_requested or injector.inject("stop requested")
+        return is_requested
+
     chunk_size = injector.rng.randint(1, PREDICTION_DELAY)
     config = parse_config(SETTINGS | {"pipeline": {"chunk_size": chunk_size}}, "simulation")
     prepared = _prepare(config)
     checkpoints = Checkpoints(FaultyFolder(str(folder / "checkpoints"), injector, DriverDied))
     names = checkpoints.names()
     if max(names, default="") < injector.newest_checkpoint:
-        raise ScheduleFailed(f"checkpoint {injector.newest_checkpoint} is lost; faults: {'; '.join(injector.faults)}")
+        raise RunFailed(f"checkpoint {injector.newest_checkpoint} is lost")
     start = start_from_checkpoint(config, prepared, folder, skip_damaged=False) if names else Start({})
     with closing(_Tracker(folder, injector, server)) as tracker:
-        should_stop = _StopRequest(injector)
         recoveries = Recoveries(MAX_DRIVERS, 1e9)
         metrics = Metrics(config.tracking.log_every_minibatches, BATCH_SIZE, tracker.log_metrics)
-        checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id="simulated", say=_discard)
+        checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id="simulated", say=lambda text: None)
         loop = Loop(config, prepared, checkpointer, recoveries, [metrics])
-        loop.run(_make_pipelines(config, prepared, folder, injector), start, should_stop)
+        pipelines = (_make_pipeline(config, prepared, folder, injector) for _ in count())
+        loop.run(pipelines, start, should_stop)
         if loop.stopped:
             return None
         tracker.send()
@@ -159,10 +163,6 @@ def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]
         return RunResult(weights_sha256(state), tracker.history(), server_metrics)
 
 
-def _discard(text: str) -> None:
-    """Prints nothing."""
-
-
 def _prepare(config: Config) -> Prepared:
     sizes = {"train": NUM_TRAINING, "validation": NUM_HELD_OUT, "test": NUM_HELD_OUT}
     samples = {split: torch.zeros(size, 4, dtype=torch.uint8) for split, size in sizes.items()}
@@ -171,13 +171,6 @@ def _prepare(config: Config) -> Prepared:
     order = SampleOrder(config.seed, NUM_TRAINING, BATCH_SIZE)
     plan = NegativePlan("hard_label", prediction_delay=PREDICTION_DELAY, num_actors=2, prefetch_chunks=2)
     return Prepared(dataset, order, build_architecture(config, dataset.encoder), plan)
-
-
-def _make_pipelines(
-    config: Config, prepared: Prepared, folder: Path, injector: FaultInjector
-) -> Iterator[AbstractContextManager[Runner]]:
-    while True:
-        yield _make_pipeline(config, prepared, folder, injector)
 
 
 @contextmanager
@@ -199,41 +192,23 @@ def _make_pipeline(config: Config, prepared: Prepared, folder: Path, injector: F
     yield Runner(blueprint, actors, call=cluster.call, collect=cluster.collect)
 
 
-class _StopRequest:
-    """Requests a stop, as Ctrl-C does, at a random time."""
-
-    def __init__(self, injector: FaultInjector) -> None:
-        self._injector, self._is_requested = injector, False
-
-    def __call__(self) -> bool:
-        self._is_requested = self._is_requested or self._injector.inject("stop requested")
-        return self._is_requested
-
-
-class _Tracker:
+class _Tracker(Outbox):
     """A tracker with a real outbox; its server is a dict that merges equal points, as MLflow does."""
 
     def __init__(self, folder: Path, injector: FaultInjector, server: dict[Point, None]) -> None:
+        super().__init__(folder / OUTBOX, 10**9)
         self._injector, self._server = injector, server
-        self._outbox = Outbox(folder / OUTBOX, 10**9)
-        self._outbox.add_sent(server)
+        self.add_sent(server)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        learned = {name: value for name, value in metrics.items() if is_learned(name)}
-        self._outbox.add(learned, step)
+        self.add({name: value for name, value in metrics.items() if is_learned(name)}, step)
         if self._injector.rng.random() < 0.3:
             self.send()
 
     def send(self) -> None:
         """Sends points that were not sent yet; the driver may die before the outbox marks them as sent."""
-        points = self._outbox.pending_points(1000)
+        points = self.pending_points(1000)
         self._server.update(dict.fromkeys(points))
         if self._injector.inject("the driver dies before it marks points as sent"):
             raise DriverDied
-        self._outbox.mark_sent(points)
-
-    def history(self) -> dict[str, list[tuple[int, float]]]:
-        return self._outbox.history()
-
-    def close(self) -> None:
-        self._outbox.close()
+        self.mark_sent(points)

@@ -206,10 +206,15 @@ class Checkpoints:
         Raises:
             CheckpointError: The checkpoint is damaged, or of another version.
         """
-        manifest = self.read_manifest(name)
-        state = State()
-        for file in manifest.files:
-            tensors = self._read(name, file, manifest)
+        manifest, state = self.read_manifest(name), State()
+        for file, info in manifest.files.items():
+            try:
+                tensors = load(self.folder.get_checked(f"{name}/{file}", **info.model_dump()))
+            except DamagedFile as error:
+                raise DamagedCheckpoint(str(error)) from error
+            except (SafetensorError, ValueError, KeyError) as error:
+                path = self.folder.path(f"{name}/{file}")
+                raise DamagedCheckpoint(f"{path} is not a safetensors file ({error})") from error
             tensors = {key: tensor for key, tensor in tensors.items() if select is None or select(key)}
             state[file.removesuffix(".safetensors")] = tensors
         return manifest, state
@@ -252,17 +257,6 @@ class Checkpoints:
                 if name in complete:
                     folder.remove(f"{name}/{MANIFEST}")
                 folder.remove(name)
-
-    def _read(self, name: str, file: str, manifest: Manifest) -> dict[str, Tensor]:
-        try:
-            content = self.folder.get_checked(f"{name}/{file}", **manifest.files[file].model_dump())
-            tensors: dict[str, Tensor] = load(content)
-        except DamagedFile as error:
-            raise DamagedCheckpoint(str(error)) from error
-        except (SafetensorError, ValueError, KeyError) as error:
-            path = self.folder.path(f"{name}/{file}")
-            raise DamagedCheckpoint(f"{path} is not a safetensors file ({error})") from error
-        return tensors
 
 
 def _checkpoint_names(pattern: re.Pattern[str], files: list[str]) -> list[str]:

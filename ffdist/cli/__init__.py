@@ -18,19 +18,8 @@ def main() -> None:
 
 
 for command in (
-    train,
-    reproduce,
-    baseline,
-    evaluate,
-    predict,
-    plot,
-    export,
-    readout,
-    results,
-    sync,
-    ui,
-    negatives,
-    chaos,
-    bench,
+    *(train, reproduce, baseline, negatives),
+    *(evaluate, predict, plot, export, readout, results, sync, ui),
+    *(chaos, bench),
 ):
     main.add_command(command)

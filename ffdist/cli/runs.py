@@ -135,7 +135,7 @@ def sync(run: str | None, runs: Path) -> None:
         from ffdist.tracking.server import tracking_uri
         from ffdist.tracking.sync import pending_runs, sync
 
-        folders = [find_run(run, runs)] if run else pending_runs(runs)
+        folders = [find_run(run, runs)] if run else list(pending_runs(runs))
         runs = folders[0].parent if run else runs
         num_incomplete = 0
         for line, is_incomplete in sync(folders, tracking_uri(Tracking(), runs), runs):

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
-def config_folder() -> Path:
-    """Returns the folder of the shipped configurations: inside an installed package, next to an editable one."""
-    package = Path(__file__).parent.parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
 def shipped_configs() -> dict[str, Path]:
     """Returns the paths of the shipped configurations, by name."""
-    return {path.stem: path for path in sorted(config_folder().rglob("*.yaml"))}
+    package = Path(__file__).parent.parent
+    root = package if (package / "configs").is_dir() else package.parent  # installed, or editable
+    return {path.stem: path for path in sorted((root / "configs").rglob("*.yaml"))}
 
 
 def find_config(name: str) -> Path:
@@ -85,8 +82,10 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     origin = str(path)
-    if overrides and _is_valid(_read(path)):  # any error is in the overrides
-        origin = "overrides"  # not their text, which may contain a password
+    if overrides:
+        with suppress(ConfigError):
+            parse_config(_read(path), "")
+            origin = "overrides"  # any error is in them; not their text, which may contain a password
     return parse_config(tree, origin)
 
 
@@ -98,14 +97,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as data: and model: (it holds: {tree!r})")
     return tree
-
-
-def _is_valid(tree: dict[str, Any]) -> bool:
-    try:
-        parse_config(tree, "")
-    except ConfigError:
-        return False
-    return True
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> Config:

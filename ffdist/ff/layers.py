@@ -183,11 +183,8 @@ class Layer(Learner, ABC):
         inputs = self.prepare(rows.flatten(0, 1))
         activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs)
         values = activations.detach().reshape(*rows.shape[:2], -1)
-        squares = squared_norm(values)
-        scores = self.objective.scores(values, squares)
-        output = Output(self._normalize(values, squares).to(self.compute_dtype), scores)
-        trained, squares, scores = values[:num_trained], squares[:num_trained], scores[:num_trained]
-        loss = self.objective(trained, squares, scores, labels)
+        output, trained = self._output(values), values[:num_trained]
+        loss = self.objective(trained, output.scores[:num_trained], labels)
         unmeasured = loss.metrics[0].new_full((), torch.nan)
         measured = (
             (trained != 0).to(trained.dtype).mean() if measure else unmeasured,
@@ -226,8 +223,7 @@ class Layer(Learner, ABC):
             if number:
                 activations = self.compute_for_training(inputs)
                 trained = activations.detach().view_as(trained)
-                squares = squared_norm(trained)
-                loss = self.objective(trained, squares, self.objective.scores(trained, squares), labels)
+                loss = self.objective(trained, self.objective.scores(trained, squared_norm(trained)), labels)
             direction = loss.direction(part)
             if part.start == 0:
                 self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)

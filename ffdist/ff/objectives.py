@@ -83,12 +83,11 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def __call__(self, activations: Tensor, squares: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def __call__(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch.
 
         Args:
             activations: Activations of the passes that are trained on `[T, B, H]`; not modified.
-            squares: Sums of their squares `[T, B]`.
             scores: Their scores `[T, B]`.
             labels: True labels `[B]`, or None if it does not need them.
         """
@@ -101,7 +100,7 @@ class AutogradObjective(Objective):
     def loss(self, activations: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the mean loss over samples, a scalar, from activations `[T, B, H]` and true labels `[B]`."""
 
-    def __call__(self, activations: Tensor, squares: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def __call__(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch."""
         leaf = activations.detach().requires_grad_()
         with torch.enable_grad():
@@ -134,7 +133,7 @@ class GoodnessObjective(Objective):
         goodness = self._goodness.value(activations, squares)
         return -goodness if self._is_minus else goodness
 
-    def __call__(self, activations: Tensor, squares: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def __call__(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch; each of the M negative rows of a sample has the weight 1 / M."""
         margin = self.rule.alpha * (scores - self.threshold)
         losses, pull = self._loss(margin[0], margin[1:])

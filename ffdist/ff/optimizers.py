@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def sgd(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update) -> No
 
 
 def adam(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update, decoupled: bool = False) -> None:
-    """Adam of torch; its weight decay is an L2 penalty."""
+    """Adam of torch, whose weight decay is an L2 penalty, or AdamW, if it is decoupled."""
     torch_adam(
         [parameter],
         [gradient.to(parameter.dtype)],
@@ -96,11 +97,6 @@ def adam(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update, deco
     )
 
 
-def adamw(parameter: Tensor, slots: Slots, gradient: Tensor, update: Update) -> None:
-    """AdamW of torch, with decoupled weight decay."""
-    adam(parameter, slots, gradient, update, decoupled=True)
-
-
 class Optimizer(NamedTuple):
     """An optimizer of a single parameter."""
 
@@ -114,7 +110,7 @@ OPTIMIZERS = {
     "hinton": Optimizer(hinton, ("gradient",)),
     "sgd": Optimizer(sgd, ("momentum",)),
     "adam": Optimizer(adam, ("mean", "mean_square", "steps")),
-    "adamw": Optimizer(adamw, ("mean", "mean_square", "steps")),
+    "adamw": Optimizer(partial(adam, decoupled=True), ("mean", "mean_square", "steps")),
 }
 """Optimizers, by the name in `training.optimizer`."""
 

@@ -58,7 +58,7 @@ class Readout(Learner):
         return logits, metrics
 
     def fit(
-        self, rows: Tensor, labels: Tensor, *, iterations: int = 500, step: Callable[[], None] = lambda: None
+        self, rows: Tensor, labels: Tensor, *, iterations: int = 500, step: Callable[[], object] = lambda: None
     ) -> float:
         """Minimizes the cross-entropy with the same weight decay, by L-BFGS.
 

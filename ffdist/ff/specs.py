@@ -117,7 +117,7 @@ class Dense(LayerSpec):
         """Returns a new layer."""
         from ffdist.ff.dense import DenseLayer
 
-        return DenseLayer(form.width, self.units, **settings)
+        return DenseLayer((self.units, form.width), **settings)
 
     def copy_bytes(self, form: Form, compute_bytes: int) -> int:
         """Returns the bytes of the weights in the compute type, if it is not theirs."""

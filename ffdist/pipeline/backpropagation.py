@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ffdist.ff.layers import Layer
 from ffdist.ff.network import Network
-from ffdist.ff.optimizers import Learner
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.hardware import read_hardware
 from ffdist.pipeline.runner import Evaluated, Event, SnapshotTaken, Trained
@@ -35,20 +34,19 @@ class Backpropagation:
 
     def __init__(self, blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor, writer: Any) -> None:
         self.blueprint, architecture = blueprint, blueprint.architecture
-        self._network = Network(architecture).to(blueprint.device)
-        self._learners = [module for module in self._network.modules() if isinstance(module, Learner)]
+        network = self._network = Network(architecture).to(blueprint.device)
+        layers = {layer_name(index): layer for index, layer in enumerate(network.layers)}
+        self._learners: dict[str, Any] = layers | {"readout": network.readout}
         self._device = blueprint.device
         self.hardware = {"network": read_hardware(blueprint.device)}
         self._refresh()
-        data = blueprint.negatives, samples, labels
-        self._source = Source(architecture, blueprint.order, blueprint.device, *data)
+        self._source = Source(architecture, blueprint.order, blueprint.device, blueprint.negatives, samples, labels)
         self._order, self._samples, self._labels, self._writer = blueprint.order, samples, labels, writer
 
     def restore(self, state: State) -> None:
         """Restores the state of a snapshot."""
-        for index, layer in enumerate(self._network.layers):
-            layer.load_state_dict(state[layer_name(index)])
-        self._network.readout.load_state_dict(state["readout"])
+        for name, learner in self._learners.items():
+            learner.load_state_dict(state[name])
 
     def run(self, commands: Iterable[Command], upcoming: Iterable[Command] = ()) -> Iterator[Event]:
         """Yields the result of each command, as `Runner.run` does; layers report nothing, and no label is tried."""
@@ -58,10 +56,12 @@ class Backpropagation:
             elif isinstance(command, Evaluate):
                 samples = self._samples[command.split][command.first : command.first + command.num_samples]
                 no_goodness = torch.empty(len(self._network.layers), len(samples), 0)
-                rows = self._network.architecture.neutral_rows(samples)
-                yield Evaluated(command, [no_goodness], self._logits(rows).argmax(-1).cpu())
+                rows = self._network.architecture.neutral_rows(samples).to(self._device)
+                predicted = self._network.readout(self._network.read(rows)).argmax(-1).cpu()
+                yield Evaluated(command, [no_goodness], predicted)
             else:
-                written = self._writer.write(command, self._state())
+                state = {name: state_of(learner) for name, learner in self._learners.items()}
+                written = self._writer.write(command, state)
                 yield SnapshotTaken(command, lambda wait, written=written: written)  # type: ignore[misc]
 
     def _train(self, chunk: Train) -> Trained:
@@ -82,26 +82,18 @@ class Backpropagation:
         """Makes one update; returns loss and error before it `[2]`."""
         self._network.requires_grad_().train()
         self._refresh()
-        logits = self._logits(rows)
+        logits = self._network.readout(self._network.read(rows))
         self._network.eval()
         loss = F.cross_entropy(logits, labels)
-        named = [dict(learner.named_parameters()) for learner in self._learners]
+        named = [dict(learner.named_parameters()) for learner in self._learners.values()]
         parameters = [parameter for each in named for parameter in each.values()]
         gradients = iter(torch.autograd.grad(-loss, parameters, materialize_grads=True))
         self._network.requires_grad_(False)
-        for learner, names in zip(self._learners, named, strict=True):
+        for learner, names in zip(self._learners.values(), named, strict=True):
             learner.ascend({name: next(gradients) for name in names}, lr_scale=lr_scale)  # the loss is a mean
         return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
-
-    def _logits(self, rows: Tensor) -> Tensor:
-        logits: Tensor = self._network.readout(self._network.read(rows.to(self._device)))
-        return logits
 
     def _refresh(self) -> None:
         for layer in self._network.layers:
             assert isinstance(layer, Layer)
             layer.refresh()
-
-    def _state(self) -> State:
-        state = {layer_name(index): state_of(layer) for index, layer in enumerate(self._network.layers)}
-        return state | {"readout": state_of(self._network.readout)}

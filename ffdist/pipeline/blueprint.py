@@ -112,12 +112,7 @@ class Blueprint(NamedTuple):
             prefetched + 2 * min(SHARD_SAMPLES, order.num_samples)
         ) * negatives.sample_bytes  # whole shards at both ends
         drawn = LABEL_BYTES * (order.num_samples + order.batch_size * (negatives.prediction_delay or 0))
-        return messages + stored + drawn + MAX_UNWRITTEN * self.state_bytes
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the state of all layers and the readout."""
-        return sum(self.architecture.state_bytes)
+        return messages + stored + drawn + MAX_UNWRITTEN * sum(architecture.state_bytes)
 
     def assemble(self, make: Callable[..., Any], samples: Any, labels: Any, writer: Any) -> Actors:
         """Creates all actors: the stages in order, the readout, the negatives.

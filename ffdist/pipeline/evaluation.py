@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ffdist.ff.classify import confusion_matrix, error, total_goodness
+from ffdist.ff.network import Architecture
 
 
 class Evaluation(NamedTuple):
@@ -37,22 +38,19 @@ def format_errors(goodness_error: float | None, readout_error: float) -> str:
     return f"{by_goodness}{readout_error:.2%} by readout"
 
 
-def evaluate(
-    goodness: Tensor, readout_labels: Tensor, labels: Tensor, *, classes: int, predict_from: int
-) -> Evaluation:
+def evaluate(goodness: Tensor, readout_labels: Tensor, labels: Tensor, architecture: Architecture) -> Evaluation:
     """Computes the errors of a network on a split.
 
     Args:
         goodness: Of each layer for every label `[L, N, C]`; `[L, N, 0]` if no label was tried.
         readout_labels: Labels predicted by the readout `[N]`.
         labels: True labels `[N]`.
-        classes: Number of classes C.
-        predict_from: First layer, counted from 1, that predicts by goodness.
+        architecture: Architecture of the network.
     """
-    readout_error = error(readout_labels, labels)
+    readout_error, classes = error(readout_labels, labels), architecture.classes
     if not goodness.shape[-1]:
         return Evaluation(None, readout_error, None, confusion_matrix(readout_labels, labels, classes), goodness)
-    goodness_labels = total_goodness(goodness, predict_from).argmax(-1)
+    goodness_labels = total_goodness(goodness, architecture.predict_from).argmax(-1)
     return Evaluation(
         goodness_error=error(goodness_labels, labels),
         readout_error=readout_error,

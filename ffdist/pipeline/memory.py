@@ -47,23 +47,11 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
     rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS)
     widest = max(architecture.widths[layers.start : layers.stop + 1])
     outputs = 2 * blueprint.chunk_size * blueprint.bytes_out(layers)  # each minibatch, and all of them stacked
-    return (
-        state_and_copies
-        + gradient
-        + rows * widest * FLOAT32_BYTES * WORKING_VALUES
-        + outputs
-        + _source_bytes(blueprint, layers)
-    )
-
-
-def _source_bytes(blueprint: Blueprint, layers: range) -> int:
-    """Returns the memory of the samples in the first stage."""
-    if layers.start:
-        return 0
-    encoder = blueprint.architecture.encoder
-    # The sample and its negative, before and after the augmentation.
-    num_samples = 4 * blueprint.chunk_size * blueprint.order.batch_size
-    return num_samples * (encoder.sample_bytes + encoder.augmentation_bytes)
+    activations = rows * widest * FLOAT32_BYTES * WORKING_VALUES
+    # In the first stage, each sample and its negative, before and after the augmentation.
+    encoder, num_samples = architecture.encoder, 0 if layers.start else 4 * blueprint.chunk_size * order.batch_size
+    source = num_samples * (encoder.sample_bytes + encoder.augmentation_bytes)
+    return state_and_copies + gradient + activations + outputs + source
 
 
 def machine_bytes(blueprint: Blueprint, *, stored: int | None) -> int:

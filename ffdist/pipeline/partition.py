@@ -16,23 +16,19 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     """
     assert 1 <= stages <= len(costs), "checked by the configuration"
     total = [0.0, *accumulate(costs)]
-    # best[end]: slowest stage and stage ends for the first `end` layers, with the number of stages so far
+    # best[end]: slowest stage and stage sizes for the first `end` layers, with the number of stages so far
     best = {end: (total[end], [end]) for end in range(1, len(costs) + 1)}
     for stage in range(2, stages + 1):
         best = {
             end: min(
-                (max(best[start][0], total[end] - total[start]), [*best[start][1], end])
+                (max(best[start][0], total[end] - total[start]), [*best[start][1], end - start])
                 for start in range(stage - 1, end)
             )
             for end in range(stage, len(costs) + 1)
         }
-    return _ranges(best[len(costs)][1])
+    return partition_of_sizes(best[len(costs)][1])
 
 
 def partition_of_sizes(sizes: Sequence[int]) -> list[range]:
     """Returns the layers of each stage, given their numbers."""
-    return _ranges(list(accumulate(sizes)))
-
-
-def _ranges(ends: list[int]) -> list[range]:
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -1,7 +1,7 @@
 """The folder of a run: its configuration, checkpoints and network."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -105,16 +105,6 @@ def find_checkpoint(checkpoints: Checkpoints, which: str | None = None) -> Check
         name = names[-1] if which == "last" else best or names[-1] if which in (None, "best") else str(which)
         kind = "best" if name == best else "last" if name == names[-1] else ""
         return Checkpoint(name, kind, checkpoints.path(name), checkpoints.read_manifest(name))
-
-
-def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint, select: Callable[[str], bool]) -> State:
-    """Returns the tensors with the selected names from the state in a checkpoint.
-
-    Raises:
-        ConfigError: The checkpoint is damaged.
-    """
-    with as_config_error():
-        return checkpoints.read(checkpoint.name, select)[1]
 
 
 def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Path) -> None:

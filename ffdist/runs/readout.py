@@ -18,7 +18,7 @@ from ffdist.ff.specs import FLOAT32_BYTES
 from ffdist.runs.folder import SUMMARY
 from ffdist.runs.run import Run
 from ffdist.storage.folder import Folder
-from ffdist.tracking.server import log_to_run, trusted_uri
+from ffdist.tracking.server import open_client, trusted_uri
 
 BATCH_SIZE = 1000
 """Number of samples in a forward pass."""
@@ -52,11 +52,7 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
         torch.cat(batch, 1, out=rows[done : done + len(batch[0])])
         done += len(batch[0])
     with closing(track(range(MAX_EVALUATIONS), "fitting the readout")) as bar:
-
-        def advance() -> None:
-            next(bar, None)
-
-        gradient = readout.fit(rows, dataset.labels["train"], iterations=MAX_EVALUATIONS, step=advance)
+        gradient = readout.fit(rows, dataset.labels["train"], iterations=MAX_EVALUATIONS, step=lambda: next(bar, None))
     predicted = [readout(batch).argmax(1) for batch in _activations(network, dataset.samples["test"], "test")]
     test_error = classification_error(torch.cat(predicted), dataset.labels["test"])
     Console(highlight=False).print(
@@ -67,7 +63,10 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     )
     if not run.uses_reported_checkpoint:
         return test_error
-    log_to_run(uri, run_id, {"test/fitted_readout_error": test_error}, reference="test/readout_error")
+    with open_client(uri) as client:  # at the step and time of the other error, so that another call adds no duplicate
+        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, "test/readout_error")]
+        step, timestamp = max(points, default=(None, None))
+        client.log_metric(run_id, "test/fitted_readout_error", test_error, timestamp, step)
     Folder(str(run.folder), ConfigError).put(  # last, so that a run with this entry is also complete in MLflow
         SUMMARY, json.dumps(summary | {"test_fitted_readout_error": test_error}, indent=2).encode()
     )

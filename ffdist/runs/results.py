@@ -135,7 +135,7 @@ def _row(runs: list[Any], baselines: list[list[Any]]) -> Row:
     times = [run.data.metrics["train_s"] for run in runs or baselines[0] if "train_s" in run.data.metrics]
     return {
         "run": re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", first.info.run_name),
-        "network": _network(params),
+        "network": "-".join(str(parse_layer(layer)) for layer in ast.literal_eval(params["model.layers"])),
         "label": params["data.label"] + (f", jitter {jitter}" if jitter != "0" else ""),
         "negatives": params["negatives.kind"] if runs else "",
         "rule": ", ".join(f"{key.split('.')[1]} {params[key]}" for key in changed),
@@ -176,11 +176,6 @@ def _parameters(run: Any, names: Container[str]) -> str:
 
 def _order(run: Any) -> tuple[str, str]:
     return run.data.params["data.name"], run.info.run_name
-
-
-def _network(params: dict[str, str]) -> str:
-    layers = ast.literal_eval(params["model.layers"])
-    return "-".join(str(parse_layer(layer)) for layer in layers)
 
 
 def _values(runs: list[Any], name: str) -> list[float]:

@@ -29,13 +29,13 @@ from ffdist.runs.folder import (
     CONFIG,
     SUMMARY,
     Checkpoint,
+    as_config_error,
     check_data,
     checkpoints_of,
     config_of,
     find_checkpoint,
     find_run,
     network_of,
-    read_state,
 )
 from ffdist.storage.files import read_json
 from ffdist.storage.paths import kind_of
@@ -131,7 +131,8 @@ class Run:
         encoder, untrained = parse_encoder(self.summary["encoder"]), self.summary.get("untrained_classes", ())
         architecture = build_architecture(self.config, encoder, untrained)
         architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
-        state = read_state(checkpoints_of(self.config, self.folder), self.checkpoint, is_for_inference)
+        with as_config_error():
+            _, state = checkpoints_of(self.config, self.folder).read(self.checkpoint.name, is_for_inference)
         try:
             return network_of(architecture, state)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -230,13 +231,7 @@ class Run:
                 f"labels must be integers in [0, {architecture.classes}), one per sample "
                 f"(samples: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
             )
-        return evaluate(
-            prediction.goodness,
-            prediction.probabilities.argmax(-1),
-            labels.long(),
-            classes=architecture.classes,
-            predict_from=architecture.predict_from,
-        )
+        return evaluate(prediction.goodness, prediction.probabilities.argmax(-1), labels.long(), architecture)
 
 
 def _check_summary(summary: Any) -> dict[str, Any]:

@@ -79,11 +79,6 @@ ACTOR_CLASSES = {Stage: StageActor, ReadoutStage: ReadoutActor, NegativeSource: 
 ACTOR_NAMES = {Stage: "stage", ReadoutStage: "the readout", NegativeSource: "negative actor"}
 
 
-def _import_folders() -> tuple[list[str], Path]:
-    """Returns this process's import path, made absolute for processes with another working folder, and that folder."""
-    return [str(Path(folder).absolute()) for folder in sys.path], Path.cwd()
-
-
 class ActorFactory:
     """Creates actors in the bundles of a placement group, in order.
 
@@ -103,32 +98,26 @@ class ActorFactory:
 
     def __call__(self, cls: type, *args: Any) -> Any:
         """Creates an actor of a pipeline class; arguments may be object references."""
-        bundle = self._group.bundle_specs[len(self.actors)]
-        handle = (
-            ray.remote(ACTOR_CLASSES[cls])
-            .options(
-                num_cpus=bundle.get("CPU", 0),
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, len(self.actors)),
-                max_restarts=0,
-                max_task_retries=0,
-            )
-            .remote(self._num_threads, *_import_folders(), *args)
+        bundle, name = self._group.bundle_specs[len(self.actors)], ACTOR_NAMES[cls]
+        number = 1 + sum(each.startswith(name) for each in self.names.values())
+        return self._create(
+            ACTOR_CLASSES[cls],
+            name if cls is ReadoutStage else f"{name} {number}",
+            *args,
+            num_cpus=bundle.get("CPU", 0),
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, len(self.actors)),
         )
-        number = 1 + sum(name.startswith(ACTOR_NAMES[cls]) for name in self.names.values())
-        return self._register(handle, ACTOR_NAMES[cls] if cls is ReadoutStage else f"{ACTOR_NAMES[cls]} {number}")
 
     def make_writer(self, checkpoints: Folder) -> Any:
         """Creates the checkpoint writer on the driver's node, so that all files of a checkpoint are in one folder."""
-        driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        handle = (
-            ray.remote(WriterActor)
-            .options(num_cpus=0, scheduling_strategy=driver_node, max_restarts=0, max_task_retries=0)
-            .remote(self._num_threads, *_import_folders(), checkpoints)
-        )
-        return self._register(handle, "the checkpoint writer")
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return self._create(WriterActor, "the checkpoint writer", checkpoints, num_cpus=0, scheduling_strategy=node)
 
-    def _register(self, handle: Any, name: str) -> Any:
+    def _create(self, cls: type, name: str, *args: Any, **options: Any) -> Any:
+        actor: Any = ray.remote(cls).options(**options, max_restarts=0, max_task_retries=0)
+        import_path = [str(Path(folder).absolute()) for folder in sys.path]  # the actor has another working folder
+        handle: Any = actor.remote(self._num_threads, import_path, Path.cwd(), *args)
         self.actors.append(handle)
         self.names[handle._actor_id.hex()] = name
         return handle

@@ -42,15 +42,11 @@ class _Connection:
     def __init__(self, address: str) -> None:
         self.address, self.num_users = address, 0
         self._stack, self._thread = ExitStack(), ThreadPoolExecutor(1)
-        self._start = self._thread.submit(self._join)
-
-    def wait(self) -> Resources:
-        """Waits until Ray has started, and returns a function for the cluster's resources."""
-        return self._start.result()
+        self.start = self._thread.submit(self._join)
 
     def close(self) -> None:
         """Disconnects, and stops the cluster if this process started it."""
-        wait([self._start])
+        wait([self.start])
         if isinstance(sys.exception(), ClusterStopped):
             self._stack.pop_all()  # ray.shutdown() would exit this process, or wait for the cluster
         self._stack.close()
@@ -118,7 +114,7 @@ def connect(address: str | None) -> Iterator[Callable[[], Resources]]:
         return
 
     try:
-        yield connection.wait
+        yield connection.start.result
     finally:
         with _lock:
             connection.num_users -= 1

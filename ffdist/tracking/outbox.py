@@ -73,9 +73,9 @@ class Outbox:
                 name text, step integer, value real, timestamp integer, sent integer, primary key (name, step)
             ) without rowid;
             create index if not exists waiting on points (sent, timestamp, step, name) where not sent;
-            create table if not exists calls (number integer primary key, kind text, content text);
+            create table if not exists calls (number integer primary key, what text, content text);
             create table if not exists facts (key text primary key, value text);
-            create table if not exists rejected (number integer primary key, kind text, content text, reason text);
+            create table if not exists rejected (number integer primary key, what text, content text, reason text);
             """
         )
         self._database.execute("select name, step, value, timestamp, sent from points limit 0")  # another schema fails
@@ -123,12 +123,12 @@ class Outbox:
 
     def add_call(self, kind: str, content: Any) -> None:
         """Adds a pending call."""
-        self._change("insert into calls (kind, content) values (?, ?)", [(kind, json.dumps(content))])
+        self._change("insert into calls (what, content) values (?, ?)", [(kind, json.dumps(content))])
 
     def calls(self) -> list[Call]:
         """Returns the pending calls in order; content that is not valid JSON is None."""
         with self._lock:
-            rows = self._database.execute("select number, kind, content from calls order by number").fetchall()
+            rows = self._database.execute("select number, what, content from calls order by number").fetchall()
         calls = []
         for number, kind, content in rows:
             try:
@@ -154,7 +154,7 @@ class Outbox:
     def rejected(self) -> list[str]:
         """Returns a text for each rejected upload, with the reason, oldest first."""
         with self._lock:
-            rows = self._database.execute("select kind, content, reason from rejected order by number").fetchall()
+            rows = self._database.execute("select what, content, reason from rejected order by number").fetchall()
         return [f"{kind} {str(content)[:100]}: {reason}" for kind, content, reason in rows]
 
     @property
@@ -212,7 +212,7 @@ class Outbox:
 
     def _reject(self, kind: str, content: Any, reason: str) -> None:
         row = (kind, json.dumps(content), reason)
-        self._change("insert into rejected (kind, content, reason) values (?, ?, ?)", [row])
+        self._change("insert into rejected (what, content, reason) values (?, ?, ?)", [row])
 
     def _add(self, points: Iterable[Point], *, sent: bool) -> None:
         rows = [(point.name, point.step, point.value, point.timestamp, sent) for point in points]

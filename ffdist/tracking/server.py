@@ -89,38 +89,6 @@ def ui_command(uri: str, experiment: str, runs: Path) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def log_to_run(uri: str, run_id: str, metrics: dict[str, float], *, reference: str) -> None:
-    """Adds metrics to a run that has ended.
-
-    Args:
-        uri: Tracking URI.
-        run_id: MLflow run id.
-        metrics: Values by name.
-        reference: Metric whose last step and timestamp are used, so that a repeated call adds no duplicates.
-
-    Raises:
-        ConfigError: The run is not at `uri`, or the store cannot be reached.
-    """
-    with open_client(uri) as client:
-        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, reference)]
-        step, timestamp = max(points, default=(None, None))
-        for name, value in metrics.items():
-            client.log_metric(run_id, name, value, timestamp, step)
-
-
-def metric_histories(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Returns the (step, value) pairs of each metric of a run.
-
-    Raises:
-        ConfigError: The run is not at `uri`, or the store cannot be reached.
-    """
-    with open_client(uri) as client:
-        return {
-            name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
-            for name in client.get_run(run_id).data.metrics
-        }
-
-
 def runs_page(uri: str, experiment: str) -> str:
     """Returns the URL path of an experiment's runs in the MLflow UI, and stores a view of them with `VIEW_COLUMNS`.
 
@@ -285,49 +253,6 @@ def trusted_uri(folder: Path, summary_uri: str, run_id: str, runs: Path) -> str:
         f"{folder} must be tracked in its runs folder or at MLFLOW_TRACKING_URI (uri: {summary_uri}); to log metrics "
         f"there, set MLFLOW_TRACKING_URI={shlex.quote(summary_uri)}"
     )
-
-
-def create_run(uri: str, client: Any, experiment_id: str, name: str) -> str:
-    """Creates an MLflow run and returns its id.
-
-    Args:
-        uri: Tracking URI.
-        client: MLflow client.
-        experiment_id: MLflow experiment id.
-        name: Name of the run.
-
-    Raises:
-        ConfigError: The store rejects the run.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking.context.registry import resolve_tags
-    from mlflow.utils.git_utils import get_git_commit
-
-    tags = resolve_tags()
-    if commit := get_git_commit(str(Path.cwd())):
-        tags[GIT_COMMIT] = commit
-    try:
-        run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-    except MlflowException as error:
-        raise ConfigError(f"tracking at {uri} is not possible ({error_text(error)}); {HINT}") from error
-    return run_id
-
-
-def log_dataset(client: Any, run_id: str, *, name: str, digest: str, source: str, profile: dict[str, Any]) -> None:
-    """Logs the dataset that a run is trained on.
-
-    Args:
-        client: MLflow client.
-        run_id: MLflow run id.
-        name: Name of the dataset.
-        digest: Digest of the training samples, cut to MLflow's limit of 36 characters.
-        source: Origin of the dataset.
-        profile: Sample counts, number of classes and shape, as JSON values.
-    """
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(name, digest[:36], "ffdist", source, profile=json.dumps(profile))
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def error_text(error: BaseException) -> str:

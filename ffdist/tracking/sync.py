@@ -1,12 +1,14 @@
 """Uploads from outboxes to the tracking store."""
 
+import json
 import shlex
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -14,14 +16,13 @@ from filelock import FileLock, Timeout
 from ffdist.export.network import read_network
 from ffdist.storage.files import file_in, path_in
 from ffdist.storage.paths import find_in_subfolders
-from ffdist.tracking.model import create_model, log_model, register_model
+from ffdist.tracking.model import NAME, save_model
 from ffdist.tracking.outbox import OUTBOX, Call, Outbox, Point
 from ffdist.tracking.server import (
     check_server,
     database_has_run,
     default_uri,
     error_text,
-    log_dataset,
     open_client,
     update_artifact_paths,
 )
@@ -38,20 +39,6 @@ MODEL, NETWORK = "model", "network"
 
 class RejectedUpload(Exception):
     """An upload that can never succeed; the message is the reason."""
-
-
-class SyncResult(NamedTuple):
-    """State of a run's uploads after `send_run`."""
-
-    folder: Path
-    num_points: int
-    """Points that are still pending."""
-    num_calls: int
-    """Other uploads that are still pending."""
-    problem: str
-    """First error of this attempt; empty if there was none."""
-    rejections: list[str]
-    """Rejected uploads with their reasons."""
 
 
 def send_points(client: Any, outbox: Outbox, run_id: str) -> None:
@@ -156,7 +143,7 @@ def send_leftovers(client: Any, uri: str, runs: Path, should_stop: Callable[[], 
         runs: Runs folder.
         should_stop: Returns whether to stop before the next run.
     """
-    for folder in _find_pending(runs):
+    for folder in pending_runs(runs):
         if should_stop():
             return
         # An error of another run, such as one that was deleted, must not affect the tracking of this run.
@@ -165,8 +152,11 @@ def send_leftovers(client: Any, uri: str, runs: Path, should_stop: Callable[[], 
                 send_run(client, folder, uri)
 
 
-def send_run(client: Any, folder: Path, uri: str) -> SyncResult:
+def send_run(client: Any, folder: Path, uri: str) -> tuple[str, bool]:
     """Sends the pending uploads of a run that no process is training.
+
+    Returns:
+        A message, and whether the run still has pending uploads.
 
     Raises:
         Timeout: Another process is training the run or sending its uploads.
@@ -189,7 +179,11 @@ def send_run(client: Any, folder: Path, uri: str) -> SyncResult:
                 step()
             except Exception as error:  # the next step may need a different store
                 problem = problem or error_text(error)
-        return SyncResult(folder, outbox.num_pending, outbox.num_calls, problem, outbox.rejected())
+        points, calls = outbox.num_pending, outbox.num_calls
+        rejected = "".join(f"; rejected: {each}" for each in outbox.rejected())
+    is_pending = bool(points or calls or problem)
+    pending = f"{points} points and {calls} other uploads wait ({problem})"
+    return f"{folder}: {pending if is_pending else 'everything is uploaded'}{rejected}", is_pending
 
 
 def sync(folders: list[Path], uri: str, runs: Path) -> Iterator[tuple[str, bool]]:
@@ -222,18 +216,11 @@ def sync(folders: list[Path], uri: str, runs: Path) -> Iterator[tuple[str, bool]
         except (OSError, ValueError, sqlite3.Error) as error:
             yield f"{folder}: {error_text(error)}", True
             continue
-        rejected = "".join(f"; rejected: {each}" for each in result.rejections)
-        is_pending = bool(result.num_points or result.num_calls or result.problem)
-        pending = f"{result.num_points} points and {result.num_calls} other uploads wait ({result.problem})"
-        yield f"{folder}: {pending if is_pending else 'everything is uploaded'}{rejected}", is_pending
+        yield result
 
 
-def pending_runs(runs: Path) -> list[Path]:
-    """Returns the folders of all runs with pending uploads, without writing to them."""
-    return list(_find_pending(runs))
-
-
-def _find_pending(runs: Path) -> Iterator[Path]:
+def pending_runs(runs: Path) -> Iterator[Path]:
+    """Yields the folders of all runs with pending uploads, without writing to them."""
     for path in find_in_subfolders(runs, OUTBOX):
         if Outbox.is_pending(path) and Outbox.fact_of(path, "run_id"):
             yield path.parent
@@ -283,12 +270,20 @@ def _send_artifact(client: Any, run_id: str, outbox: Outbox, name: str) -> None:
 
 
 def _send_dataset(client: Any, run_id: str, outbox: Outbox, dataset: dict[str, Any]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
     if dataset.keys() != {"name", "digest", "source", "profile"}:
         raise RejectedUpload(f"{OUTBOX} is damaged")
-    log_dataset(client, run_id, **dataset)
+    digest, profile = dataset["digest"][:36], json.dumps(dataset["profile"])  # MLflow takes 36 characters of a digest
+    entity = Dataset(dataset["name"], digest, "ffdist", dataset["source"], profile=profile)
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
 
 def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any]) -> None:
+    """Logs the network as a model of the run. Calling it again has no effect."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.models import Model
+
     try:
         folder = path_in(outbox.folder, NETWORK)
         network = read_network(folder)
@@ -298,16 +293,38 @@ def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any
         raise RejectedUpload(f"the network cannot be read ({error_text(error)})") from error
     model_id = outbox.fact(MODEL)
     if not model_id:  # an earlier attempt may have created it
-        model_id = create_model(client, run_id)
+        experiment_id = client.get_run(run_id).info.experiment_id
+        model_id = str(client.create_logged_model(experiment_id, NAME, run_id).model_id)
         outbox.set_facts(**{MODEL: model_id})
-    log_model(client, run_id, model_id, network, class_names, example)
+    location = client.get_logged_model(model_id).artifact_location
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / NAME
+        mlflow_model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)
+        save_model(network, class_names, example, path, mlflow_model=mlflow_model)
+        client.log_model_artifacts(model_id, str(path))
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     shutil.rmtree(folder)
 
 
 def _register_model(client: Any, run_id: str, outbox: Outbox, name: str) -> None:
+    """Registers the model of the run as a new version of a registered model, which is created if necessary."""
+    from mlflow.exceptions import MlflowException
+
     if (outbox.folder / NETWORK).exists() or not outbox.fact(MODEL):
         raise RejectedUpload("its model was rejected")
-    register_model(client, run_id, str(outbox.fact(MODEL)), name)
+    model_id = str(outbox.fact(MODEL))
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    if any(each.model_id == model_id for each in client.search_model_versions(f"run_id = '{run_id}'")):
+        return  # registered by an earlier attempt whose response was lost
+    # A database resolves models:/ URIs in the default store of the process, which may be another one.
+    location = client.get_logged_model(model_id).artifact_location
+    source = f"models:/{model_id}" if client.tracking_uri.startswith("http") else location
+    client.create_model_version(name, source, run_id, model_id=model_id)
 
 
 HANDLERS: dict[str, tuple[type, Callable[[Any, str, Outbox, Any], None]]] = {

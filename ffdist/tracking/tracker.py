@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -26,7 +25,7 @@ from ffdist.ff.network import Network
 from ffdist.storage.files import file_in, path_in
 from ffdist.tracking import sync
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
-from ffdist.tracking.server import HINT, check_server, create_run, error_text, open_store, quiet_mlflow
+from ffdist.tracking.server import GIT_COMMIT, HINT, check_server, error_text, open_store, quiet_mlflow
 from ffdist.tracking.sync import LOCK, NETWORK
 from ffdist.tracking.system import SystemMonitor
 
@@ -57,8 +56,9 @@ class Tracker:
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
-        self.uri, self._run_id = uri, ""
-        self._release_lock, self._is_thread_done, self._thread_releases = threading.Lock(), False, False
+        self.uri, self.run_id = uri, ""
+        """Tracking URI, and MLflow run id; the latter is empty until `begin` or `resume` is called."""
+        self._release_lock, self._num_users = threading.Lock(), 2  # this object and its thread use the outbox
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
@@ -78,9 +78,7 @@ class Tracker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | ClusterStopped)
         status = "FINISHED" if kind is None else "KILLED" if killed else "FAILED"
         is_flush_short = killed or self._is_flush_short
@@ -95,10 +93,7 @@ class Tracker:
         if self._outbox:
             with suppress(sqlite3.Error):
                 self._warn_about_uploads(self._outbox)
-        with self._release_lock:
-            self._thread_releases = self._thread.is_alive() and not self._is_thread_done
-        if not self._thread_releases:
-            self._release()  # otherwise the thread releases it after its last upload
+        self._release()
         if self._leftovers_thread and not self._stop_leftovers.is_set():
             self._leftovers_thread.join(LEFTOVERS_TIMEOUT_S)
         self._stop_leftovers.set()
@@ -108,10 +103,12 @@ class Tracker:
         self._is_flush_short = True
 
     def _release(self) -> None:
-        """Closes the outbox and unlocks the run's folder, after the last use of both."""
-        if self._outbox:
-            self._outbox.close()
-            self._lock.release()
+        """Closes the outbox and unlocks the run's folder, if this is the second call and thus the last use of both."""
+        with self._release_lock:
+            self._num_users -= 1
+            if self._outbox and not self._num_users:
+                self._outbox.close()
+                self._lock.release()
 
     def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Waits for the store to open, creates the MLflow run, and then the outbox in the run's folder.
@@ -124,14 +121,18 @@ class Tracker:
             ConfigError: The store cannot be opened or rejects the run, or another process is training it.
         """
         self.wait_until_open()
-        self._run_id = create_run(self.uri, self._client, self._experiment_id, folder.name)
-        self._open_outbox(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking.context.registry import resolve_tags
+        from mlflow.utils.git_utils import get_git_commit
 
-    @property
-    def run_id(self) -> str:
-        """MLflow run id."""
-        assert self._run_id, "begin or resume must be called first"
-        return self._run_id
+        tags = resolve_tags()
+        if commit := get_git_commit(str(Path.cwd())):
+            tags[GIT_COMMIT] = commit
+        try:
+            self.run_id = self._client.create_run(self._experiment_id, run_name=folder.name, tags=tags).info.run_id
+        except MlflowException as error:
+            raise ConfigError(f"tracking at {self.uri} is not possible ({error_text(error)}); {HINT}") from error
+        self._open_outbox(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
 
     def resume(self, folder: Path, run_id: str) -> None:
         """Waits for the store to open and resumes a run. Points that the server has are not sent again.
@@ -148,7 +149,7 @@ class Tracker:
 
         try:
             metrics = self._client.get_run(run_id).data.metrics
-            self._run_id = run_id
+            self.run_id = run_id
             outbox = self._open_outbox(folder)
             for name in metrics:
                 history = self._client.get_metric_history(run_id, name)
@@ -201,7 +202,7 @@ class Tracker:
         self._queue_call("artifact", path.resolve().relative_to(self._folder.resolve()).as_posix())
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
-        """Queues a dataset, a dict of the arguments of `server.log_dataset`; returns immediately."""
+        """Queues the dataset: its `name`, `digest` (SHA-256), `source` and `profile` (JSON); returns immediately."""
         self._queue_call("dataset", dataset)
 
     def log_model(self, network: Network, class_names: Sequence[str], example: Tensor, register: str | None) -> None:
@@ -263,17 +264,20 @@ class Tracker:
         try:
             outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
             _read_recoveries(outbox)  # fails before anything is written
-            outbox.set_facts(uri=self.uri, run_id=self._run_id, left="KILLED")  # sent if this process dies
+            outbox.set_facts(uri=self.uri, run_id=self.run_id, left="KILLED")  # sent if this process dies
         except (sqlite3.DatabaseError, OSError, ValueError) as error:
             self._lock.release()
-            raise _outbox_error(folder, error) from error
+            raise ConfigError(
+                f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, which loses the points that "
+                f"were not sent"
+            ) from error
         self._folder, self._outbox = folder, outbox
         return outbox
 
     def _warn_about_uploads(self, outbox: Outbox) -> None:
         log, rejected = logging.getLogger(__name__), outbox.rejected()
         points, calls = outbox.num_pending, outbox.num_calls
-        if self._run_id and (points or calls or outbox.fact("left")):
+        if self.run_id and (points or calls or outbox.fact("left")):
             log.warning(
                 "not everything was tracked at %s (%s): %d points and %d other uploads wait; `ffdist sync %s` or "
                 "the next run in %s sends them",
@@ -288,28 +292,19 @@ class Tracker:
     def _run_thread(self) -> None:
         try:
             with quiet_mlflow():
-                if client := self._open():
-                    self._send_until_closed(client)
-        except Exception as error:  # such as a full disk; pending uploads are reported at the end
+                self._client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
+                self._open_event.set()
+                self._send_until_closed(self._client)
+        except Exception as error:  # of MLflow, its store, the network or a full disk; reported by the main thread
             self._failure = error_text(error)
         finally:
             self._open_event.set()
-            with self._release_lock:
-                self._is_thread_done = True
-            if self._thread_releases:
-                self._release()
-
-    def _open(self) -> Any:
-        try:
-            self._client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
-        except Exception as error:  # MLflow, its store and the network raise many types
-            self._failure = error_text(error)
-        finally:
-            self._open_event.set()
-        return self._client
+            self._release()
 
     def _send_until_closed(self, client: Any) -> None:
-        monitor = _system_monitor()
+        monitor = None
+        with suppress(Exception):  # internals of MLflow, which may change between versions
+            monitor = SystemMonitor()
         while True:
             closing = self._close_event.wait(SEND_INTERVAL_S)
             if self._outbox and monitor and not closing:
@@ -357,12 +352,6 @@ class Tracker:
             raise
 
 
-def _system_monitor() -> SystemMonitor | None:
-    with suppress(Exception):  # internals of MLflow, which may change between versions
-        return SystemMonitor()
-    return None
-
-
 def _read_recoveries(outbox: Outbox) -> list[dict[str, Any]]:
     try:
         recoveries = json.loads(outbox.fact(RECOVERIES) or "[]")
@@ -371,10 +360,3 @@ def _read_recoveries(outbox: Outbox) -> list[dict[str, Any]]:
     if not (isinstance(recoveries, list) and all(isinstance(each, dict) and "lost" in each for each in recoveries)):
         raise ValueError(f"its {RECOVERIES} must be a list of objects with the key 'lost'")
     return recoveries
-
-
-def _outbox_error(folder: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{folder / OUTBOX} is damaged or cannot be written ({error}); remove it, which loses the points that were not "
-        f"sent"
-    )

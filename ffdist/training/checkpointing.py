@@ -16,7 +16,7 @@ from ffdist.pipeline.schedule import Snapshot
 from ffdist.training.metrics import Metrics
 from ffdist.training.observer import Observer
 from ffdist.training.prepare import Prepared
-from ffdist.training.provenance import provenance
+from ffdist.training.provenance import algorithm_of
 from ffdist.training.resume import Start
 
 MIN_WRITE_BYTES_PER_S = 5e6
@@ -93,7 +93,7 @@ class Checkpointer(Observer):
 
     def on_start(self, start: Start, pipeline: Pipeline) -> None:
         """Notes the hardware, which checkpoints record."""
-        self._facts["provenance"] = provenance(self._architecture, pipeline.hardware)
+        self._facts["provenance"] = {"algorithm": algorithm_of(self._architecture), **pipeline.hardware}
 
     def on_restore(self, step: int) -> None:
         """Frees the state that the run started from, if there is a checkpoint to recover from."""

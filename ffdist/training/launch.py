@@ -97,13 +97,6 @@ def allocate(runner: RunnerName, prepared: Prepared, config: Config, resources: 
         yield Allocation(runner, totals, placement, group)
 
 
-def _check_host_memory(blueprint: Blueprint, stored: int | None) -> str:
-    """Checks that a run on this machine alone has enough memory for its tensors, and returns a text with the amount."""
-    needed = memory.machine_bytes(blueprint, stored=stored)
-    host_memory.check(needed, "the weights, optimizer state, activations and data of all stages")
-    return f"; host memory: up to {needed / 1e9:,.2f} GB more"
-
-
 def measure(allocation: Allocation, prepared: Prepared, config: Config) -> list[DeviceMeasurement]:
     """Measures the devices of a run.
 
@@ -116,7 +109,7 @@ def measure(allocation: Allocation, prepared: Prepared, config: Config) -> list[
     from ffdist.runtime.measurement import run_on_machines
 
     measured_by_machine = run_on_machines(function, allocation.group, allocation.placement)
-    return [measured.with_machine(machine) for machine, measured in measured_by_machine.items()]
+    return [each._replace(device=f"{each.device}, node {node}") for node, each in measured_by_machine.items()]
 
 
 def assign_layers(
@@ -159,9 +152,10 @@ def assign_layers(
     if runner == "ray":
         check_object_store(sample_bytes=sample_bytes, in_flight_bytes=blueprint.bytes_in_flight)
     if placement.device == "cpu" and (runner == "serial" or (runner == "ray" and num_nodes(totals) == 1)) and not again:
-        description += _check_host_memory(
-            blueprint, sample_bytes + blueprint.bytes_in_flight if runner == "ray" else None
-        )
+        stored = sample_bytes + blueprint.bytes_in_flight if runner == "ray" else None
+        needed = memory.machine_bytes(blueprint, stored=stored)
+        host_memory.check(needed, "the weights, optimizer state, activations and data of all stages")
+        description += f"; host memory: up to {needed / 1e9:,.2f} GB more"
     if runner == "ray":
         from ffdist.runtime.runner import ray_runner
 

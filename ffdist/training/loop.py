@@ -143,13 +143,9 @@ class Loop:
         if not evaluated.block.last:
             return
         blocks, self._blocks = self._blocks, []
-        result = evaluate(
-            torch.cat([torch.cat(block.goodness) for block in blocks], 1),
-            torch.cat([block.predicted for block in blocks]),
-            self._dataset.labels[split],
-            classes=self._architecture.classes,
-            predict_from=self._architecture.predict_from,
-        )
+        goodness = torch.cat([torch.cat(block.goodness) for block in blocks], 1)
+        predicted = torch.cat([block.predicted for block in blocks])
+        result = evaluate(goodness, predicted, self._dataset.labels[split], self._architecture)
         if split == "test":
             self.test = result
         for observer in self._observers:

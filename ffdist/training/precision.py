@@ -32,24 +32,14 @@ class Precision(NamedTuple):
     """Message for the user; empty if there is none."""
 
 
-class Speed(NamedTuple):
-    """Measured speed of a device."""
+class DeviceMeasurement(NamedTuple):
+    """Measurements of one machine."""
 
     device: str
     bfloat16_speedup: float
     """Time in float32 divided by time in bfloat16."""
-
-
-class DeviceMeasurement(NamedTuple):
-    """Measurements of one machine."""
-
-    speed: Speed
-    costs: Costs | None
+    costs: Costs | None = None
     """Costs of the actors, in the precision that this machine alone would resolve; None if nothing needs them."""
-
-    def with_machine(self, machine: str) -> "DeviceMeasurement":
-        """Returns the measurements with the name of the machine added to the device."""
-        return self._replace(speed=self.speed._replace(device=f"{self.speed.device}, node {machine}"))
 
 
 def is_driver_enough(config: Config, runner: str, address: str | None) -> bool:
@@ -113,15 +103,15 @@ def make_blueprint(prepared: Prepared, config: Config, stage_layers: list[range]
 
 def _measure(sample: Sample | None, setting: str, device: str, threads: int) -> DeviceMeasurement:
     with torch_threads(threads):
-        speed = Speed(device_name(device), bfloat16_speedup(device))
+        measured = DeviceMeasurement(device_name(device), bfloat16_speedup(device))
     if not sample:
-        return DeviceMeasurement(speed, None)
+        return measured
     blueprint = sample.blueprint
-    architecture = replace(blueprint.architecture, precision=choose(setting, [speed]).value)
+    architecture = replace(blueprint.architecture, precision=resolve(setting, [measured])[0].value)
     blueprint = blueprint._replace(architecture=architecture)
     if device == "cpu":
         host_memory.check(memory.layer_bytes(architecture), "the largest layer")
-    return DeviceMeasurement(speed, measure_costs(sample._replace(blueprint=blueprint), threads))
+    return measured._replace(costs=measure_costs(sample._replace(blueprint=blueprint), threads))
 
 
 def with_precision(config: Config, prepared: Prepared, precision: str) -> tuple[Config, Prepared]:
@@ -133,31 +123,23 @@ def with_precision(config: Config, prepared: Prepared, precision: str) -> tuple[
 def resolve(setting: str, measured: list[DeviceMeasurement]) -> tuple[Precision, Costs | None]:
     """Resolves the precision of a run, and returns it with the costs that were measured in it.
 
+    `auto` is bfloat16 if it is faster than float32 on every device, else float32.
+
     Args:
         setting: Value of `training.precision`.
         measured: Measurements of each machine of the run.
     """
-    slowest = min(measured, key=lambda each: each.speed.bfloat16_speedup)
-    return choose(setting, [each.speed for each in measured]), slowest.costs
-
-
-def choose(setting: str, speeds: list[Speed]) -> Precision:
-    """Resolves the precision: `auto` is bfloat16 if it is faster than float32 on every device, else float32.
-
-    Args:
-        setting: Value of `training.precision`.
-        speeds: Speed of each device.
-    """
-    device, speedup = min(speeds, key=lambda speed: speed.bfloat16_speedup)
+    device, speedup, costs = min(measured, key=lambda each: each.bfloat16_speedup)
     if setting == "auto":
         value = "bfloat16" if speedup >= MIN_SPEEDUP else "float32"
-        return Precision(value, f"precision: {value}; bfloat16 is {speedup:.2g} times as fast as float32 on {device}")
+        reason = f"precision: {value}; bfloat16 is {speedup:.2g} times as fast as float32 on {device}"
+        return Precision(value, reason), costs
     slowdown = 1 / speedup if setting == "bfloat16" else speedup
     if slowdown < MIN_SPEEDUP:
-        return Precision(setting)
+        return Precision(setting), costs
     other = "float32" if setting == "bfloat16" else "bfloat16"
-    return Precision(
-        setting,
+    reason = (
         f"warning: training.precision={setting} is {slowdown:.1f} times slower than {other} on {device}; leave it out "
-        f"to use the faster precision",
+        f"to use the faster precision"
     )
+    return Precision(setting, reason), costs

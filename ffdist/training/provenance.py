@@ -7,11 +7,6 @@ from ffdist.pipeline.hardware import Hardware
 FORWARD_FORWARD, BACKPROPAGATION = "Forward-Forward", "backpropagation"
 
 
-def provenance(architecture: Architecture, hardware: dict[str, Hardware]) -> dict[str, str | Hardware]:
-    """Returns what the weights of a run depend on besides its configuration; hardware affects only the last bits."""
-    return {"algorithm": algorithm_of(architecture), **hardware}
-
-
 def differences(manifest: Manifest | None, hardware: dict[str, Hardware]) -> str:
     """Returns a warning if the hardware differs from that of the resumed checkpoint, else an empty string."""
     actors: dict[str, list[str]] = {}  # by difference, so that a difference of all actors is printed once

@@ -21,7 +21,6 @@ from ffdist.runs.folder import (
     config_error,
     config_of,
     find_checkpoint,
-    read_state,
 )
 from ffdist.storage.paths import kind_of
 from ffdist.training.prepare import Prepared
@@ -117,7 +116,8 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
         config = config_of(folder)
     checkpoints = checkpoints_of(config, folder)
     checkpoint = find_checkpoint(checkpoints, which)
-    weights = read_state(checkpoints, checkpoint, lambda name: not is_optimizer_state(name))
+    with as_config_error():
+        _, weights = checkpoints.read(checkpoint.name, lambda name: not is_optimizer_state(name))
     network, state, remarks = Network(architecture), State(), [f"starting from checkpoint: {checkpoint}"]
     modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
     for name, module in modules.items():

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import TracebackType
+from typing import Any
 
 from ffdist.config.schema import Config
 from ffdist.errors import ConfigError, RunFailed
@@ -20,7 +20,7 @@ REPLACEMENT_TIMEOUT_S = 900.0
 """Longest wait for resources after a failure; a cloud needs minutes to start another machine."""
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """Places, starts and replaces the pipeline of a run; holds its resources for the duration of a `with` block.
 
     Args:
@@ -55,13 +55,8 @@ class Session:
             self.placed: PlacedPipeline = self._assign(allocation)
             self._reserved = self._reserved.pop_all()
 
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reserved.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._reserved.__exit__(*error)
 
     def pipelines(
         self, record: Record, recoveries: Recoveries, checkpoints: Folder, should_stop: Callable[[], bool]

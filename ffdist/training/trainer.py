@@ -79,7 +79,11 @@ def train(
         address = find_cluster(address)  # a wrong address is an error before the data is read
     with ExitStack() as stack:
         prepared = _prepare(config, runner)
-        start = _find_start(config, prepared, resume, skip_damaged, init_from, checkpoint)
+        start = Start({})
+        if resume is not None:
+            start = start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
+        elif init_from is not None:
+            start = start_from_weights(config, prepared.architecture, Path(init_from), checkpoint)
         _make_folder(runs)
         tracker = Tracker(uri, config.tracking, runs=runs)  # a server that is away is an error before Ray starts
         in_driver = is_driver_enough(config, runner, address)
@@ -141,21 +145,6 @@ def _prepare(config: Config, runner: RunnerName) -> Prepared:
     if runner != "backpropagation":
         return prepared
     return prepared._replace(architecture=replace(prepared.architecture, learned_goodness=False))
-
-
-def _find_start(
-    config: Config,
-    prepared: Prepared,
-    resume: Path | str | None,
-    skip_damaged: bool,
-    init_from: Path | str | None,
-    checkpoint: str | None,
-) -> Start:
-    if resume is not None:
-        return start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
-    if init_from is not None:
-        return start_from_weights(config, prepared.architecture, Path(init_from), checkpoint)
-    return Start({})
 
 
 @contextmanager
