@@ -403,9 +403,16 @@ SUMMARY_KEYS = [
     "mlflow_run_id",
     "mlflow_tracking_uri",
     "test_readout_error",
-    "shape",
+    "encoder",
     "classes",
     "class_names",
+]
+INVALID_ENCODERS = [
+    *({"shape": value} for value in (None, "a", [[]], [10**9] * 3, [1], [1, 0, 8])),
+    *({"classes": value} for value in (None, "a", 0, 10**11, -(10**11))),
+    *({"kind": value} for value in (None, "a", [1])),
+    *({key: value} for key in ("label", "label_scale", "subtract_mean", "jitter") for value in (None, "a")),
+    {"other": 1},
 ]
 TRACE_EVENT = {"ph": "X", "tid": 1, "cat": "compute", "ts": 1, "dur": 1, "args": {"chunk": 1}}
 TRACE_EVENTS = [{"ph": "M", "tid": 1, "args": {"name": "stage 1"}}, TRACE_EVENT]
@@ -415,7 +422,8 @@ JSON_FILES = {
         EVALUATE,
         INVALID_CONTENTS,
         [{name: {}} for name in SUMMARY_KEYS]
-        + [{"shape": [10**9] * 3}, {"classes": 0}, {"classes": 10**11}, {"classes": -(10**11)}]
+        + [{"encoder": change} for change in INVALID_ENCODERS]
+        + [{"classes": 0}, {"classes": 10**11}, {"classes": -(10**11)}]
         + [{"untrained_classes": value} for value in (7, None, [[1]], [10**11], list(range(10)))]
         + [{"data": 3}, {"data": {"columns": {"label": 3}}}],
     ),
@@ -433,13 +441,9 @@ JSON_FILES = {
         None,
         INVALID_CONTENTS,
         [{"layers": value} for value in (3, [[]], ["a"], [10**9, 10**9], [{"grid": 3}], [])]
-        + [{key: value} for key in ("shape", "classes", "rule", "thresholds") for value in (None, "a", [[]])]
-        + [
-            {key: value}
-            for key in ("label_scale", "subtract_mean", "seed", "precision", "untrained")
-            for value in (None, "a")
-        ]
-        + [{"classes": value} for value in (0, 10**11, -(10**11))]
+        + [{"encoder": change} for change in ({}, *INVALID_ENCODERS)]
+        + [{key: value} for key in ("encoder", "rule", "thresholds") for value in (None, "a", [[]])]
+        + [{key: value} for key in ("seed", "precision", "untrained") for value in (None, "a")]
         + [{"untrained": value} for value in ([[1]], [10**11], list(range(10)))]
         + [{"layers": [{"grid": 10**11, "stride": 1, "field": 10**11, "units": 1}]}],
     ),
@@ -457,13 +461,20 @@ JSON_FILES = {
 }
 
 
+def _merge(content, change):
+    """Returns content with a change, which adds to a nested encoder unless it is empty."""
+    if isinstance(encoder := change.get("encoder"), dict) and encoder:
+        change = {"encoder": content["encoder"] | encoder}
+    return content | change
+
+
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_json_of_wrong_type_is_refused(work_dir, name):
     export_network()
     command, contents, changes = JSON_FILES[name]
     path = next(Path().glob(name))
     valid_content = json.loads(path.read_text())
-    for content in [*contents, *(json.dumps(valid_content | change) for change in changes)]:
+    for content in [*contents, *(json.dumps(_merge(valid_content, change)) for change in changes)]:
         path.write_text(content)
         assert_refused(command, content[:80])
 
