@@ -339,7 +339,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize(
-    "stop", [kill_cluster, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS if stop is not kill_cluster)]
+    "stop", [interrupt_group, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (terminate_all, kill_cluster))]
 )
 def test_stop_saves_a_checkpoint_marks_the_run_as_killed_and_leaves_no_process(tmp_path, stop):
     code, message = STOPS[stop]

@@ -35,7 +35,7 @@ CONFIG = [
     "training.batch_size=20",
     "data.label=append",
     "checkpoint.every_minibatches=20",
-    "tracking.artifacts=[model]",
+    "tracking.artifacts=[]",
 ]
 
 
@@ -153,7 +153,8 @@ def stopped_at_a_checkpoint(config, runs):
 
 def test_a_layer_an_objective_and_an_encoder_of_a_user(ray_with_toys, tmp_path):
     config = load_config("digits", CONFIG)
-    run = train(config, runner="serial", runs=tmp_path / "serial")
+    with_model = load_config("digits", [*CONFIG, "tracking.artifacts=[model]"])
+    run = train(with_model, runner="serial", runs=tmp_path / "serial")
     digest = run.summary["weights_sha256"]
     assert run.summary["test_goodness_error"] < 0.3  # two of three would be wrong by chance
     assert {"layer_1/loss", "layer_3/active_fraction"} <= run.metrics.keys()
@@ -163,7 +164,8 @@ def test_a_layer_an_objective_and_an_encoder_of_a_user(ray_with_toys, tmp_path):
     assert over_ray.summary["weights_sha256"] == digest
 
     folder = stopped_at_a_checkpoint(config, tmp_path / "stopped")
-    resumed = train(load_config("digits", [*CONFIG, "pipeline.stages=2"]), runs=tmp_path / "stopped", resume=folder)
+    two_stages = load_config("digits", [*CONFIG, "pipeline.stages=2"])
+    resumed = train(two_stages, runner="serial", runs=tmp_path / "stopped", resume=folder)
     assert (resumed.summary["stages"], resumed.summary["weights_sha256"]) == (2, digest)
     state = checkpoints_of(config, folder).read(resumed.summary["checkpoint"])[1]["layer_1"]
     assert {"down.weight", "up.bias", "gain", "optimizer.down/weight/mean", "statistics.mean_activity"} <= state.keys()

@@ -53,6 +53,7 @@ print(json.dumps([before, peak[0]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("runner", "units", "artifacts"), [("serial", 5000, "[model]"), ("ray", 2000, "[]")])
 def test_memory_of_a_run_stays_below_its_stated_bound(runner, units, artifacts, tmp_path):
     """The serial run has two layers of 100 MB of weights each; an earlier version held up to six copies of them."""

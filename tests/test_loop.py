@@ -45,7 +45,7 @@ def test_non_finite_values_stop_the_run_and_are_not_saved(tmp_path, kind):
 
 def test_run_stops_cleanly_and_can_be_resumed_if_its_checkpoint_folder_disappears(tmp_path):
     """A file replaces the folder, because permissions would not stop root."""
-    config = load_config("digits", SHORT)
+    config = load_config("digits", [*SHORT, "training.epochs=15"])
 
     def remove_folder() -> None:
         while len(folders := [path.parents[1] for path in tmp_path.glob("*/checkpoints/*/manifest.json")]) < 2:

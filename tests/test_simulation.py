@@ -14,7 +14,7 @@ from ffdist.tracking.outbox import Outbox
 from ffdist.training.metrics import Metrics
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_random_faults_do_not_break_recovery(seed):
     outcome = simulate(200, seed)
     assert outcome.schedules == 200

@@ -208,7 +208,8 @@ class Training(Section):
     """Number of samples per minibatch, at most the size of the training set."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the layers' matrix products. Goodness, parameters and updates are float32. `auto`: bfloat16 if it is
-    faster than float32 on all devices of the run. This is measured once before the run starts, and recorded."""
+    at least 1.5 times as fast as float32 on all devices of the run. This is measured once before the run starts, and
+    recorded."""
     validation_samples: Annotated[int, Number, Field(ge=0)] = 0
     """Number of training samples to hold out for validation, chosen by the seed; less than the size of the training
     set. 0: no validation."""

@@ -19,9 +19,9 @@ from ffdist.pipeline.runner import torch_threads
 from ffdist.runtime.cluster import is_connected
 from ffdist.training.prepare import Prepared
 
-MIN_SPEEDUP = 1.1
-"""Smallest speedup at which a precision counts as faster. Devices without bfloat16 units measure 0.01 to 0.5, devices
-with them 2 to 15, so all runs on a machine resolve to the same precision, even if it is busy."""
+MIN_SPEEDUP = 1.5
+"""Smallest speedup at which a precision counts as faster. CPUs without fast bfloat16 units measure 0.01 to 0.75, once
+1.1 when busy; CPUs and GPUs with them measure 2 to 15. So all runs on a machine resolve to the same precision."""
 
 
 class Precision(NamedTuple):
