@@ -43,7 +43,7 @@ class Passes(NamedTuple):
         """All passes except the one that the readout reads."""
         return slice(0, self.num_trained) if self.has_neutral else slice(1, None)
 
-    def joined(self, others: Tensor, readout: Tensor) -> Tensor:
+    def join(self, others: Tensor, readout: Tensor) -> Tensor:
         """Returns all passes `[P, B, ...]` from the one that the readout reads `[B, ...]` and the others."""
         parts = (others, readout.unsqueeze(0))
         return torch.cat(parts if self.has_neutral else parts[::-1])

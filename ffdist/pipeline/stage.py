@@ -174,7 +174,7 @@ class Stage:
         else:
             signal, read = inputs
             passes = Passes(len(signal) - self._labels_shown, self._labels_shown)
-            rows = passes.joined(signal, read)
+            rows = passes.join(signal, read)
         metrics, reads = [], []
         for (index, layer), is_sent in zip(self._layers.items(), self._is_read_sent, strict=True):
             (rows, _), layer_metrics = layer.train_minibatch(
