@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ffdist.config.loading import load_config
     from ffdist.config.schema import Config
     from ffdist.errors import ConfigError
-    from ffdist.export.network import read_network
+    from ffdist.export.network import load_network
     from ffdist.ff.encoders import ImageEncoder
     from ffdist.ff.network import Architecture, Network
     from ffdist.runs.run import Run
-    from ffdist.training.trainer import train
+    from ffdist.training.trainer import resume, train
 
 IMPORTED_AT = time.monotonic()
 """Time of the import on the monotonic clock; benchmarks measure from here."""
@@ -33,7 +33,8 @@ _MODULES = {
     "Network": "ffdist.ff.network",
     "Run": "ffdist.runs.run",
     "load_config": "ffdist.config.loading",
-    "read_network": "ffdist.export.network",
+    "load_network": "ffdist.export.network",
+    "resume": "ffdist.training.trainer",
     "train": "ffdist.training.trainer",
 }
 
@@ -45,7 +46,8 @@ __all__ = [
     "Network",
     "Run",
     "load_config",
-    "read_network",
+    "load_network",
+    "resume",
     "train",
 ]
 

@@ -1,6 +1,7 @@
 """Console output: tables and progress bars on a terminal, plain data in a file or a pipe."""
 
 import csv
+import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -11,6 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 
 Item = TypeVar("Item")
+_is_quiet = False
+
+
+def set_quiet(value: bool) -> None:
+    """Sets whether this process prints only results, warnings and errors."""
+    global _is_quiet
+    _is_quiet = value
+
+
+def is_quiet() -> bool:
+    """Returns whether this process prints only results, warnings and errors."""
+    return _is_quiet
 
 
 class Screen(Console):
@@ -25,7 +38,7 @@ class Screen(Console):
 def track(items: Iterable[Item], description: str) -> Generator[Item, None, None]:
     """Yields items with a progress bar that disappears at the end. Non-interactive output gets no bar."""
     screen = Screen()
-    if is_interactive(screen):
+    if is_interactive(screen) and not is_quiet():
         items = progress.track(items, description, console=screen, transient=True)
     yield from items
 
@@ -35,11 +48,19 @@ def is_interactive(screen: Console) -> bool:
     return screen.is_jupyter or screen.file.isatty()  # rich's is_terminal also follows FORCE_COLOR
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows with equal columns: a table on a terminal, tab-separated values with a header elsewhere."""
+def print_rows(rows: Sequence[Mapping[str, Any]], form: str | None = None) -> None:
+    """Prints rows with equal columns.
+
+    Args:
+        rows: The rows.
+        form: `csv` or `json`; by default a table on a terminal, and tab-separated values with a header elsewhere.
+    """
     screen, columns = Screen(highlight=False), list(rows[0]) if rows else []
-    if not is_interactive(screen):
-        writer = csv.writer(screen.file, "excel-tab", lineterminator="\n")
+    if form == "json":
+        print(json.dumps(rows, indent=2), file=screen.file)
+        return
+    if form == "csv" or not is_interactive(screen):
+        writer = csv.writer(screen.file, "excel" if form else "excel-tab", lineterminator="\n")
         writer.writerows([columns, *(row.values() for row in rows)])
         return
     table = Table(*map(escape, columns), box=None, padding=(0, 2, 0, 0))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import image_architecture
 
 import ffdist.ff.specs
-from ffdist import ConfigError, load_config, read_network, train
+from ffdist import ConfigError, load_config, load_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.export.network import save_network
@@ -112,7 +112,7 @@ def test_run_is_tracked_evaluated_and_exported_like_any_other(tmp_path):
     evaluation = run.evaluate(dataset.samples["test"], dataset.labels["test"])
     assert (evaluation.goodness_error, evaluation.readout_error) == (None, pytest.approx(error, abs=1.5 / 360))
     save_network(network, tmp_path)
-    loaded = read_network(tmp_path).predict(dataset.samples["test"])
+    loaded = load_network(tmp_path).predict(dataset.samples["test"])
     assert (loaded.goodness.shape[-1], (loaded.label != dataset.labels["test"]).double().mean().item()) == (0, error)
 
 

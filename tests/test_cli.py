@@ -123,7 +123,7 @@ def test_mlflow_has_all_metrics_and_artifacts_of_both_runners(finished_runs):
         (["train", "digit"], "did you mean digits"),
         (["train"], "expected exactly one CONFIG (given: none)"),
         (["train", "digits", "mnist"], "(given: digits mnist)"),
-        (["train", "digits", "training.epoch=3"], "did you mean epochs"),
+        (["train", "digits", "training.epoch=3"], "did you mean training.epochs"),
         (["train", "digits", "training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
         (["train", "digits", "pipeline.stages=4"], "stages: 4, layers: 3"),
         (["train", "digits", "pipeline.device=cuda"], "needs at least one GPU"),
@@ -144,7 +144,7 @@ def test_mlflow_has_all_metrics_and_artifacts_of_both_runners(finished_runs):
         (["train", "digits", "--runs", "/proc/runs", *SERIAL], "the folder /proc/runs cannot be written"),
         (["train", "digits", "data.name=parquet", "data.path=nowhere", *SERIAL], "must hold train*.parquet"),
         (["train", "digits", "--runs", "a%20b", *SERIAL], "must not contain ? or escapes such as %20"),
-        (["train", "digits", "--resume", "", *SERIAL], "RUN must be the folder of a run, or the MLflow run id of"),
+        (["resume", "", *SERIAL], "RUN must be the folder of a run, or the MLflow run id of"),
         (["train", "digits", "checkpoint.uri=nowhere://x", *SERIAL], "nowhere://x cannot be opened"),
         (["train", "digits", "checkpoint.uri=s3://", *SERIAL], "cannot be written"),
         (["train", "digits", f"model.layers={[0] * 200}", *SERIAL], "units must be a whole number from 1 to"),
@@ -156,7 +156,7 @@ def test_mlflow_has_all_metrics_and_artifacts_of_both_runners(finished_runs):
         (["bench", "step", "--device", "cuda"], "--device: cuda needs a GPU that torch can use"),
         (["bench", "step", "--device", "mps"], "a step is measured on cpu or cuda"),
         (["bench", "pipeline"], "for example: main bench pipeline digits"),
-        (["readout", "nowhere"], "RUN must be the folder of a run, or the MLflow run id of a run in runs"),
+        (["fit-readout", "nowhere"], "RUN must be the folder of a run, or the MLflow run id of a run in runs"),
     ],
 )
 def test_invalid_input_exits_with_code_2_and_a_one_line_error(tmp_path, monkeypatch, arguments, message):
@@ -269,7 +269,7 @@ def test_readout_is_fitted_without_changing_the_weights(unsupervised_runs, ffdis
     )
     weights_before = {path: path.read_bytes() for path in unsupervised_runs.rglob("*.safetensors")}
     outputs = {
-        ffdist_in(unsupervised_runs, "readout", name) for name in (run_line.split()[1], summary["mlflow_run_id"])
+        ffdist_in(unsupervised_runs, "fit-readout", name) for name in (run_line.split()[1], summary["mlflow_run_id"])
     }
     assert len(outputs) == 1
     assert {path: path.read_bytes() for path in unsupervised_runs.rglob("*.safetensors")} == weights_before
@@ -332,9 +332,9 @@ def kill_cluster(driver: int, marker: str) -> None:
 
 
 STOPS = {
-    interrupt_group: (130, "stopped in order; resume with --resume runs/digits-"),
-    terminate_all: (130, "stopped in order; resume with --resume runs/digits-"),
-    kill_cluster: (1, "the Ray cluster was stopped; resume the run with --resume runs/digits-"),
+    interrupt_group: (130, "stopped; resume with: ffdist resume runs/digits-"),
+    terminate_all: (130, "stopped; resume with: ffdist resume runs/digits-"),
+    kill_cluster: (1, "the Ray cluster was stopped; resume with: ffdist resume runs/digits-"),
 }
 
 
@@ -416,7 +416,7 @@ def test_concurrent_local_runs_do_not_interfere(tmp_path):
 
 
 def test_version_and_help_exit_with_code_0():
-    commands = (["train"], ["negatives", "make"], ["negatives", "show"], ["readout"], ["results"], ["ui"])
+    commands = (["train"], ["negatives", "make"], ["negatives", "show"], ["fit-readout"], ["results"], ["ui"])
     for arguments in (["--version"], ["--help"], *([*command, "--help"] for command in commands)):
         assert run_ffdist(*arguments, cwd=".").returncode == 0
 

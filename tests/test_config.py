@@ -101,7 +101,7 @@ def test_single_layer_is_used_for_prediction():
     ("overrides", "message"),
     [
         (["trainig.epochs=3"], "unknown key trainig; did you mean training"),
-        (["training.epoch=3"], "unknown key training.epoch; did you mean epochs"),
+        (["training.epoch=3"], "unknown key training.epoch; did you mean training.epochs"),
         (["training.epochs=0"], r"training.epochs \(0\): .*greater than or equal to 1"),
         (["training.epochs=many"], r"training.epochs \('many'\): .*integer"),
         (["training.learning_rate=.inf"], r"training.learning_rate \(inf\): .*less than or equal"),

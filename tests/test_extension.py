@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_wine
 from torch import nn
 
-from ffdist import load_config, read_network, train
+from ffdist import load_config, load_network, train
 from ffdist.data.datasets import READERS
 from ffdist.data.readers import Splits
 from ffdist.ff.encoders import ENCODERS, Encoder
@@ -173,7 +173,7 @@ def test_a_layer_an_objective_and_an_encoder_of_a_user(ray_with_toys, tmp_path):
     samples = run.dataset.samples["test"]
     expected = run.predict(samples)
     export_network(run, tmp_path / "exported")
-    assert torch.equal(read_network(tmp_path / "exported").predict(samples).goodness, expected.goodness)
+    assert torch.equal(load_network(tmp_path / "exported").predict(samples).goodness, expected.goodness)
     program = torch.export.load(tmp_path / "exported" / "readout.pt2").module()
     torch.testing.assert_close(program(samples).softmax(1), expected.probabilities)
     served = mlflow.pyfunc.load_model(str(next((tmp_path / "exported").glob("*/MLmodel")).parent))

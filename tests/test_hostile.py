@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from PIL import Image
 
-from ffdist import Run, read_network
+from ffdist import Run, load_network
 from ffdist.checkpoint.checkpoints import digest
 from ffdist.cli import main
 from ffdist.export.network import save_network
@@ -123,17 +123,17 @@ def write_parquet(**columns):
 
 
 CONFIG_COMMANDS = [["train", "bad.yaml", *SERIAL], ["baseline", "bad.yaml"], ["negatives", "make", "bad.yaml"]]
-RESUME_COMMANDS = [["train", "digits", *SHORT, *STORE_SETTINGS, *SERIAL, "--resume", "stopped"]]
+RESUME_COMMANDS = [["resume", "stopped", *SERIAL]]
 WARM_START_COMMANDS = [
     ["train", "digits", *SHORT, *SERIAL, "--init-from", "finished"],
     ["baseline", "digits", *SHORT, "--init-from", "finished"],
 ]
 RUN_COMMANDS = [
-    ["readout", "finished"],
+    ["fit-readout", "finished"],
     ["evaluate", "finished"],
-    ["predict", "finished", "--input", "birds/test.parquet"],
+    ["predict", "finished", "birds/test.parquet"],
     ["plot", "finished"],
-    ["export", "finished", "--to", "out"],
+    ["export", "finished", "--output", "out"],
 ]
 STORE_COMMANDS = [["negatives", "show", "store"], ["train", "digits", *SHORT, *STORE_SETTINGS, *SERIAL]]
 IMAGE_SETTINGS = ["data.label=append", "model.layers=[5,5]", "training.batch_size=5"]
@@ -142,7 +142,7 @@ IMAGE_FOLDER_COMMANDS = [["train", "digits", "data.name=image_folder", "data.pat
 
 LONG_NAME = "x" * 300
 LONG_PATH_COMMANDS = [
-    ["predict", "finished", "--input", LONG_NAME],
+    ["predict", "finished", LONG_NAME],
     ["evaluate", "finished", "--data", LONG_NAME],
     *(
         [*args, "--runs", LONG_NAME]
@@ -198,7 +198,7 @@ CASES = {
     ),
     "run: damaged configuration": (write("finished/config.yaml", "data: ["), RUN_COMMANDS, "cannot be read as YAML"),
     "run: truncated summary": (truncate("finished/summary.json"), RUN_COMMANDS, "summary.json is missing or damaged"),
-    "run: already finished": (no_damage, [["train", "digits", *SHORT, *SERIAL, "--resume", "finished"]], "is finished"),
+    "run: already finished": (no_damage, [["resume", "finished", *SERIAL]], "is finished"),
     "run: damaged metrics": (
         write("stopped/metrics.db", "no database" * 999),
         RESUME_COMMANDS,
@@ -341,7 +341,7 @@ REPLACEMENTS = {
 }
 """Entries that replace a file or folder of the input."""
 EVALUATE, PLOT = RUN_COMMANDS[1], RUN_COMMANDS[3]
-READERS = {  # the command that reads each entry; None: `read_network`
+READERS = {  # the command that reads each entry; None: `load_network`
     "finished/config.yaml": EVALUATE,
     "finished/summary.json": EVALUATE,
     "finished/timeline.json": PLOT,
@@ -367,15 +367,15 @@ HARMLESS = {  # accepted, or created again
 
 def export_network() -> None:
     Path("network").mkdir(exist_ok=True)
-    save_network(Run.find("finished").network, Path("network"))  # the files that `read_network` reads
+    save_network(Run.find("finished").network, Path("network"))  # the files that `load_network` reads
 
 
 def assert_refused(command: list[str] | None, case: str) -> None:
-    """Asserts that a command, or `read_network` if there is none, refuses its input and changes no file."""
+    """Asserts that a command, or `load_network` if there is none, refuses its input and changes no file."""
     digests_before = file_digests()
     if command is None:
         with pytest.raises((ValueError, OSError)):
-            read_network("network")
+            load_network("network")
         return
     result = ffdist(*command)
     assert result.exit_code == 2, (case, result.output, result.exception)

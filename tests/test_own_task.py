@@ -52,7 +52,7 @@ def test_colored_letters_are_learned_with_default_settings(tmp_path, ffdist):
     (tmp_path / "images").mkdir()
     for index in range(4680, 5200):
         (tmp_path / "images" / f"{index}.png").write_bytes(images[index]["bytes"])
-    ffdist("predict", str(folder), "--input", "images", "--to", "found.parquet")
+    ffdist("predict", str(folder), "images", "--output", "found.parquet")
     predictions = pq.read_table(tmp_path / "found.parquet")["label"].to_pylist()
     error = sum(predicted != label for predicted, label in zip(predictions, labels[4680:], strict=True)) / 520
     assert f"test error {error:.2%} by goodness" in output
@@ -105,7 +105,7 @@ def test_hidden_and_foreign_files_are_ignored_in_training_evaluation_and_predict
     assert summary["data"]["skipped"]["files of another format"] == {".txt": 8}
     (run_folder,) = tmp_path.glob("runs/tree-*")
     assert "of 12 samples" in ffdist("evaluate", run_folder, "--data", "tree/test")
-    output = ffdist("predict", run_folder, "--input", "tree/test", "--to", "found.parquet")
+    output = ffdist("predict", run_folder, "tree/test", "--output", "found.parquet")
     assert pq.read_table("found.parquet").num_rows == 12
     assert "5 files of another format (.txt: 5)" in output
 
@@ -155,4 +155,4 @@ def test_evaluation_reads_labels_from_the_training_column_and_never_guesses(few_
         pq.write_table(content, f"{name}.parquet")
         output = ffdist("evaluate", few_classes_run.folder, "--data", f"{name}.parquet", code=code)
         assert message in output if code == 0 else re.search(message, output), output
-    assert ffdist("predict", few_classes_run.folder, "--input", "patient.parquet").count("patient.parquet, row") == 4
+    assert ffdist("predict", few_classes_run.folder, "patient.parquet").count("patient.parquet, row") == 4

@@ -29,7 +29,7 @@ def test_line_shows_layer_metrics_or_else_the_readout_loss(render_line):
     assert render_line(5, {"readout/loss": 0.25}) == "epoch 0.5/2: loss 0.2500"
     layer = {"loss": 0.5, "goodness_positive": 1.31, "goodness_negative": 0.8, "pairwise_error": 0.1}
     metrics = {f"layer_1/{name}": value for name, value in layer.items()} | {"layer_1/active_fraction": 0.5}
-    assert render_line(10, metrics) == "epoch 1.0/2: layer 1 loss 0.500 goodness 1.31 | 0.8"
+    assert render_line(10, metrics) == "epoch 1.0/2: layer 1 loss 0.500, goodness 1.31 positive, 0.8 negative"
 
 
 def test_terminal_shows_a_progress_bar_and_a_table_of_layers(monkeypatch, capsys):

@@ -36,16 +36,21 @@ COMMANDS = list(dict.fromkeys("".join(re.findall(r"```sh\n(.*?)```", TEXT, re.S)
 YAML_EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
 INLINE_COMMANDS = sorted(set(re.findall(r"`(ffdist [^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))))
 
-RESUMING = ["ffdist train digits --resume RUN", "ffdist train digits --init-from RUN"]
-OWN_IMAGES = ["ffdist train birds.yaml training.epochs=10"]
+RESUMING = ["ffdist resume RUN", "ffdist train digits --init-from RUN"]
+OWN_IMAGES = ["ffdist train birds.yaml --dry-run", "ffdist train birds.yaml training.epochs=10"]
 TRAINING = [
     line
     for line in COMMANDS
     if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py"))
     and line not in (*RESUMING, *OWN_IMAGES)
+    and "--dry-run" not in line
 ]
-USING = [line for line in COMMANDS if re.match(r"ffdist (evaluate|predict|plot|export|sync)\b", line)]
-NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist readout", "ffdist results"))]
+USING = [line for line in COMMANDS if re.match(r"ffdist (evaluate|predict|plot|export|sync|runs|compare)\b", line)]
+REMOVING = ["ffdist rm RUN"]
+SHOWING = [
+    line for line in COMMANDS if line.startswith("ffdist config") or ("--dry-run" in line and line not in OWN_IMAGES)
+]
+NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist fit-readout", "ffdist results"))]
 REPRODUCING = [line for line in COMMANDS if line.startswith("ffdist reproduce")]
 BENCHMARKS = {line: line.split()[2] for line in COMMANDS if line.startswith("ffdist bench")}
 RAY = [line for line in COMMANDS if line.startswith("ray ")]
@@ -74,7 +79,7 @@ SHORT_BENCHMARKS = {
 
 
 def test_no_command_is_left_untried():
-    tried = [TRAINING, RESUMING, OWN_IMAGES, USING, NEGATIVES, REPRODUCING, BENCHMARKS, PYTEST]
+    tried = [TRAINING, RESUMING, OWN_IMAGES, SHOWING, USING, REMOVING, NEGATIVES, REPRODUCING, BENCHMARKS, PYTEST]
     tried += [[UI, TOKEN, SIMULATED], RUN_ELSEWHERE, ONLY_PARSED]
     assert set(COMMANDS) == set().union(*tried)
     assert len(TRAINING) >= 8
@@ -138,7 +143,7 @@ def test_the_first_command_reaches_its_figures(tmp_path):
 def test_commands_for_negatives_in_their_order(tmp_path, ffdist):
     """Fills and shows a store, trains from it, fits a readout to the run, and prints the table of results."""
     before = [line for line in COMMANDS if line.startswith("ffdist negatives") or "store" in line]
-    for line in [*before, "ffdist readout RUN", "ffdist results"]:
+    for line in [*before, "ffdist fit-readout RUN", "ffdist results"]:
         assert line in COMMANDS
         run_folder = next(tmp_path.glob("runs/digits-*"), Path())
         short = ["training.epochs=1", "model.layers=[40,30,20]"] if "digits" in line else []
@@ -153,7 +158,7 @@ def test_commands_that_reproduce(line, ffdist):
 
 
 def test_commands_that_use_a_run(tmp_path, ffdist):
-    assert len(USING) == 7
+    assert len(USING) == 9
     ffdist("train", "digits", "training.epochs=1", "model.layers=[40,30]", "--runner", "serial")
     run_folder = next(tmp_path.glob("runs/digits-*"))
     for file in ("images/black.png", "labeled/0/black.png"):
@@ -163,6 +168,16 @@ def test_commands_that_use_a_run(tmp_path, ffdist):
         line = line.replace("RUN", str(run_folder)).replace("IMAGES", "images").replace("LABELED", "labeled")
         ffdist(*shlex.split(line)[1:])
     assert {"predictions.parquet", "pictures", "network"} < {path.name for path in tmp_path.iterdir()}
+    for line in REMOVING:
+        ffdist(*shlex.split(line.replace("RUN", str(run_folder)))[1:], "--yes")
+    assert not run_folder.exists()
+
+
+@pytest.mark.parametrize("line", SHOWING)
+def test_commands_that_show_configurations(line, request, ffdist):
+    if "--dry-run" in line:
+        request.getfixturevalue("mnist_root")
+    assert ffdist(*shlex.split(line)[1:]).count("\n") > 2
 
 
 def test_own_images(tmp_path, ffdist):
@@ -177,7 +192,7 @@ def test_own_images(tmp_path, ffdist):
     short = ["training.epochs=1", "training.batch_size=4", "model.layers=[30,20]", "tracking.artifacts=[]"]
     for line in OWN_IMAGES:
         ffdist(*shlex.split(line)[1:], *short, "--runner", "serial")
-    assert len(list(tmp_path.glob("runs/birds-*/summary.json"))) == len(OWN_IMAGES)
+    assert len(list(tmp_path.glob("runs/birds-*/summary.json"))) == 1
 
 
 def test_python_examples(tmp_path, monkeypatch):
@@ -230,9 +245,9 @@ def test_a_stopped_run_is_resumed_and_another_starts_from_it(tmp_path, ffdist):
         time.sleep(0.05)
     process.terminate()
     assert process.wait(120) == 130
-    for line in RESUMING:
-        output = ffdist(*shlex.split(line.replace("RUN", str(manifests[0].parents[2])))[1:], *short)
-        assert ("resuming from" if "--resume" in line else "starting from") in output
+    for line, text in zip(RESUMING, ("resuming from", "starting from"), strict=True):
+        settings = short if "train" in line else []
+        assert text in ffdist(*shlex.split(line.replace("RUN", str(manifests[0].parents[2])))[1:], *settings)
     assert len(list(tmp_path.glob("runs/digits-*"))) == 2
 
 

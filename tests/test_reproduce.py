@@ -89,7 +89,7 @@ def test_interrupted_run_is_resumed(tmp_path, ffdist):
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     config, folder = next(_previous_runs(runs))
-    assert shlex.split(error)[-2:] == ["--resume", f"my runs/{folder.name}"]  # quoted for the shell
+    assert shlex.split(error)[-3:] == ["ffdist", "resume", f"my runs/{folder.name}"]  # quoted for the shell
     with FileLock(folder / ".lock"):  # like another command that resumes the run
         assert _find_previous(config, [(config, folder)], runs) is None
     (tmp_path / "kept").write_text("of the user")

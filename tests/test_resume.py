@@ -80,7 +80,7 @@ def train_until_stopped(
         os.kill(os.getpid(), stop_signal)
 
     threading.Thread(target=send_signal, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt, match="stopped in order; resume with --resume"):
+    with pytest.raises(KeyboardInterrupt, match="stopped; resume with: ffdist resume"):
         train(config, runs=runs, runner="serial", **options)
     (folder,) = set(runs.glob("*-*/")) - before
     return folder
@@ -133,11 +133,9 @@ def test_serial_run_resumes_over_ray(runs, ray_start_4_cpus, capsys):
 
 def test_resuming_with_other_cpu_instructions_prints_one_warning(runs):
     folder = train_until_stopped(make_config(), runs)
-    command = [sys.executable, "-m", "ffdist.cli", "train", "digits", *SHORT, "--runner", "serial"]
+    command = [sys.executable, "-m", "ffdist.cli", "resume", str(folder), "--runs", str(runs)]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-    result = subprocess.run(
-        [*command, "--resume", str(folder), "--runs", str(runs)], env=environment, text=True, capture_output=True
-    )
+    result = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("warning: ") == 1
     assert re.search(
@@ -217,18 +215,7 @@ def test_run_resumes_from_checkpoint_uri_after_its_folder_was_deleted(runs, tmp_
     folder = train_until_stopped(config, runs)
     with FileLock(folder / LOCK):  # held by the tracker while it uploads
         shutil.rmtree(folder)
-    arguments = [
-        "train",
-        reference.folder / "config.yaml",
-        uri_setting,
-        "--resume",
-        folder,
-        "--runs",
-        runs,
-        "--runner",
-        "serial",
-    ]
-    output = ffdist_in(tmp_path, *arguments)
+    output = ffdist_in(tmp_path, "resume", folder.name, uri_setting, "--runs", runs)
     assert "resuming from" in output
     assert Run.find(folder).summary["weights_sha256"] == reference.summary["weights_sha256"]
 

@@ -305,7 +305,7 @@ def test_runs_folder_can_be_moved(runs, ffdist_in, tmp_path):
     run_id = Outbox.fact_of(run / OUTBOX, "run_id")
     shutil.move(runs, tmp_path / "hidden")
     try:
-        assert "test error" in ffdist_in(tmp_path, "readout", run, "--runs", moved)
+        assert "test error" in ffdist_in(tmp_path, "fit-readout", run, "--runs", moved)
         ffdist_in(tmp_path, "train", *SHORT, "--runs", moved)
         assert not runs.exists()
         uri = default_uri(moved)
@@ -351,7 +351,7 @@ def test_failure_to_log_a_metric_is_reported_in_one_line(runs, ffdist_in, tmp_pa
         action = "select raise(abort, 'attempt to write a readonly database')"
         database.execute(f"create trigger readonly before insert on metrics begin {action}; end")
     (run,) = (tmp_path / "runs").glob("digits-*")
-    output = ffdist_in(tmp_path, "readout", run, code=2)
+    output = ffdist_in(tmp_path, "fit-readout", run, code=2)
     (error,) = [line for line in output.splitlines() if line.startswith("Error: ")]
     assert "readonly database" in error
     assert "Traceback" not in output

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ffdist import ConfigError, Run, load_config, read_network, train
+from ffdist import ConfigError, Run, load_config, load_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.runs.folder import checkpoints_of
 from ffdist.tracking.server import default_uri
@@ -47,7 +47,7 @@ def test_results_and_model_belong_to_the_best_checkpoint(config_and_run):
     assert last.evaluate(*test_set).readout_error < run.summary["test_readout_error"] - 0.02
     (network_file,) = run.folder.parent.glob("artifacts/**/network.json")
     images = test_set[0][:50]
-    assert torch.equal(read_network(network_file.parent)(images), best.network(images))
+    assert torch.equal(load_network(network_file.parent)(images), best.network(images))
     assert not torch.equal(best.network(images), last.network(images))
 
 
@@ -84,19 +84,19 @@ def test_train_prints_the_checkpoint_of_its_results(config_and_run, tmp_path, ca
 
 def test_fitted_readout_error_is_saved_only_for_the_reported_checkpoint(config_and_run, ffdist):
     _, run = config_and_run
-    output = ffdist("readout", run.folder, "--checkpoint", "last")
+    output = ffdist("fit-readout", run.folder, "--checkpoint", "last")
     assert "by a readout fitted" in output
     assert Run.find(run.folder).summary["test_fitted_readout_error"] is None
-    ffdist("readout", run.folder)
+    ffdist("fit-readout", run.folder)
     assert Run.find(run.folder).summary["test_fitted_readout_error"] < 1
 
 
 def test_readout_is_fitted_in_a_folder_named_like_markup(tmp_path, ffdist, monkeypatch):
     config = load_config("xor", ["training.epochs=1", NO_ARTIFACTS])
     run = train(config, runner="serial", runs=tmp_path / "m[" / "x]")
-    assert f"fitted to the layers of {run.folder} (" in ffdist("readout", run.folder)
+    assert f"fitted to the layers of {run.folder} (" in ffdist("fit-readout", run.folder)
     monkeypatch.setattr("ffdist.host_memory.available_bytes", lambda: 9)
-    assert "the activations that a readout is fitted to must fit into" in ffdist("readout", run.folder, code=2)
+    assert "the activations that a readout is fitted to must fit into" in ffdist("fit-readout", run.folder, code=2)
 
 
 def test_network_of_a_checkpoint_has_the_errors_of_the_summary(config_and_run):

@@ -16,7 +16,7 @@ from helpers import image_architecture
 from onnxruntime import InferenceSession
 from PIL import Image
 
-from ffdist import load_config, read_network, train
+from ffdist import load_config, load_network, train
 from ffdist.cli import main
 from ffdist.export.network import save_network
 from ffdist.ff.network import Network
@@ -40,20 +40,20 @@ def test_saved_network_gives_the_same_predictions(layers, label, tmp_path):
     network.load_state_dict(network.state_dict())
     save_network(network, tmp_path)
     images = torch.randint(256, (7, 36), dtype=torch.uint8)
-    for expected, actual in zip(network.predict(images), read_network(tmp_path).predict(images), strict=True):
+    for expected, actual in zip(network.predict(images), load_network(tmp_path).predict(images), strict=True):
         assert torch.equal(expected, actual)
     (tmp_path / "network.json").write_text("{}")
     with pytest.raises(ValueError, match="no network that can be read"):
-        read_network(tmp_path)
+        load_network(tmp_path)
     save_network(network, tmp_path)
     weights = tmp_path / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="is too small for its architecture"):
-        read_network(tmp_path)
+        load_network(tmp_path)
 
 
 def test_exported_network_needs_only_torch(run, tmp_path, ffdist):
-    assert "readout.pt2" in ffdist("export", run.folder, "--to", tmp_path / "out")
+    assert "readout.pt2" in ffdist("export", run.folder, "--output", tmp_path / "out")
     images = run.dataset.samples["test"][:9]
     torch.save(images, tmp_path / "images.pt")
     code = (
@@ -65,7 +65,7 @@ def test_exported_network_needs_only_torch(run, tmp_path, ffdist):
     assert json.loads(output) == run.predict(images).probabilities.argmax(1).tolist()
     (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"samples": images.numpy()})
     assert torch.allclose(torch.as_tensor(logits), run.network(images), atol=0.05)  # trained in bfloat16
-    assert "new or empty" in ffdist("export", run.folder, "--to", tmp_path / "out", code=2)
+    assert "new or empty" in ffdist("export", run.folder, "--output", tmp_path / "out", code=2)
 
 
 def test_local_layers_in_bfloat16_are_exported(tmp_path):
@@ -94,7 +94,7 @@ def test_predict_prints_a_table_and_writes_parquet(run, tmp_path, ffdist):
     folder.mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image.view(8, 8).numpy()).save(folder / f"{number:02}.png")
-    output = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
+    output = ffdist("predict", run.folder, tmp_path, "--output", tmp_path / "found.parquet")
     table = pq.read_table(tmp_path / "found.parquet").to_pydict()
     assert table["label"] == run.predict(images).label.tolist()
     assert sum(predicted == label for predicted, label in zip(table["label"], labels.tolist(), strict=True)) >= 16
@@ -106,7 +106,7 @@ def test_predict_prints_a_table_and_writes_parquet(run, tmp_path, ffdist):
     assert [int(row[1]) for row in rows] == table["label"]
     assert float(rows[7][2]) == table["probability"][7][table["label"][7]]
     assert float(rows[7][3]) == table["goodness"][7][table["label"][7]]
-    second_output = ffdist("predict", run.folder, "--input", tmp_path, "--to", tmp_path / "found.parquet")
+    second_output = ffdist("predict", run.folder, tmp_path, "--output", tmp_path / "found.parquet")
     skip_message = "skipped: 1 files of another format (.parquet: 1)\n"  # the output file of the first call
     assert second_output.replace(skip_message, "") == output != second_output
 
@@ -115,7 +115,7 @@ def test_predict_works_without_stdout(run, tmp_path, monkeypatch):
     """As after `>&-`: predictions can still be written to a file."""
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     monkeypatch.setattr("sys.stdout", None)
-    arguments = ["predict", run.folder, "--input", tmp_path / "x.png", "--to", tmp_path / "found.parquet"]
+    arguments = ["predict", run.folder, tmp_path / "x.png", "--output", tmp_path / "found.parquet"]
     main([str(word) for word in arguments], standalone_mode=False)
     assert pq.read_table(tmp_path / "found.parquet").num_rows == 1
 
@@ -136,7 +136,7 @@ def test_commands_and_served_models_use_class_names(tmp_path, ffdist, monkeypatc
     ]
     ffdist("train", "digits", *options, "model.layers=[20,10]", "--runner", "serial", "--runs", tmp_path / "runs")
     (folder,) = (tmp_path / "runs").glob("digits-*")
-    output = ffdist("predict", folder, "--input", tmp_path / "pets" / "test", "--to", tmp_path / "found.parquet")
+    output = ffdist("predict", folder, tmp_path / "pets" / "test", "--output", tmp_path / "found.parquet")
     header, *rows = [line.split("\t") for line in output.splitlines() if "\t" in line]
     assert header[:3] == ["input", "name", "label"]
     assert output.count("photo[3].png") == 4
@@ -146,11 +146,11 @@ def test_commands_and_served_models_use_class_names(tmp_path, ffdist, monkeypatc
     assert table["name"].to_pylist() == [row[1] for row in rows]
     monkeypatch.setattr("ffdist.runs.inference.is_interactive", lambda screen: True)
     monkeypatch.setattr("ffdist.console.is_interactive", lambda screen: True)
-    listing = ffdist("predict", folder, "--input", tmp_path / "pets" / "test")
+    listing = ffdist("predict", folder, tmp_path / "pets" / "test")
     listing = [line.split(maxsplit=2) for line in listing.splitlines() if ".png" in line]
     assert all(f"{name}: " in scores for _, name, scores in listing)
     assert "of 20 samples" in ffdist("evaluate", folder, "--data", tmp_path / "pets" / "test")
-    ffdist("export", folder, "--to", tmp_path / "out")
+    ffdist("export", folder, "--output", tmp_path / "out")
     images = [[[[shade] * 6] * 6] for shade in range(40, 240, 40)]
     (tmp_path / "asked.json").write_text(json.dumps({"inputs": images}))
     arguments = ["-m", "out/model", "-i", "asked.json", "-o", "answer.json", "--env-manager", "local"]
@@ -167,7 +167,7 @@ def test_commands_and_served_models_use_class_names(tmp_path, ffdist, monkeypatc
 
 def test_loading_a_model_keeps_the_whole_package_importable(run, tmp_path, ffdist):
     """MLflow puts the model's copy of a part of the package before the installed package in the import path."""
-    ffdist("export", run.folder, "--to", tmp_path / "out")
+    ffdist("export", run.folder, "--output", tmp_path / "out")
     code = (
         "import mlflow, sys; model = mlflow.pyfunc.load_model('out/model'); from ffdist import Run; "
         "print('out' in sys.modules['ffdist'].__file__, Run.find(sys.argv[1]).summary['classes'])"
@@ -264,8 +264,8 @@ def test_failed_export_leaves_no_files(run, tmp_path, ffdist, monkeypatch):
 def test_unwritable_output_is_a_one_line_error(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "input").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "input" / "black.png")
-    export = ["export", run.folder, "--to", tmp_path / "out"]
-    for command in (["evaluate", run.folder], ["predict", run.folder, "--input", tmp_path / "input"], export):
+    export = ["export", run.folder, "--output", tmp_path / "out"]
+    for command in (["evaluate", run.folder], ["predict", run.folder, tmp_path / "input"], export):
         with open("/dev/full", "w") as full_device:  # noqa: PTH123
             monkeypatch.setattr(sys, "stdout", full_device)
             with pytest.raises(SystemExit) as exit_info:
@@ -282,7 +282,7 @@ def test_unwritable_output_is_a_one_line_error(run, tmp_path, monkeypatch, capfd
 def test_predict_replaces_characters_that_the_output_encoding_lacks(run, tmp_path):
     (tmp_path / "M\u00f6we").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "M\u00f6we" / "black.png")
-    command = [sys.executable, "-m", "ffdist.cli", "predict", str(run.folder), "--input", str(tmp_path)]
+    command = [sys.executable, "-m", "ffdist.cli", "predict", str(run.folder), str(tmp_path)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = subprocess.run(command, capture_output=True, timeout=200, check=True, env=environment)
     header, row = process.stdout.decode("ascii").splitlines()
@@ -308,7 +308,7 @@ def test_commands_accept_moved_data_but_not_other_data(tmp_path, ffdist):
     (folder,) = (tmp_path / "runs").glob("digits-*")
     error_line = ffdist("evaluate", folder).splitlines()[-1]
     (tmp_path / "data").rename(tmp_path / "moved")
-    for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
+    for command in (["evaluate"], ["plot", "--output", "plots"], ["fit-readout"]):
         ffdist(*command, folder, code=2)
         output = ffdist(*command, folder, "data.path=moved")
         assert command != ["evaluate"] or error_line in output
@@ -316,7 +316,7 @@ def test_commands_accept_moved_data_but_not_other_data(tmp_path, ffdist):
     assert "only the location of the data can be changed" in ffdist("evaluate", folder, "data.label=append", code=2)
     for split in ("test", "train"):
         Image.new("L", (4, 4), 99).save(tmp_path / "moved" / split / "class_0" / "0.png")
-        for command in (["evaluate"], ["plot", "--to", "plots"], ["readout"]):
+        for command in (["evaluate"], ["plot", "--output", "plots"], ["fit-readout"]):
             output = ffdist(*command, folder, "data.path=moved", code=2)
             assert f"was {split}ed on other samples than {tmp_path}/moved contains now" in output
     assert "of 48 samples" in ffdist("evaluate", folder, "--data", "moved/test")

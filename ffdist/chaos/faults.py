@@ -227,8 +227,10 @@ KINDS: dict[str, Callable[[Fault], None]] = {
     "stuck stage": Fault.suspend_stage,
     "lost node": Fault.lose_node,
     "driver": Fault.kill_driver,
-    "SIGTERM": lambda fault: fault.terminate("resume with --resume"),  # as sent by a cluster at preemption
-    "SIGTERM to the group": lambda fault: fault.terminate("resume with --resume", group=True),  # as sent by `timeout`
+    "SIGTERM": lambda fault: fault.terminate("resume with: ffdist resume"),  # as sent by a cluster at preemption
+    "SIGTERM to the group": lambda fault: fault.terminate(
+        "resume with: ffdist resume", group=True
+    ),  # as sent by `timeout`
     "SIGTERM to all": Fault.terminate_all,
     "torn checkpoint": Fault.tear_checkpoint,
     "flipped byte": Fault.flip_byte,

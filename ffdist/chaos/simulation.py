@@ -149,7 +149,9 @@ def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]
     with closing(_Tracker(folder, injector, server)) as tracker:
         recoveries = Recoveries(MAX_DRIVERS, 1e9)
         metrics = Metrics(config.tracking.log_every_minibatches, BATCH_SIZE, tracker.log_metrics)
-        checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id="simulated", say=lambda text: None)
+        checkpointer = Checkpointer(
+            config, prepared, checkpoints, metrics, run_id="simulated", runner="serial", say=lambda text: None
+        )
         loop = Loop(config, prepared, checkpointer, recoveries, [metrics])
         pipelines = (_make_pipeline(config, prepared, folder, injector) for _ in count())
         loop.run(pipelines, start, should_stop)

@@ -63,20 +63,19 @@ class Training:
     def __init__(self, arguments: list[str], runs: Path, address: str) -> None:
         self.runs, self.log = runs, runs / "driver.log"
         self._summary = runs / "summary.json"
-        self._command = [sys.executable, "-m", "ffdist.cli", "train", *arguments, "--address", address]
-        self._command += ["--runs", str(runs), "--summary", str(self._summary)]
+        self._options = ["--address", address, "--runs", str(runs), "--summary", str(self._summary)]
         runs.mkdir(parents=True)
-        self.start()
+        self._start("train", *arguments)
 
-    def start(self, *options: str) -> None:
+    def _start(self, *arguments: str) -> None:
         """Starts a driver."""
         with self.log.open("a") as log:
-            command = [*self._command, *options]
+            command = [sys.executable, "-m", "ffdist.cli", *arguments, *self._options]
             self.driver = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def resume(self, *options: str) -> None:
         """Starts a driver that resumes the run."""
-        self.start("--resume", str(self.folder), *options)
+        self._start("resume", str(self.folder), *options)
 
     @property
     def folder(self) -> Path:

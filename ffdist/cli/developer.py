@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ffdist.cli.commands import Group, command
 from ffdist.cli.options import RUN_INTERRUPTED, check_writable, config_argument, load, report_errors, runs_option
 from ffdist.errors import ConfigError, RunFailed
 
@@ -16,7 +17,7 @@ FIXED_CHUNK_SIZE = "pipeline.chunk_size=20"  # otherwise the measured memory wou
 seconds_option = click.option("--seconds", default=10.0, show_default=True, help="Seconds per measurement.")
 
 
-@click.command()
+@command()
 @config_argument
 @click.option("--faults", type=click.IntRange(1), default=50, show_default=True, help="Number of faults.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the faults' order, targets and times.")
@@ -33,10 +34,11 @@ def chaos(
     path: Path | None,
     simulated: int | None,
 ) -> None:
-    """Train CONFIG without faults, then repeatedly with injected faults, and check that the results are equal.
+    """Inject faults, and check the results.
 
-    A tracking server and a Ray cluster of two nodes run on this machine. Each node gets its own network namespace if
-    that is permitted, as it is for root. Other users can try `unshare --map-root-user ffdist chaos ...`.
+    CONFIG is trained without faults, then repeatedly with injected faults; the results must be equal. A tracking server
+    and a Ray cluster of two nodes run on this machine. Each node gets its own network namespace if that is permitted,
+    as it is for root. Other users can try `unshare --map-root-user ffdist chaos ...`.
     """
     with report_errors():
         check_writable("--json", path)
@@ -69,9 +71,9 @@ def chaos(
             raise RunFailed(f"{len(failures)} failures: {'; '.join(failures)}")
 
 
-@click.group()
+@click.group(cls=Group)
 def bench() -> None:
-    """Measure throughput, relative to the limits of the machine."""
+    """Measure throughput."""
 
 
 @bench.command()
@@ -136,7 +138,7 @@ def growth(arguments: tuple[str, ...], units: int, seconds: float, path: Path | 
 @runs_option
 @json_option
 def convergence(arguments: tuple[str, ...], error: float, runs: Path, path: Path | None) -> None:
-    """Train CONFIG over Ray, and measure the time to a test error, including the start of Python."""
+    """Train CONFIG over Ray to its end; report the time, and whether its test error is at most --error."""
     with report_errors(RUN_INTERRUPTED):
         check_writable("--json", path)
         config, name = load(arguments)

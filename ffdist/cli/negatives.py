@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
+from ffdist.cli.commands import Group
 from ffdist.cli.options import config_argument, load, report_errors
 
 
-@click.group()
+@click.group(cls=Group)
 def negatives() -> None:
-    """Create negative data in advance, and inspect it."""
+    """Create negatives in advance; inspect them."""
 
 
 @negatives.command()
@@ -28,12 +29,10 @@ def make(arguments: tuple[str, ...]) -> None:
 @click.option(
     "--picture",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("negatives.png"),
-    show_default=True,
-    help="Image file for a plot of samples and their negatives.",
+    help="Image file for a plot of samples and their negatives. Default: no plot.",
 )
-def show(store: str, picture: Path) -> None:
-    """Check STORE, print its contents and plot some of its negatives."""
+def show(store: str, picture: Path | None) -> None:
+    """Check STORE, and print its contents."""
     with report_errors():
         from ffdist.training.offline_negatives import show_store
 

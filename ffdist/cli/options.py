@@ -4,32 +4,69 @@ import errno
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
-from ffdist.config.loading import find_config, load_config
+from ffdist.cli.commands import DEBUG
+from ffdist.config.loading import find_config, load_config, setting_names, shipped_configs
 from ffdist.config.schema import Config
+from ffdist.console import is_quiet
 from ffdist.errors import ConfigError, RunFailed
 from ffdist.signals import interrupts
-from ffdist.storage.paths import kind_of
+from ffdist.storage.paths import find_in_subfolders, kind_of
 
 if TYPE_CHECKING:
     from ffdist.runs.run import Run
 
 EXIT_INTERRUPTED = 130
 RUN_INTERRUPTED = "interrupted; a run that had started is marked as killed"
+RUNS_VARIABLE = "FFDIST_RUNS"
 
-config_argument = click.argument("arguments", nargs=-1, metavar="CONFIG [SECTION.KEY=VALUE]...")
+
+def _complete_config(context: click.Context, parameter: click.Parameter, text: str) -> list[CompletionItem]:
+    """Completes the name of a shipped configuration, the path of a file, and then settings."""
+    settings = [CompletionItem(f"{name}=") for name in setting_names() if name.startswith(text)]
+    if context.params.get(str(parameter.name)) or "." in text:
+        return settings
+    return [
+        *(CompletionItem(name) for name in shipped_configs() if name.startswith(text)),
+        CompletionItem(text, "file"),
+    ]
+
+
+def _complete_run(context: click.Context, parameter: click.Parameter, text: str) -> list[CompletionItem]:
+    """Completes the folder of a run."""
+    runs = Path(context.params.get("runs") or os.environ.get(RUNS_VARIABLE) or "runs")
+    folders = map(str, (path.parent for path in find_in_subfolders(runs, "config.yaml")))
+    return [CompletionItem(folder) for folder in folders if folder.startswith(text)]
+
+
+config_argument = click.argument(
+    "arguments", nargs=-1, metavar="CONFIG [SECTION.KEY=VALUE]...", shell_complete=_complete_config
+)
+run_argument = click.argument("run", shell_complete=_complete_run)
+runs_argument = click.argument("folders", nargs=-1, required=True, metavar="RUN...", shell_complete=_complete_run)
 runs_option = click.option(
     "--runs",
     type=click.Path(path_type=Path, file_okay=False),
+    envvar=RUNS_VARIABLE,
     default=Path("runs"),
-    show_default=True,
-    help="Runs folder.",
+    help=f"Runs folder. Default: {RUNS_VARIABLE}, or else runs.",
+)
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "json"]),
+    help="Format of the output. Default: a table on a terminal, and tab-separated values elsewhere.",
+)
+uri_option = click.option(
+    "--uri", envvar="MLFLOW_TRACKING_URI", help="MLflow tracking URI. Default: MLFLOW_TRACKING_URI."
 )
 checkpoint_option = click.option(
     "--checkpoint",
@@ -65,6 +102,8 @@ def report_errors(interrupted_text: str = "interrupted") -> Iterator[None]:
             if sys.stdout:
                 sys.stdout.flush()
         except BaseException as error:
+            if click.get_current_context().meta.get(DEBUG):
+                traceback.print_exc()
             if isinstance(error, ConfigError):
                 raise InvalidInput(str(error)) from error
             if isinstance(error, RunFailed):
@@ -133,7 +172,8 @@ def find_finished_run(name: str, runs: Path, checkpoint: str | None, overrides: 
     from ffdist.runs.run import Run
 
     run = Run.find(name, runs, checkpoint=checkpoint, overrides=overrides)
-    click.echo(f"checkpoint: {run.checkpoint}", err=True)
+    if not is_quiet():
+        click.echo(f"checkpoint: {run.checkpoint}", err=True)
     return run
 
 

@@ -1,4 +1,4 @@
-"""Commands for finished runs."""
+"""Commands for the runs in a runs folder, and for what is tracked of them."""
 
 import os
 import socket
@@ -7,128 +7,86 @@ from pathlib import Path
 
 import click
 
+from ffdist.cli.commands import command
 from ffdist.cli.options import (
-    check_writable,
-    checkpoint_option,
-    data_argument,
     find_database,
-    find_finished_run,
+    format_option,
     report_errors,
+    runs_argument,
     runs_option,
+    uri_option,
 )
 from ffdist.config.sections import Tracking
+from ffdist.console import print_rows
 from ffdist.errors import ConfigError, RunFailed
-
-run_argument = click.argument("run")
-
-
-@click.command()
-@run_argument
-@data_argument
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="Labeled images to evaluate on: a Parquet file, a folder of them, or a folder with one folder per class.",
-)
-@checkpoint_option
-@runs_option
-def evaluate(run: str, overrides: tuple[str, ...], data: Path | None, checkpoint: str | None, runs: Path) -> None:
-    """Evaluate RUN, the folder or MLflow run id of a finished run, on its test set or on --data.
-
-    If the run's data has moved, set data.path=NEW or data.root=NEW.
-    """
-    with report_errors():
-        from ffdist.runs.inference import evaluate_on
-
-        click.echo(evaluate_on(find_finished_run(run, runs, checkpoint, overrides), data))
-
-
-@click.command()
-@run_argument
-@click.option(
-    "--input",
-    "inputs",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="An image, a Parquet file or a folder of either; may be repeated.",
-)
-@click.option("--to", type=click.Path(path_type=Path, dir_okay=False), help="Parquet file for all predictions.")
-@checkpoint_option
-@runs_option
-def predict(run: str, inputs: tuple[Path, ...], to: Path | None, checkpoint: str | None, runs: Path) -> None:
-    """Predict the labels of images with RUN, the folder or MLflow run id of a finished run.
-
-    The probability and goodness of each label are printed. If the output is not a terminal, the label, probability and
-    goodness of each image are printed as tab-separated values.
-    """
-    with report_errors():
-        check_writable("--to", to)
-        from ffdist.runs.inference import predict_files
-
-        predict_files(find_finished_run(run, runs, checkpoint), inputs, to)
-
-
-@click.command()
-@run_argument
-@click.option("--to", type=click.Path(path_type=Path, file_okay=False), required=True, help="New or empty folder.")
-@checkpoint_option
-@runs_option
-def export(run: str, to: Path, checkpoint: str | None, runs: Path) -> None:
-    """Export the network of RUN, the folder or MLflow run id of a finished run, to files that do not need the run."""
-    with report_errors():
-        from ffdist.runs.export import export_network
-
-        for file in export_network(find_finished_run(run, runs, checkpoint), to):
-            click.echo(file)
-
-
-@click.command()
-@run_argument
-@data_argument
-@click.option("--to", type=click.Path(path_type=Path, file_okay=False), help="Output folder; else the run's folder.")
-@checkpoint_option
-@runs_option
-def plot(run: str, overrides: tuple[str, ...], to: Path | None, checkpoint: str | None, runs: Path) -> None:
-    """Draw the plots of RUN, the folder or MLflow run id of a finished run.
-
-    If the run's data has moved, set data.path=NEW or data.root=NEW.
-    """
-    with report_errors():
-        for file in find_finished_run(run, runs, checkpoint, overrides).plot(to):
-            click.echo(file)
-
 
 experiment_option = click.option(
     "--experiment", default=Tracking().experiment, show_default=True, help="MLflow experiment."
 )
 
 
-@click.command()
-@click.argument("run")
-@data_argument
-@checkpoint_option
+@command()
 @runs_option
-def readout(run: str, overrides: tuple[str, ...], checkpoint: str | None, runs: Path) -> None:
-    """Fit a readout to the frozen layers of RUN, the folder or MLflow run id of a finished run, until convergence.
+@format_option
+def runs(runs: Path, form: str | None) -> None:
+    """List runs, and how to resume them.
 
-    The error is recorded with the run if the run's results are of the same checkpoint. If the run's data has moved, set
-    data.path=NEW or data.root=NEW.
+    The runs folder may contain finished, running, failed and killed runs.
     """
     with report_errors():
-        from ffdist.runs.readout import fit_readout
+        from ffdist.runs.listing import list_runs
 
-        fit_readout(find_finished_run(run, runs, checkpoint, overrides), runs=runs)
+        rows = list_runs(runs)
+        if not rows:
+            raise ConfigError(f"{runs} contains no run; train one first, or set --runs DIR")
+        print_rows(rows, form)
 
 
-@click.command()
+@command()
+@runs_argument
+@runs_option
+@format_option
+def compare(folders: tuple[str, ...], runs: Path, form: str | None) -> None:
+    """Compare runs.
+
+    The settings that differ between RUNs, folders or MLflow run ids, and their results are printed.
+    """
+    with report_errors():
+        from ffdist.runs.listing import compare_runs
+
+        print_rows(compare_runs(folders, runs), form)
+
+
+@command()
+@runs_argument
+@runs_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(folders: tuple[str, ...], runs: Path, yes: bool) -> None:
+    """Remove runs.
+
+    The folders of RUNs are removed, with their checkpoints, and the runs are marked as deleted in MLflow. Checkpoints
+    at checkpoint.uri are kept.
+    """
+    with report_errors():
+        from ffdist.runs.folder import find_run
+        from ffdist.runs.listing import remove_run
+
+        run_folders = [find_run(name, runs) for name in folders]
+        if not yes:
+            click.confirm(f"remove {', '.join(map(str, run_folders))} with all files?", abort=True, err=True)
+        for folder in run_folders:
+            click.echo(remove_run(folder, runs))
+
+
+@command()
 @click.argument("run", required=False)
 @runs_option
 def sync(run: str | None, runs: Path) -> None:
-    """Upload the pending data of RUN, the folder or MLflow run id of a run, or of all runs in the runs folder.
+    """Upload pending data to MLflow.
 
-    The destination is MLFLOW_TRACKING_URI, or else the runs folder's database. Rejected data is reported with the
-    reason. The exit code is 1 if any data is still pending.
+    RUN is the folder or MLflow run id of a run. Default: all runs in the runs folder. The destination is
+    MLFLOW_TRACKING_URI, or else the runs folder's database. Rejected data is reported with the reason. The exit code is
+    1 if any data is still pending.
     """
     with report_errors():
         from ffdist.runs.folder import find_run
@@ -147,29 +105,35 @@ def sync(run: str | None, runs: Path) -> None:
             click.echo(f"nothing is pending in {runs}")
 
 
-@click.command()
+@command()
 @runs_option
+@uri_option
 @experiment_option
-def results(runs: Path, experiment: str) -> None:
-    """Print a table of all finished runs in MLFLOW_TRACKING_URI, or else in the runs folder's database.
+@format_option
+def results(runs: Path, uri: str | None, experiment: str, form: str | None) -> None:
+    """Print a table of results.
 
-    The table is Markdown on a terminal, and tab-separated values elsewhere.
+    It has a row for each configuration with finished runs at --uri, or else in the runs folder's database. The table is
+    Markdown on a terminal, and tab-separated values elsewhere.
     """
     with report_errors():
         from ffdist.runs.results import finished_runs, print_results, result_rows
         from ffdist.tracking.server import default_uri, tracking_uri
 
-        uri = tracking_uri(Tracking(), runs)
+        uri = tracking_uri(Tracking(uri=uri), runs)
         finished = finished_runs(find_database(runs) if uri == default_uri(runs) else uri, experiment)
-        print_results(result_rows(finished))
+        print_results(result_rows(finished), form)
 
 
-@click.command()
+@command()
 @runs_option
 @experiment_option
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port, if it is free.")
 def ui(runs: Path, experiment: str, port: int) -> None:
-    """Serve the MLflow UI of the runs folder's database on localhost, and print the address of the runs."""
+    """Serve the MLflow UI.
+
+    It shows the runs folder's database on localhost. The address of the runs is printed.
+    """
     with report_errors():
         from ffdist.tracking.server import runs_page, update_artifact_paths
 

@@ -1,5 +1,6 @@
 """Loading of configurations: reading the file, applying overrides, and explaining errors."""
 
+import copy
 import difflib
 import os
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ffdist.config.schema import FLOAT, Config
+from ffdist.config.schema import FLOAT, SECTIONS, Config
 from ffdist.errors import ConfigError
 
 RENAMED_SETTINGS = {
@@ -27,6 +28,35 @@ RENAMED_SETTINGS = {
 """New names of settings, by old name."""
 RENAMED_VALUES = {"training.optimizer": {"release": "hinton"}}
 """New names of values, by setting and old name."""
+USUAL_NAMES = {
+    "training.batch_size": ("batch", "bs", "minibatch_size", "train_batch_size", "per_device_train_batch_size"),
+    "training.epochs": ("epoch", "max_epochs", "n_epochs", "num_epochs", "num_train_epochs"),
+    "training.learning_rate": ("lr", "alpha_lr", "eta", "step_size"),
+    "training.momentum": ("beta", "beta1", "beta_1", "betas"),
+    "training.optimizer": ("opt", "optim"),
+    "training.precision": ("amp", "bf16", "dtype", "fp16", "fp32", "mixed_precision"),
+    "training.validation_samples": ("num_validation", "val_samples", "val_size", "val_split", "validation_split"),
+    "training.validate_every_epochs": ("check_val_every_n_epoch", "eval_every", "eval_interval", "evaluate_every"),
+    "training.weight_decay": ("l2", "wd"),
+    "model.layers": ("architecture", "dims", "hidden", "hidden_size", "hidden_sizes", "layer_sizes", "units", "width"),
+    "data.name": ("dataset", "data_set"),
+    "data.path": ("data_dir", "data_folder", "data_path", "dataset_path"),
+    "data.root": ("download_root",),
+    "data.jitter": ("augment", "augmentation", "random_crop", "random_shift", "shift"),
+    "negatives.actors": ("dataloader_num_workers", "num_workers", "workers"),
+    "negatives.kind": ("negative", "neg", "negative_kind"),
+    "pipeline.stages": ("gpus", "num_gpus", "num_stages", "pipeline_stages", "pp_size"),
+    "pipeline.device": ("accelerator", "cuda"),
+    "pipeline.threads_per_stage": ("num_threads", "threads"),
+    "checkpoint.keep_last": ("save_top_k", "save_total_limit"),
+    "checkpoint.every_minibatches": ("checkpoint_interval", "save_every", "save_steps"),
+    "checkpoint.uri": ("checkpoint_dir", "ckpt_dir", "save_dir"),
+    "tracking.experiment": ("experiment_name", "project"),
+    "tracking.log_every_minibatches": ("log_every", "log_every_n_steps", "log_interval", "logging_steps"),
+    "tracking.uri": ("mlflow_uri", "tracking_uri"),
+    "seed": ("manual_seed", "random_seed", "random_state"),
+}
+"""Names of settings in other trainers, by setting; they are used in hints only."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,14 +107,18 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: The configuration is invalid. The message has the fix.
     """
-    path, overrides = find_config(name), list(overrides)
-    tree = _read(path)
+    path = find_config(name)
+    return parse_with_overrides(_read(path), str(path), overrides)
+
+
+def parse_with_overrides(tree: dict[str, Any], origin: str, overrides: Iterable[str]) -> Config:
+    """Validates a configuration with overrides; see `load_config` and `parse_config`."""
+    overrides, original = list(overrides), copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override)
-    origin = str(path)
     if overrides:
         with suppress(ConfigError):
-            parse_config(_read(path), "")
+            parse_config(original, "")
             origin = "overrides"  # any error is in them; not their text, which may contain a password
     return parse_config(tree, origin)
 
@@ -137,9 +171,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
         *section, last = [str(part) for part in detail["loc"] or ("",)]
         name = ".".join([*section, last])
         if detail["type"] == "extra_forbidden":
-            keys, new_name = _keys(section), RENAMED_SETTINGS.get(name)
-            hint = f"; it was renamed to {new_name}" if new_name else _suggestion(last, keys)
-            yield f"unknown key {name}{hint}; valid keys: {', '.join(keys)}"
+            new_name, setting = RENAMED_SETTINGS.get(name), find_setting(name)
+            hint = f"; it was renamed to {new_name}" if new_name else f"; did you mean {setting}?" * bool(setting)
+            yield f"unknown key {name}{hint}; valid keys: {', '.join(_keys(section))}"
         elif detail["type"] == "missing":
             yield f"{name} is missing; every run needs it"
         elif detail["type"] == "value_error":
@@ -153,6 +187,30 @@ def _explain(error: ValidationError) -> Iterator[str]:
             rules.setdefault(f"{key} ({detail['input']!r})", []).append(rule)
     for key_and_value, messages in rules.items():
         yield f"{key_and_value}: {', or '.join(messages)}"
+
+
+def setting_names() -> list[str]:
+    """Returns the names of all settings, such as `training.epochs`."""
+    top = [name for name in Config.model_fields if name not in SECTIONS]
+    return top + [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def find_setting(name: str) -> str:
+    """Returns the setting or section that a user may have meant by an unknown name, or an empty string.
+
+    Args:
+        name: Name of a setting as other trainers call it, without its section, or misspelled.
+    """
+    settings, (section, _, word) = setting_names(), name.lower().replace("-", "_").rpartition(".")
+    for setting in settings:
+        if setting.rpartition(".")[2] == word or word in USUAL_NAMES.get(setting, ()):
+            return setting
+    siblings = [each for each in settings if each.startswith(f"{section}.")] if section else list(SECTIONS)
+    matches = [
+        *difflib.get_close_matches(name, siblings, n=1, cutoff=0.6),
+        *difflib.get_close_matches(word, [each.rpartition(".")[2] for each in settings], n=1, cutoff=0.8),
+    ]
+    return next((each for match in matches for each in (*siblings, *settings) if each.endswith(match)), "")
 
 
 def _keys(section: list[str]) -> list[str]:

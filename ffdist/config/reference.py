@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ffdist.config.schema import NEUTRAL_SETTINGS, Config
-from ffdist.config.sections import LayerEntry, Section
+from ffdist.config.schema import NEUTRAL_SETTINGS, SECTIONS, Config
+from ffdist.config.sections import LayerEntry
 from ffdist.ff.specs import LAYERS, MAX_VALUE, LayerSpec
 
 TYPE_NAMES: dict[Any, str] = {
@@ -33,14 +33,9 @@ COLUMNS = ("setting", "values", "default", "affects weights", "description")
 
 def settings_reference() -> str:
     """Returns the reference: a table for each section of the configuration, from its types and docstrings."""
-    sections: dict[str, type[Section]] = {
-        name: field.annotation
-        for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }
-    parts = [_table({name: field for name, field in Config.model_fields.items() if name not in sections}, "")]
-    for name, section in sections.items():
-        parts += [f"### {name}", " ".join(str(section.__doc__).split()), _table(section.model_fields, f"{name}.")]
+    parts = [_format_table(setting_rows())]
+    for name, section in SECTIONS.items():
+        parts += [f"### {name}", " ".join(str(section.__doc__).split()), _format_table(setting_rows(name))]
     for kind, spec in LAYERS.items():
         parts += [f"### Layers of `kind: {kind}`", " ".join(str(spec.__doc__).split()), _layer_table(spec)]
     return "\n\n".join(parts)
@@ -69,13 +64,17 @@ def _layer_table(spec: type[LayerSpec]) -> str:
     return _format_table(rows)
 
 
-def _table(fields: dict[str, FieldInfo], prefix: str) -> str:
-    rows = []
+def setting_rows(section: str = "") -> list[tuple[str, ...]]:
+    """Returns a row of `COLUMNS` for each setting of a section; of none of them by default."""
+    fields = SECTIONS[section].model_fields if section else Config.model_fields
+    rows: list[tuple[str, ...]] = []
     for name, field in fields.items():
-        key, text = f"{prefix}{name}", " ".join((field.description or "").split())
+        if name in SECTIONS and not section:
+            continue
+        key, text = f"{section}.{name}".removeprefix("."), " ".join((field.description or "").split())
         affects_weights = "no" if key.startswith(NEUTRAL_SETTINGS) else "yes"
         rows.append((f"`{key}`", _values(field.annotation, field.metadata), _default(field), affects_weights, text))
-    return _format_table(rows)
+    return rows
 
 
 def _format_table(rows: Sequence[tuple[str, ...]]) -> str:

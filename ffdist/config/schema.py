@@ -125,3 +125,11 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Returns the configuration as YAML, including defaults."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+"""The sections of a configuration by name."""

@@ -36,7 +36,7 @@ def save_network(network: Network, folder: Path, class_names: Sequence[str] = ()
     file_in(folder, ARCHITECTURE).write_text(json.dumps(values, indent=2))
 
 
-def read_network(folder: str | Path) -> Network:
+def load_network(folder: str | Path) -> Network:
     """Loads a network from a folder that `save_network` or `ffdist export` wrote.
 
     Raises:

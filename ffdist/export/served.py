@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, read_network
+from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, load_network
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.network import Network
 from ffdist.storage.files import read_json
@@ -68,4 +68,4 @@ def _invalid_request(reason: str) -> Exception:
 
 def _load_pyfunc(path: str) -> ServedModel:
     """Loads a model from its data path; MLflow requires this name."""
-    return ServedModel(read_network(path), read_json(path, ARCHITECTURE).get(CLASS_NAMES, []))
+    return ServedModel(load_network(path), read_json(path, ARCHITECTURE).get(CLASS_NAMES, []))

@@ -12,6 +12,8 @@ from matplotlib import colormaps, rc_context, rcdefaults, rcParams
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
@@ -35,6 +37,8 @@ MAX_UNITS, NUM_BINS = 64, 60
 MAX_CHUNKS, FIRST_CHUNK = 14, 4
 """Chunks in the plot of the timeline, and the first of them; earlier ones fill the pipeline."""
 MAX_NAME_LENGTH = 20
+GOODNESS_LINES: dict[str, Any] = {"positive": "-", "negative": "--"}
+"""Line styles of the goodness of positive and negative samples."""
 SPAN_COLORS = {"compute": ("#2a6f97", "#89c2d9"), "wait": ("#eeeeee",), "wait for negatives": ("#333333",)}
 """Colors of the timeline's spans, by activity; successive chunks take turns."""
 
@@ -74,12 +78,12 @@ def _bins(values: Tensor) -> np.ndarray[Any, Any]:
 
 @_style()
 def plot_layers(history: History, thresholds: Sequence[float | None], path: Path) -> Path:
-    """Draws loss and goodness of every layer over the samples seen, and returns the path.
+    """Draws the loss of every layer and of the readout, and the goodness of every layer, over the samples seen.
 
     Args:
         history: All metrics of a run.
         thresholds: Threshold of each layer; None if the loss has none.
-        path: File to write.
+        path: File to write; it is returned.
     """
     layers = sorted(
         {name.split("/")[0] for name in history if name.startswith("layer_")}, key=lambda name: int(name[6:])
@@ -91,17 +95,22 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
         marker = "o" if len(history[f"{layer}/loss"]) == 1 else None  # a line needs two points
         losses = zip(*history[f"{layer}/loss"], strict=True)
         panels[0].plot(*losses, color=color, marker=marker, label=layer.replace("_", " "))
-        for name, style in (("positive", "-"), ("negative", "--")):
+        for name, style in GOODNESS_LINES.items():
             if points := history.get(f"{layer}/goodness_{name}"):  # other objectives have none
                 panels[1].plot(*zip(*points, strict=True), color=color, linestyle=style, marker=marker)
+    if points := history.get("readout/loss"):
+        panels[0].plot(*zip(*points, strict=True), color="#888888", linestyle="-.", label="readout")
     for panel in panels:
         panel.xaxis.set_major_formatter(EngFormatter())
     panels[0].set(xlabel="samples seen", ylabel="loss, nats", yscale="log", title="loss")
     levels = {threshold for threshold in thresholds if threshold is not None}
     for level in levels:
         panels[1].axhline(level, color="black", linestyle=":")
-    title = "goodness: positive solid, negative dashed" + ", threshold dotted" * bool(levels)
-    panels[1].set(xlabel="samples seen", ylabel="goodness", title=title)
+    panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness")
+    styles = GOODNESS_LINES | ({"threshold": ":"} if levels else {})
+    panels[1].legend(
+        handles=[Line2D([], [], color="black", linestyle=style, label=name) for name, style in styles.items()]
+    )
     figure.legend(loc="outside lower center", ncols=8)
     return _save(figure, path)
 
@@ -202,7 +211,8 @@ def plot_confusion(confusion: Tensor, predictor: str, names: Sequence[str], path
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     panel = figure.subplots()
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    panel.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.3, 0, 1))  # makes rare errors visible
+    image = panel.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.3, 0, 1))  # makes rare errors visible
+    figure.colorbar(image, ticks=[0.001, 0.01, 0.1, 0.5, 1], label="fraction of the true label", shrink=0.8)
     if classes <= 30:
         ticks = [_name(label, names, MAX_NAME_LENGTH) for label in range(classes)]
         panel.set_xticks(range(classes), ticks, rotation=90 if names else 0, parse_math=False)
@@ -266,7 +276,7 @@ def plot_timeline(spans: Sequence[Span], path: Path) -> Path:
             bars = [span for span in spans if (span.actor, span.activity) == (actor, activity)]
             facecolors = [colors[span.chunk % len(colors)] for span in bars]
             intervals = [(span.start_s, span.duration_s) for span in bars]
-            panel.broken_barh(intervals, (row - 0.4, 0.8), facecolors=facecolors, label=activity if not row else None)
+            panel.broken_barh(intervals, (row - 0.4, 0.8), facecolors=facecolors)
     length = max(span.start_s + span.duration_s for span in spans) - min(span.start_s for span in spans)
     for span in spans:
         if span.activity == "compute" and span.duration_s > length / 70:
@@ -275,8 +285,8 @@ def plot_timeline(spans: Sequence[Span], path: Path) -> Path:
     panel.set_yticks(range(len(actors)), actors)
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
-    panel.set(
-        xlabel="seconds",
-        title="number: chunk being computed; light gray: waiting for work; black: waiting for negatives",
-    )
+    left_out = f"; chunks before {first}, which fill the pipeline, are left out" * bool(first)
+    panel.set(xlabel=f"seconds{left_out}", title="numbers are chunks")
+    patches = [Patch(color=colors[0], label=activity) for activity, colors in SPAN_COLORS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
     return _save(figure, path)

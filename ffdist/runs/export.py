@@ -19,7 +19,7 @@ PROGRAM, ONNX = "readout.pt2", "readout.onnx"
 def export_network(run: Run, to: Path) -> list[Path]:
     """Exports a run's network for use without ffdist's pipeline, and returns the paths of the written files.
 
-    Writes the weights and the architecture (`ffdist.read_network` reads both), the readout as a program that needs only
+    Writes the weights and the architecture (`ffdist.load_network` reads both), the readout as a program that needs only
     torch (`torch.export.load`; samples `[B, D]` to logits `[B, C]`) and as ONNX (in float32, because ONNX runtimes
     lack bfloat16 matrix products), and an MLflow model.
 
@@ -32,9 +32,9 @@ def export_network(run: Run, to: Path) -> list[Path]:
         is_new = not to.exists()
         to.mkdir(parents=True, exist_ok=True)
         if any(to.iterdir()):
-            raise ConfigError(f"--to must be a new or empty folder ({to} contains {next(to.iterdir()).name})")
+            raise ConfigError(f"--output must be a new or empty folder ({to} contains {next(to.iterdir()).name})")
     except OSError as error:
-        raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --to") from error
+        raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --output") from error
     try:
         save_network(network, to, run.class_names)
         torch.export.save(_readout_program(network), to / PROGRAM)
@@ -46,7 +46,7 @@ def export_network(run: Run, to: Path) -> list[Path]:
         if is_new:
             to.rmdir()
         if isinstance(error, OSError):
-            raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --to") from error
+            raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --output") from error
         raise
     onnx = sorted(to.glob(f"{ONNX}*"))  # the weights are in a second file
     return [to / WEIGHTS, to / ARCHITECTURE, to / PROGRAM, *onnx, to / NAME]

@@ -1,10 +1,13 @@
 """The folder of a run: its configuration, checkpoints and network."""
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock, Timeout
 
 from ffdist.checkpoint.checkpoints import CheckpointError, Checkpoints, DamagedCheckpoint, Manifest
 from ffdist.config.loading import load_config
@@ -17,16 +20,17 @@ from ffdist.storage.files import UnsafeFile, file_in
 from ffdist.storage.folder import Folder
 from ffdist.storage.paths import find_in_subfolders
 from ffdist.tracking.outbox import OUTBOX, Outbox
+from ffdist.tracking.sync import LOCK
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 """Files in the folder of a run: its resolved configuration, and the results of a finished run."""
 MAX_CONFIG_BYTES = 2**20
 
 
-def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
+def find_run(run: str, runs: Path, checkpoint_uri: str | None = None) -> Path:
     """Returns the folder of a run, given by its folder or by its MLflow run id.
 
-    If the folder is lost, but `checkpoint.uri` of `config` contains its checkpoints, returns the folder to create.
+    If the folder is lost, but `checkpoint_uri` contains its checkpoints, returns the folder to create.
 
     Raises:
         ConfigError: There is no such run.
@@ -37,7 +41,7 @@ def find_run(run: str, runs: Path, config: Config | None = None) -> Path:
         for path in find_in_subfolders(runs, OUTBOX):
             if Outbox.fact_of(path, "run_id") == run:
                 return path.parent
-        if config and config.checkpoint.uri and checkpoints_of(config, Path(run)).names():
+        if checkpoint_uri and checkpoints_at(checkpoint_uri, Path(run)).names():
             return runs / Path(run).resolve().name
     raise ConfigError(f"RUN must be the folder of a run, or the MLflow run id of a run in {runs} (given: {run})")
 
@@ -56,8 +60,27 @@ def config_of(folder: Path, overrides: Iterable[str] = ()) -> Config:
 
 def checkpoints_of(config: Config, folder: Path) -> Checkpoints:
     """Returns the checkpoints of a run: in its folder, or under its name in `checkpoint.uri`."""
-    inner = folder.resolve().name if config.checkpoint.uri else "checkpoints"
-    return Checkpoints(Folder(config.checkpoint.uri or str(folder), CheckpointError, inner))
+    uri = config.checkpoint.uri
+    return checkpoints_at(uri, folder) if uri else Checkpoints(Folder(str(folder), CheckpointError, "checkpoints"))
+
+
+def checkpoints_at(uri: str, folder: Path) -> Checkpoints:
+    """Returns the checkpoints of a run that are kept at a URI, under the name of its folder."""
+    return Checkpoints(Folder(uri, CheckpointError, folder.resolve().name))
+
+
+def resume_command(folder: Path) -> str:
+    """Returns the command that resumes a run."""
+    return f"ffdist resume {shlex.quote(str(folder))}"
+
+
+def is_in_use(folder: Path) -> bool:
+    """Returns whether another process trains a run or sends its uploads, or its lock is not a regular file."""
+    try:
+        with FileLock(file_in(folder, LOCK)).acquire(timeout=0):
+            return False
+    except (Timeout, OSError, ValueError):
+        return True
 
 
 class Checkpoint(NamedTuple):

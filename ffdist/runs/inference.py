@@ -100,7 +100,7 @@ def _show(
         rows.append({"input": path, "label": names[label] if names else str(label), "probability, and goodness": text})
     print_rows(rows)
     if len(inputs) > MAX_ROWS:
-        Console(highlight=False).print(f"and {len(inputs) - MAX_ROWS:,} more; --to FILE writes all", markup=False)
+        Console(highlight=False).print(f"and {len(inputs) - MAX_ROWS:,} more; --output FILE writes all", markup=False)
 
 
 def _read(run: Run, paths: Sequence[Path]) -> Inputs:

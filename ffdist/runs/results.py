@@ -6,17 +6,15 @@ from collections.abc import Container
 from statistics import median
 from typing import Any
 
-from ffdist.config.schema import NEUTRAL_SETTINGS, Config
-from ffdist.config.sections import Section
+from ffdist.config.schema import NEUTRAL_SETTINGS, SECTIONS
 from ffdist.console import Screen, is_interactive, print_rows
 from ffdist.ff.specs import parse_layer
 from ffdist.tracking.server import find_experiment, open_client
 
 DEFAULTS = {
     f"{section}.{key}": str(setting.default)
-    for section, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    for key, setting in field.annotation.model_fields.items()
+    for section, fields in SECTIONS.items()
+    for key, setting in fields.model_fields.items()
 }
 """Default value of each parameter. Parameters at their default are ignored, so that runs of an earlier version, which
 lacked some of them, share a row with those of later versions."""
@@ -71,12 +69,12 @@ def results_table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def print_results(rows: list[Row]) -> None:
-    """Prints rows: as a Markdown table on a terminal, as tab-separated values elsewhere."""
-    if is_interactive(Screen()):
+def print_results(rows: list[Row], form: str | None = None) -> None:
+    """Prints rows as `print_rows` does, but as a Markdown table on a terminal."""
+    if form is None and is_interactive(Screen()):
         print(results_table(rows))
     else:
-        print_rows(rows)
+        print_rows(rows, form)
 
 
 def finished_runs(uri: str, experiment: str, only: Container[str] | None = None) -> list[Any]:

@@ -1,10 +1,9 @@
 """A finished run: its results, network and plots."""
 
 import logging
-import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +35,10 @@ from ffdist.runs.folder import (
     find_checkpoint,
     find_run,
     network_of,
+    resume_command,
 )
 from ffdist.storage.files import read_json
-from ffdist.storage.paths import kind_of
+from ffdist.storage.paths import find_in_subfolders, kind_of
 from ffdist.tracking.outbox import OUTBOX, Outbox
 
 
@@ -87,11 +87,18 @@ class Run:
             )
         folder = find_run(str(run), Path(runs))
         if kind_of(folder / SUMMARY) != "file":
-            raise ConfigError(
-                f"{folder} is not finished; resume it with `ffdist train CONFIG --resume {shlex.quote(str(folder))}`"
-            )
+            raise ConfigError(f"{folder} is not finished; resume it with `{resume_command(folder)}`")
         with _explain_read_errors(folder / SUMMARY) as path:
             return cls(folder, _check_summary(read_json(folder, path.name)), checkpoint, overrides)
+
+    @classmethod
+    def find_all(cls, runs: str | Path = "runs") -> "list[Run]":
+        """Returns the finished runs in a runs folder, oldest first; damaged ones are left out."""
+        finished = []
+        for folder in (path.parent for path in find_in_subfolders(Path(runs), SUMMARY)):
+            with suppress(ConfigError):
+                finished.append(cls.find(folder))
+        return sorted(finished, key=lambda run: (run.folder / CONFIG).stat().st_mtime)
 
     @cached_property
     def config(self) -> Config:
@@ -190,7 +197,7 @@ class Run:
         if to is None and not self.uses_reported_checkpoint:
             raise ConfigError(
                 f"{self.folder} contains the plots of its checkpoint {self.summary.get('checkpoint', 'last')}; give "
-                f"another folder for those of {self.checkpoint.name}, with --to"
+                f"another folder for those of {self.checkpoint.name}, with --output"
             )
         folder, history = Path(to or self.folder), self.metrics
         with _explain_read_errors(self.folder / TIMELINE):
@@ -200,7 +207,9 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"the folder {folder} cannot be created ({error.strerror}); give another --to") from error
+            raise ConfigError(
+                f"the folder {folder} cannot be created ({error.strerror}); give another --output"
+            ) from error
         failures: list[str] = []
         is_trusted = self.config.negatives.kind in KINDS
         if not is_trusted:

@@ -98,7 +98,7 @@ def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
         return f"{stages}, in this process"
     each = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"
     return (
-        f"{stages}, {each} each; {blueprint.negatives.num_actors} negative actors, 1 readout; up to "
+        f"{stages}, {each} each; {blueprint.negatives.num_actors} for negatives, 1 readout; up to "
         f"{blueprint.max_in_flight} chunks of {blueprint.chunk_size} minibatches in flight"
     )
 

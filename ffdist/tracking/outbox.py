@@ -16,6 +16,8 @@ OUTBOX = "metrics.db"
 """File name of the outbox in the folder of a run."""
 RECOVERIES, ORIGIN = "recoveries", "origin"
 """Keys of the facts that hold the recoveries of the run, and the run whose weights it started from."""
+STATUS, REASON = "status", "reason"
+"""Keys of the facts that hold the final MLflow status of a run, and why it failed."""
 POINT_BYTES = 100
 """Approximate size of a point in the database."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ffdist.export.network import read_network
+from ffdist.export.network import load_network
 from ffdist.storage.files import file_in, path_in
 from ffdist.storage.paths import find_in_subfolders
 from ffdist.tracking.model import NAME, save_model
@@ -286,7 +286,7 @@ def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any
 
     try:
         folder = path_in(outbox.folder, NETWORK)
-        network = read_network(folder)
+        network = load_network(folder)
         example = torch.tensor(content["example"], dtype=network.architecture.encoder.dtype)
         class_names = [str(name) for name in content["names"]]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -24,7 +24,7 @@ from ffdist.export.network import save_network
 from ffdist.ff.network import Network
 from ffdist.storage.files import file_in, path_in
 from ffdist.tracking import sync
-from ffdist.tracking.outbox import ORIGIN, OUTBOX, RECOVERIES, Outbox, Point
+from ffdist.tracking.outbox import ORIGIN, OUTBOX, REASON, RECOVERIES, STATUS, Outbox, Point
 from ffdist.tracking.server import GIT_COMMIT, HINT, check_server, error_text, open_store, quiet_mlflow
 from ffdist.tracking.sync import LOCK, NETWORK
 from ffdist.tracking.system import SystemMonitor
@@ -88,6 +88,7 @@ class Tracker:
         self._plot_executor.shutdown(cancel_futures=is_flush_short)
         if self._outbox:
             self.note_end(status)
+            self._note(REASON, error_text(error[0]) if isinstance(error[0], Exception) else "")
         self._close_event.set()
         self._thread.join(self._deadline - time.monotonic() + 1)
         if self._outbox:
@@ -185,8 +186,9 @@ class Tracker:
         self._note(ORIGIN, str(origin))
 
     def note_end(self, status: str) -> None:
-        """Stores the final MLflow status, which a later run sends if this one cannot; it is emptied once sent."""
+        """Stores the final MLflow status, which a later run sends if this one cannot; `left` is emptied once sent."""
         self._note("left", status)
+        self._note(STATUS, status)
 
     def _note(self, key: str, value: str) -> None:
         assert self._outbox, "begin or resume must be called first"
@@ -264,7 +266,9 @@ class Tracker:
         try:
             outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
             _read_recoveries(outbox)  # fails before anything is written
-            outbox.set_facts(uri=self.uri, run_id=self.run_id, left="KILLED")  # sent if this process dies
+            outbox.set_facts(
+                uri=self.uri, run_id=self.run_id, left="KILLED", **{STATUS: "KILLED", REASON: ""}
+            )  # sent if this process dies
         except (sqlite3.DatabaseError, OSError, ValueError) as error:
             self._lock.release()
             raise ConfigError(

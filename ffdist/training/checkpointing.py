@@ -53,6 +53,7 @@ class Checkpointer(Observer):
         checkpoints: Where they are kept.
         metrics: Metrics of the run; those that are not averaged yet are part of a checkpoint.
         run_id: MLflow's id of the run.
+        runner: Runner of the stages.
         say: Prints a line.
     """
 
@@ -64,10 +65,11 @@ class Checkpointer(Observer):
         metrics: Metrics,
         *,
         run_id: str,
+        runner: str,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._architecture, self.checkpoints = config, prepared.architecture, checkpoints
-        self._metrics, self._say = metrics, say
+        self._metrics, self._runner, self._say = metrics, runner, say
         self._facts: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "dataset_sha256": prepared.dataset.sha256("train"),
@@ -93,7 +95,8 @@ class Checkpointer(Observer):
 
     def on_start(self, start: Start, pipeline: Pipeline) -> None:
         """Notes the hardware, which checkpoints record."""
-        self._facts["provenance"] = {"algorithm": algorithm_of(self._architecture), **pipeline.hardware}
+        algorithm = algorithm_of(self._architecture)
+        self._facts["provenance"] = {"algorithm": algorithm, "runner": self._runner, **pipeline.hardware}
 
     def on_restore(self, step: int) -> None:
         """Frees the state that the run started from, if there is a checkpoint to recover from."""
@@ -194,7 +197,7 @@ class Checkpointer(Observer):
             manifest, state = self.checkpoints.read(self.last)
             return Start(state, manifest)
         except CheckpointError as error:
-            fix = "; --resume it with --skip-damaged" if isinstance(error, DamagedCheckpoint) else ""
+            fix = "; resume it with --skip-damaged" if isinstance(error, DamagedCheckpoint) else ""
             raise RunFailed(f"{lost}, and the run cannot continue: {error}{fix}") from error
 
     def restore_best(self, pipeline: Pipeline) -> None:

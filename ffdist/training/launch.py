@@ -149,7 +149,7 @@ def assign_layers(
         predicted = predicted_samples_per_s(costs, blueprint, processors=max(1, devices) if runner == "ray" else None)
         description += f"; predicted: {predicted:,.0f} samples/s"
     sample_bytes = sum(split.nbytes for split in samples.values())
-    if runner == "ray":
+    if group:
         check_object_store(sample_bytes=sample_bytes, in_flight_bytes=blueprint.bytes_in_flight)
     if placement.device == "cpu" and (runner == "serial" or (runner == "ray" and num_nodes(totals) == 1)) and not again:
         stored = sample_bytes + blueprint.bytes_in_flight if runner == "ray" else None

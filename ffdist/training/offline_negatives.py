@@ -45,12 +45,12 @@ def fill_store(config: Config) -> Store:
     return plan.store
 
 
-def show_store(uri: str, plot: Path) -> None:
+def show_store(uri: str, plot: Path | None) -> None:
     """Checks and lists the shards of a store, and draws samples with their negatives.
 
     Args:
         uri: Folder or URI of the store.
-        plot: Image file to write.
+        plot: Image file to write, if any.
 
     Raises:
         ConfigError: There is no store, it is damaged, or its dataset is not available.
@@ -81,6 +81,8 @@ def show_store(uri: str, plot: Path) -> None:
     notes.print(f"{uri}: {description}; all checksums match", markup=False, soft_wrap=True)
     print_rows(rows)
     assert negatives is not None, "the store has entries"
+    if not plot:
+        return
     if not isinstance(dataset.encoder, ImageEncoder):
         notes.print(f"no plot, because only images are drawn (samples: {dataset.encoder.describe()})")
         return

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ffdist.console import Screen
+from ffdist.console import Screen, is_quiet
 from ffdist.data.order import SampleOrder
 from ffdist.pipeline.evaluation import Evaluation, format_errors
 from ffdist.pipeline.runner import Trained
@@ -23,6 +24,8 @@ PLAIN_EVERY_S = 10.0
 """Interval of lines if the output is not a terminal."""
 MAX_EXCESS_ERROR = 0.05
 """Largest difference of the test errors by goodness and by readout that needs no note."""
+MIN_COMPARED_S = 30.0
+"""Shortest training time whose throughput is compared with the predicted one; of a shorter one, much is start-up."""
 COLUMNS = {
     "loss": ("loss", ".3f"),
     "goodness_positive": ("goodness: positive", ".4g"),
@@ -65,7 +68,7 @@ class Display(Observer):
         self._plain_at = time.monotonic()
 
     def __enter__(self) -> "Display":
-        if self.console.is_terminal:
+        if self.console.is_terminal and not is_quiet():
             self._live.start()
         return self
 
@@ -74,7 +77,12 @@ class Display(Observer):
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Prints a line, unless the terminal is gone."""
+        """Prints a line, unless the terminal is gone; with `--quiet`, only a warning."""
+        if not is_quiet() or text.startswith("warning: "):
+            self.print(text)
+
+    def print(self, text: str) -> None:
+        """Prints a text, unless the terminal is gone."""
         with suppress(OSError):
             self.console.print(text, markup=False, soft_wrap=True)
 
@@ -113,7 +121,10 @@ class Display(Observer):
             self._plain_at = time.monotonic()
             layers = [self._layer_text(layer) for layer in self._layers()]
             details = "; ".join(layers or [f"loss {self._metrics['readout/loss']:.4f}"])
-            self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {details}")
+            remaining = self._bar.tasks[0].time_remaining
+            left = "" if remaining is None else f", {timedelta(seconds=round(remaining))} left"
+            pace = f"{speed * self._batch_size:,.0f} samples/s{left}; " if speed else ""
+            self.say(f"epoch {step / self._minibatches:.1f}/{self._epochs}: {pace}{details}")
 
     def _layers(self) -> Iterator[int]:
         """Yields the numbers of the layers with metrics."""
@@ -122,7 +133,7 @@ class Display(Observer):
     def _layer_text(self, layer: int) -> str:
         text = f"layer {layer} loss {self._value(layer, 'loss')}"
         positive, negative = (self._value(layer, name) for name in ("goodness_positive", "goodness_negative"))
-        return f"{text} goodness {positive} | {negative}" if positive else text
+        return f"{text}, goodness {positive} positive, {negative} negative" if positive else text
 
     def _value(self, layer: int, metric: str) -> str:
         """Returns a metric as text; empty if there is none, such as `active_fraction` in a short run."""
@@ -167,7 +178,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         look: Command or address that shows the tracked metrics.
     """
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
-    predicted = summary["predicted_samples_per_s"]
+    predicted = summary["predicted_samples_per_s"] if summary["train_s"] >= MIN_COMPARED_S else None
     by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
     is_worse = by_goodness is not None and by_goodness > by_readout + MAX_EXCESS_ERROR
     suffix = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""

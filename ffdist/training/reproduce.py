@@ -4,22 +4,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from ffdist.checkpoint.checkpoints import CheckpointError
 from ffdist.config.loading import find_config, load_config, shipped_configs
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.console import Screen
 from ffdist.errors import ConfigError, RunFailed
-from ffdist.runs.folder import CONFIG, SUMMARY, checkpoints_of, config_of
+from ffdist.runs.folder import CONFIG, SUMMARY, checkpoints_of, config_of, is_in_use
 from ffdist.runs.readout import fit_readout
 from ffdist.runs.results import MISSED, Row, finished_runs, result_rows
 from ffdist.runs.run import Run
-from ffdist.storage.files import file_in
 from ffdist.storage.paths import find_in_subfolders, kind_of
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
 from ffdist.tracking.server import open_client, tracking_uri
-from ffdist.tracking.sync import LOCK, send_leftovers
+from ffdist.tracking.sync import send_leftovers
 from ffdist.training.prepare import prepare
 from ffdist.training.trainer import train
 
@@ -31,13 +28,15 @@ class Reproduction(NamedTuple):
     """Rows of the results table: the errors in the paper, the target and the errors of each configuration."""
     missed: list[str]
     """Names of the runs that missed their target."""
+    failed: list[str]
+    """Name and cause of each run that failed."""
 
 
 def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **options: Any) -> Reproduction:
     """Trains configurations one after another, and reads their results from MLflow.
 
-    Finished runs in the runs folder are reused, and interrupted ones are resumed. If no label is shown, a readout is
-    also fitted to the frozen layers.
+    Finished runs in the runs folder are reused, and interrupted ones are resumed. If a run fails, the others are still
+    trained. If no label is shown, a readout is also fitted to the frozen layers.
 
     Args:
         names: Paths, or names of shipped configurations; all shipped ones if empty.
@@ -47,7 +46,7 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **options: Any) -
 
     Raises:
         ConfigError: A configuration cannot be trained. Nothing was trained yet, unless MLflow or the cluster failed.
-        RunFailed: A run had to stop, or MLflow lacks a finished run.
+        RunFailed: MLflow lacks a finished run.
         KeyboardInterrupt: A stop was requested; calling again resumes the run.
     """
     configs_by_name = {name: load_config(name) for name in dict.fromkeys(names or shipped_configs())}
@@ -60,20 +59,26 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **options: Any) -
     previous = [_find_previous(config, candidates, runs) for _, config in jobs]
     for name in {name for (name, _), run in zip(jobs, previous, strict=True) if not isinstance(run, Run)}:
         prepare(configs_by_name[name])
-    console, configs = Screen(highlight=False), dict[str, Config]()
+    console, configs, failed = Screen(highlight=False), dict[str, Config](), list[str]()
     for number, ((name, config), run) in enumerate(zip(jobs, previous, strict=True), 1):
         console.print(f"{number} of {len(jobs)}: {name}, seed {config.seed}", style="bold", markup=False)
         if isinstance(run, Run):
             console.print(f"finished: {run.folder}", markup=False, soft_wrap=True)
         else:
-            run = train(config, name=find_config(name).stem, runs=runs, resume=run, **options)
+            try:
+                run = train(config, name=find_config(name).stem, runs=runs, resume=run, **options)
+            except RunFailed as error:
+                console.print(f"failed: {error}", markup=False, soft_wrap=True)
+                failed.append(f"{name}, seed {config.seed}: {error}")
+                continue
         configs[run.summary["mlflow_run_id"]] = config
         if config.data.label == "none" and run.summary.get("test_fitted_readout_error") is None:
             fit_readout(run, runs=runs, uri=tracking_uri(config.tracking, runs))
-    return _table(configs, runs)
+    rows = _rows(configs, runs)
+    return Reproduction(rows, [row["run"] for row in rows if row["target"].endswith(MISSED)], failed)
 
 
-def _table(configs: dict[str, Config], runs: Path) -> Reproduction:
+def _rows(configs: dict[str, Config], runs: Path) -> list[Row]:
     stores = {(tracking_uri(config.tracking, runs), config.tracking.experiment) for config in configs.values()}
     for uri in {uri for uri, _ in stores}:
         with open_client(uri) as client:
@@ -85,8 +90,7 @@ def _table(configs: dict[str, Config], runs: Path) -> Reproduction:
         )
     for run in tracked:  # the paper's error and the target may have changed since
         run.data.params.update(_reference(configs.get(run.info.run_id)))
-    rows = [row | {"rule": ""} for row in result_rows(tracked)]  # the configuration's name implies the rule
-    return Reproduction(rows, [row["run"] for row in rows if row["target"].endswith(MISSED)])
+    return [row | {"rule": ""} for row in result_rows(tracked)]  # the configuration's name implies the rule
 
 
 def _reference(config: Config | None) -> dict[str, str]:
@@ -113,21 +117,12 @@ def _find_previous(config: Config, candidates: list[tuple[Config, Path]], runs: 
             continue
         try:
             if kind_of(folder / SUMMARY) != "file":
-                resumable = folder if checkpoints_of(config, folder).names() and not _in_use(folder) else resumable
+                resumable = folder if checkpoints_of(config, folder).names() and not is_in_use(folder) else resumable
             elif (run := Run.find(folder)).summary["mlflow_tracking_uri"] == tracking_uri(config.tracking, runs):
                 return run
         except (ConfigError, CheckpointError):  # damaged
             continue
     return resumable
-
-
-def _in_use(folder: Path) -> bool:
-    """Returns whether another process trains the run, or its lock is not a regular file."""
-    try:
-        with FileLock(file_in(folder, LOCK)).acquire(timeout=0):
-            return False
-    except (Timeout, OSError, ValueError):
-        return True
 
 
 def _identity(config: Config, runs: Path) -> dict[str, Any]:

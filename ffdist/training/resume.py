@@ -1,12 +1,13 @@
 """The start of a run: from initial weights, from those of another run, or from a checkpoint of the run itself."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ffdist.checkpoint.checkpoints import CheckpointError, Manifest
-from ffdist.config.loading import parse_config
+from ffdist.config.loading import parse_config, parse_with_overrides
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.errors import ConfigError
 from ffdist.ff.network import Architecture, Network
@@ -14,13 +15,16 @@ from ffdist.ff.optimizers import is_optimizer_state
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, layer_name, state_of
 from ffdist.runs.folder import (
+    CONFIG,
     SUMMARY,
     as_config_error,
     check_data,
+    checkpoints_at,
     checkpoints_of,
     config_error,
     config_of,
     find_checkpoint,
+    find_run,
 )
 from ffdist.storage.paths import kind_of
 from ffdist.training.prepare import Prepared
@@ -57,6 +61,50 @@ class Start(NamedTuple):
         """The precision that the run resolved before; None for a new run."""
         recorded = parse_config(self.manifest.config, "manifest").training.precision if self.manifest else "auto"
         return None if recorded == "auto" else recorded
+
+
+class Interrupted(NamedTuple):
+    """An interrupted run."""
+
+    config: Config
+    folder: Path
+    runs: Path
+    """Runs folder: the one that the run is in, if it has a tracking database."""
+    runner: Literal["ray", "serial", "backpropagation"]
+    """The runner that it was started with."""
+
+
+def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ()) -> Interrupted:
+    """Finds an interrupted run.
+
+    Args:
+        run: Folder or MLflow run id of the run. If its folder is lost, but not its checkpoints, its name.
+        runs: Runs folder.
+        overrides: `section.key=value` strings; with `checkpoint.uri` if the folder is lost.
+
+    Raises:
+        ConfigError: There is no such run, or its configuration is damaged.
+    """
+    overrides = tuple(overrides)
+    uri = dict(each.partition("=")[::2] for each in overrides).get("checkpoint.uri")
+    folder = find_run(str(run), runs, uri)
+    runs = folder.parent if kind_of(folder.parent / "mlflow.db") else runs
+    config = config_of(folder, overrides) if kind_of(folder / CONFIG) == "file" else None
+    checkpoints = checkpoints_of(config, folder) if config else checkpoints_at(str(uri), folder)
+    manifest = None
+    with suppress(CheckpointError):  # reported later, when the checkpoint is read
+        for name in checkpoints.names()[-1:]:
+            manifest = checkpoints.read_manifest(name)
+    if config is None:
+        if manifest is None:
+            raise ConfigError(
+                f"{folder} is lost, and {checkpoints.folder.path()} has no complete checkpoint; train the run again"
+            )
+        config = parse_with_overrides(manifest.config, checkpoints.folder.path(), overrides)
+    provenance = manifest.provenance if manifest else {}
+    if provenance.get("algorithm") == BACKPROPAGATION:
+        return Interrupted(config, folder, runs, "backpropagation")
+    return Interrupted(config, folder, runs, "serial" if provenance.get("runner") == "serial" else "ray")
 
 
 def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, skip_damaged: bool) -> Start:

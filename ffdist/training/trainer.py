@@ -1,10 +1,9 @@
 """Training a network, from a configuration to a finished run."""
 
 import os
-import shlex
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
@@ -15,7 +14,7 @@ from ffdist.config.loading import find_config, load_config, parse_config
 from ffdist.config.schema import Config
 from ffdist.errors import ClusterStopped, ConfigError, RunFailed
 from ffdist.ff.negatives import NegativesError
-from ffdist.runs.folder import checkpoints_of
+from ffdist.runs.folder import checkpoints_of, resume_command
 from ffdist.runs.run import Run
 from ffdist.runtime.access import find_cluster
 from ffdist.signals import stop_requests
@@ -32,7 +31,7 @@ from ffdist.training.progress import Display, closing_text
 from ffdist.training.record import Record
 from ffdist.training.recoveries import Recoveries
 from ffdist.training.reporting import Reporter
-from ffdist.training.resume import Start, start_from_checkpoint, start_from_weights
+from ffdist.training.resume import Start, find_interrupted, start_from_checkpoint, start_from_weights
 from ffdist.training.session import Session
 
 MAX_NAME_BYTES = 200
@@ -113,16 +112,53 @@ def train(
             recoveries.mark("placed")
         metrics = Metrics(config.tracking.log_every_minibatches, prepared.order.batch_size, record.log)
         reporter = Reporter(config, prepared, record)
-        checkpointer = Checkpointer(config, prepared, checkpoints, metrics, run_id=tracker.run_id, say=record.say)
+        checkpointer = Checkpointer(
+            config, prepared, checkpoints, metrics, run_id=tracker.run_id, runner=runner, say=record.say
+        )
         loop = Loop(config, prepared, checkpointer, recoveries, [metrics, display, reporter])
         with _resumable(record.folder, prepared):
             loop.run(session.pipelines(record, recoveries, checkpoints.folder, should_stop), start, should_stop)
             if loop.stopped:
-                raise KeyboardInterrupt(f"stopped in order; resume with --resume {shlex.quote(str(record.folder))}")
+                raise KeyboardInterrupt(f"stopped; resume with: {resume_command(record.folder)}")
             metrics.finish(loop.step)
             summary = reporter.finish(loop, checkpointer, session, recoveries, started)
-    record.say(closing_text(summary, record.folder, look=ui_command(uri, config.tracking.experiment, runs)))
+    record.display.print(closing_text(summary, record.folder, look=ui_command(uri, config.tracking.experiment, runs)))
     return Run(record.folder, summary)
+
+
+def resume(
+    run: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    runner: RunnerName | None = None,
+    address: str | None = "local",
+    runs: Path | str = "runs",
+    skip_damaged: bool = False,
+) -> Run:
+    """Resumes an interrupted run from its newest checkpoint, with its own configuration.
+
+    Args:
+        run: Folder or MLflow run id of the run.
+        overrides: `section.key=value` strings, of settings that do not affect the weights.
+        runner: By default that of the run.
+        address: See `train`.
+        runs: Runs folder to search for an id.
+        skip_damaged: See `train`.
+
+    Raises:
+        ConfigError: There is no such run, it is finished, or a setting is wrong.
+        RunFailed: See `train`.
+        KeyboardInterrupt: See `train`.
+    """
+    interrupted = find_interrupted(run, Path(runs), overrides)
+    return train(
+        interrupted.config,
+        runner=runner or interrupted.runner,
+        address=address,
+        runs=interrupted.runs,
+        resume=interrupted.folder,
+        skip_damaged=skip_damaged,
+    )
 
 
 def _read_config(
@@ -150,13 +186,13 @@ def _prepare(config: Config, runner: RunnerName) -> Prepared:
 @contextmanager
 def _resumable(folder: Path, prepared: Prepared) -> Iterator[None]:
     """Adds to errors how the run is resumed."""
-    fix = f"--resume {shlex.quote(str(folder))}"
+    fix = resume_command(folder)
     try:
         yield
     except (OSError, sqlite3.Error) as error:  # a disk is full or gone
-        raise RunFailed(f"{error}; resume with {fix}") from error
+        raise RunFailed(f"{error}; resume with: {fix}") from error
     except ClusterStopped as error:
-        raise ClusterStopped(f"{error}; resume the run with {fix}") from error
+        raise ClusterStopped(f"{error}; resume with: {fix}") from error
     except NegativesError as error:
         raise RunFailed(f"negatives.kind={prepared.negatives.kind}: {error}") from error
 
