@@ -8,7 +8,6 @@ print(run.summary["test_goodness_error"], run.folder, run.network)
 
 import time
 from importlib import import_module
-from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 IMPORTED_AT = time.monotonic()
 """Time of the import on the monotonic clock; benchmarks measure from here."""
-__path__ = extend_path(__path__, __name__)  # an MLflow model contains a part of this package, and precedes it
 
 _MODULES = {
     "Architecture": "ffdist.ff.network",

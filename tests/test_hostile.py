@@ -510,10 +510,12 @@ UNSAFE_NAMES = [
     "a" * 300,
     "none",
 ]
+MODEL_CALL = {"example": [1], "checkpoint": "a", "step": 10**30, "evaluations": {}}
 INVALID_CALLS = [
     *(("artifact", json.dumps(name)) for name in UNSAFE_NAMES),
     *(("artifact", text) for text in ("3", "[]", "{", DEEPLY_NESTED, "null")),
-    *(("model", text) for text in ("3", "{}", '{"example": [1], "names": []}', '{"example": "a", "names": 3}')),
+    *(("model", text) for text in ("3", "{}", '{"folder": 3}')),
+    *(("model", json.dumps(MODEL_CALL | {"folder": name})) for name in ("network", "checkpoints", "", "../../network")),
     *(("register", '"name"'), ("tags", "[]"), ("parameters", "3"), ("dataset", '{"a": 1}'), ("eval", '"code"')),
 ]
 

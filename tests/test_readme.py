@@ -17,6 +17,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
 
@@ -199,7 +200,7 @@ def test_python_examples(tmp_path, monkeypatch):
     """One after the other, as in a notebook; the network of the last one has learned."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n((?:from ffdist|import torch).*?)```", TEXT, re.S)
-    assert len(examples) == TEXT.count("```python\n") - 2 == 2  # the others are tested below
+    assert len(examples) == TEXT.count("```python\n") - 4 == 2  # the others are tested below
     names: dict[str, Any] = {}
     exec(examples[0], names)
     data = names["run"].dataset
@@ -207,6 +208,23 @@ def test_python_examples(tmp_path, monkeypatch):
     exec(examples[1], names)
     predicted = names["network"].predict(data.samples["test"]).label
     assert (predicted == data.labels["test"]).double().mean() > 0.9
+
+
+def test_a_sweep_in_a_notebook(tmp_path):
+    (example,) = re.findall(r"```python\n(import mlflow.*?)```", TEXT, re.S)
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=250)
+    client = MlflowClient(f"sqlite:///{tmp_path}/sweep.db")
+    runs = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["alpha", "alpha 0.5", "alpha 1", "alpha 2"]
+
+
+def test_an_exported_program(tmp_path, ffdist):
+    (example,) = re.findall(r"```python\n(import json.*?)```", TEXT, re.S)
+    short = ["training.epochs=1", "model.layers=[9,8]", "tracking.uri=none", "tracking.artifacts=[]"]
+    ffdist("train", "digits", *short, "--runner", "serial")
+    ffdist("export", *(tmp_path / "runs").glob("digits-*"), "--output", "network")
+    run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=250, capture_output=True)
+    assert b"[1, 8, 8]" in run.stdout
 
 
 def test_a_kind_of_layers(tmp_path, monkeypatch):

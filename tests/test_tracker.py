@@ -18,7 +18,7 @@ from ffdist.errors import ConfigError
 from ffdist.ff.network import Network
 from ffdist.tracking import tracker as tracker_module
 from ffdist.tracking.outbox import OUTBOX, Outbox
-from ffdist.tracking.server import check_server, default_uri, tracking_uri
+from ffdist.tracking.server import check_server, default_uri, find_experiment, open_client, tracking_uri
 from ffdist.tracking.tracker import Tracker
 
 
@@ -41,6 +41,88 @@ def test_tracking_uri_prefers_configuration_over_environment_over_runs_folder(tm
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI: a URI must hold no password") as error:
         tracking_uri(Tracking(), tmp_path)
     assert "hush" not in str(error.value)
+
+
+def test_experiment_is_that_of_the_setting_or_the_environment(shared_runs, tmp_path, monkeypatch):
+    client = MlflowClient(default_uri(shared_runs))
+    with make_tracker(shared_runs):  # creates the database
+        pass
+    by_id = client.create_experiment("by id")
+    for variables, setting, expected in (
+        ({}, None, "ffdist"),
+        ({"MLFLOW_EXPERIMENT_ID": by_id}, None, "by id"),
+        ({"MLFLOW_EXPERIMENT_ID": by_id, "MLFLOW_EXPERIMENT_NAME": "by name"}, None, "by name"),
+        ({"MLFLOW_EXPERIMENT_ID": by_id, "MLFLOW_EXPERIMENT_NAME": "by name"}, "by setting", "by setting"),
+    ):
+        for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / expected).mkdir()
+        with Tracker(default_uri(shared_runs), Tracking(experiment=setting), runs=shared_runs) as tracker:
+            tracker.begin(tmp_path / expected, {})
+        experiment_id = client.get_run(tracker.run_id).info.experiment_id
+        assert client.get_experiment(experiment_id).name == expected == tracker.experiment
+        with open_client(tracker.uri) as open_:
+            assert find_experiment(open_, tracker.uri, setting).name == expected
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "987654")
+    (tmp_path / "none").mkdir()
+    with make_tracker(shared_runs) as tracker, pytest.raises(ConfigError, match=r"MLFLOW_EXPERIMENT_ID.*987654"):
+        tracker.begin(tmp_path / "none", {})
+
+
+def test_run_of_the_environment_is_continued_once(shared_runs, tmp_path, monkeypatch):
+    """`mlflow run` and Databricks jobs set MLFLOW_RUN_ID. MLflow removes it, too, when it is used."""
+    with make_tracker(shared_runs):  # creates the database
+        pass
+    client = MlflowClient(default_uri(shared_runs))
+    given = client.create_run(client.create_experiment("of the job"), tags={"job": "7"}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    for number, is_given in ((1, True), (2, False)):
+        (tmp_path / str(number)).mkdir()
+        settings = Tracking(experiment="another")  # the run is in an experiment already
+        with Tracker(default_uri(shared_runs), settings, runs=shared_runs) as tracker:
+            tracker.begin(tmp_path / str(number), {"seed": number})
+            tracker.log_metrics({"loss": 0.5}, 3)
+        assert (tracker.run_id == given) == is_given
+        assert tracker.experiment == ("of the job" if is_given else "another")
+    run = client.get_run(given)
+    assert (run.info.status, run.data.params["seed"], run.data.metrics["loss"]) == ("FINISHED", "1", 0.5)
+    assert run.data.tags["job"] == "7"
+    for run_id, problem in ((given, "finished"), ("0" * 32, "not found")):
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+        (tmp_path / problem).mkdir()
+        with (
+            make_tracker(shared_runs) as tracker,
+            pytest.raises(ConfigError, match=rf"MLFLOW_RUN_ID.*a run that has not ended.*{problem}.*unset it"),
+        ):
+            tracker.begin(tmp_path / problem, {})
+
+
+def test_runs_in_an_active_run_are_nested_under_it(tmp_path):
+    """As in a notebook that tries several values."""
+    program = (
+        "import mlflow, sys\nfrom ffdist import train\n"
+        "mlflow.set_tracking_uri('sqlite:///' + sys.argv[1] + '/store.db'); mlflow.set_experiment('sweep')\n"
+        "with mlflow.start_run() as parent:\n"
+        "    for seed in (1, 2):\n"
+        "        tracking = {'artifacts': [], 'name': f'seed {seed}', 'tags': {'fold': seed}}\n"
+        "        config = {'seed': seed, 'data': {'name': 'xor', 'label': 'append'}, 'model': {'layers': [8]},\n"
+        "                  'training': {'epochs': 1}, 'tracking': tracking}\n"
+        "        run = train(config, runner='serial', runs=sys.argv[1] + '/runs')\n"
+        "print(parent.info.run_id)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    parent = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout.split()[-1]
+    client = MlflowClient(f"sqlite:///{tmp_path}/store.db")
+    experiment = client.get_experiment_by_name("sweep")
+    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    assert {run.info.run_name for run in children} == {"seed 1", "seed 2"}
+    assert {run.data.tags["fold"] for run in children} == {"1", "2"}
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert client.get_experiment_by_name("ffdist") is None
+    assert {path.name[:7] for path in (tmp_path / "runs").glob("seed*")} == {"seed 1-", "seed 2-"}
 
 
 def test_everything_logged_arrives_once_and_in_order(shared_runs, tmp_path):
@@ -140,13 +222,16 @@ def test_server_outage_does_not_delay_logging_and_uploads_follow_after_restart(
     uri, folder, store = f"http://127.0.0.1:{free_port}", shared_runs / "a run", tmp_path / "store"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
     options = ["--backend-store-uri", default_uri(shared_runs), "--port", str(free_port), "--workers", "1"]
     options += ["--artifacts-destination", str(store)]
     command = [sys.executable, "-m", "mlflow", "server", *options]
     servers = [subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)]
     try:
         wait_for(f"{uri}/health")
-        settings = Tracking(flush_timeout_s=2.0, experiment="by the server")  # the server stores its artifacts
+        settings = Tracking(
+            flush_timeout_s=2.0, experiment="by the server", register="a name"
+        )  # the server stores its artifacts
         with Tracker(uri, settings, runs=shared_runs) as tracker:
             tracker.begin(folder, {})
             assert tracker.run_id
@@ -157,7 +242,8 @@ def test_server_outage_does_not_delay_logging_and_uploads_follow_after_restart(
             tracker.log_artifact(folder / "a picture.png")
             tracker.log_tags({"kind": "test"})
             network = Network(image_architecture((1, 2, 2), 3, (5, 4)))
-            tracker.log_model(network, (), torch.zeros(4, dtype=torch.uint8), "a name")
+            example = torch.zeros(4, dtype=torch.uint8)
+            tracker.log_model(network, (), example, checkpoint="0001-000000", step=7, evaluations={})
         assert f"not everything was tracked at {uri}" in caplog.text
         assert f"`ffdist sync '{folder}'`" in caplog.text
         servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))

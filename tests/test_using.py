@@ -9,6 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import mlflow
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +21,8 @@ from PIL import Image
 from ffdist import load_config, load_network, train
 from ffdist.cli import main
 from ffdist.export.network import save_network
+from ffdist.export.program import save_program
+from ffdist.ff.classify import total_goodness
 from ffdist.ff.network import Network
 from ffdist.ff.specs import Local
 from ffdist.runs.export import export_network
@@ -52,20 +56,77 @@ def test_saved_network_gives_the_same_predictions(layers, label, tmp_path):
         load_network(tmp_path)
 
 
-def test_exported_network_needs_only_torch(run, tmp_path, ffdist):
-    assert "readout.pt2" in ffdist("export", run.folder, "--output", tmp_path / "out")
-    images = run.dataset.samples["test"][:9]
-    torch.save(images, tmp_path / "images.pt")
+def run_classifier(path: Path, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.export.load(path).module()(samples)
+
+
+def test_exported_program_needs_only_torch_and_predicts_bitwise_the_same(run, tmp_path, ffdist):
+    """It takes batches of any size; results are equal in batches of the same size."""
+    assert "classifier.pt2" in ffdist("export", run.folder, "--output", tmp_path / "out")
+    images = run.dataset.samples["test"]
+    torch.save(images[:1].view(1, 1, 8, 8), tmp_path / "images.pt")
     code = (
         "import sys, torch; images = torch.load(sys.argv[1]); network = torch.export.load(sys.argv[2]).module(); "
-        "print(network(images).argmax(1).tolist()); assert 'ffdist' not in sys.modules"
+        "print(network(images)[0].tolist()); assert 'ffdist' not in sys.modules"
     )
-    command = [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "out" / "readout.pt2"]
+    command = [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "out" / "classifier.pt2"]
     output = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
-    assert json.loads(output) == run.predict(images).probabilities.argmax(1).tolist()
-    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"samples": images.numpy()})
-    assert torch.allclose(torch.as_tensor(logits), run.network(images), atol=0.05)  # trained in bfloat16
+    assert json.loads(output) == run.predict(images[:1]).label.tolist()
+    expected = run.predict(images)
+    label, probability, goodness = run_classifier(tmp_path / "out" / "classifier.pt2", images.view(-1, 1, 8, 8))
+    assert len(images) < run.network.architecture.prediction_batch
+    assert torch.equal(label, expected.label)
+    assert torch.equal(probability, expected.probabilities)
+    assert torch.equal(goodness, total_goodness(expected.goodness, run.network.architecture.predict_from))
     assert "new or empty" in ffdist("export", run.folder, "--output", tmp_path / "out", code=2)
+
+
+def test_exported_onnx_predicts_by_goodness_and_describes_itself(run, tmp_path):
+    export_network(run, tmp_path)
+    session, images = InferenceSession(tmp_path / "classifier.onnx"), run.dataset.samples["test"]
+    expected = run.predict(images)
+    (samples,) = session.get_inputs()
+    assert (samples.name, samples.shape[1:], samples.type) == ("samples", [1, 8, 8], "tensor(uint8)")
+    outputs = [each.name for each in session.get_outputs()]
+    assert outputs == ["label", "probability", "goodness"]
+    label, probability, goodness = map(
+        torch.as_tensor, session.run(None, {"samples": images.view(-1, 1, 8, 8).numpy()})
+    )
+    assert (label == expected.label).double().mean() > 0.98  # the network may compute in bfloat16
+    assert torch.allclose(probability, expected.probabilities, atol=0.02)
+    assert torch.equal(label, goodness.argmax(1))
+    metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata["class_names"] == []
+    assert metadata["outputs"] == outputs
+    assert (metadata["shape"], metadata["dtype"], metadata["encoder"]["subtract_mean"]) == ([1, 8, 8], "uint8", False)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["data.label=none", "negatives.kind=hybrid"], ["data.label=append", "data.subtract_mean=true"], ["seed=7"]],
+    ids=str,
+)
+def test_every_kind_of_network_is_served_as_it_predicts(overrides, tmp_path):
+    config = load_config("digits", [*overrides, "model.layers=[20,20]", "training.epochs=1", "tracking.uri=none"])
+    run = train(config, runner="serial", runs=tmp_path / "runs")
+    samples, folder = run.dataset.samples["test"], tmp_path / "out"
+    export_network(run, folder)
+    expected, served = run.predict(samples), mlflow.pyfunc.load_model(str(folder / "model"))
+    for shape in ((-1, 64), (-1, 8, 8), (-1, 1, 8, 8)):
+        answer = served.predict(samples.view(shape).numpy())
+        assert np.array_equal(answer["label"], expected.label.numpy())
+        assert np.array_equal(answer["probability"], expected.probabilities.numpy())
+        assert ("goodness" in answer) == (config.data.label != "none")
+
+
+def test_classes_without_samples_are_never_predicted_by_an_exported_program(tmp_path):
+    network = Network(image_architecture((1, 6, 6), 4, (9, 8), label="append", untrained=(1, 3)))
+    samples = torch.randint(256, (50, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_program(network.requires_grad_(False), ("a", "b", "c", "d"), tmp_path / "classifier.pt2")
+    label, _, goodness = run_classifier(tmp_path / "classifier.pt2", samples.view(50, 1, 6, 6))
+    assert torch.equal(label, network.predict(samples).label)
+    assert set(label.tolist()) == {0, 2}
+    assert goodness[:, [1, 3]].eq(-torch.inf).all()
 
 
 def test_local_layers_in_bfloat16_are_exported(tmp_path):
@@ -80,12 +141,14 @@ def test_local_layers_in_bfloat16_are_exported(tmp_path):
         "training.epochs=1",
     ]
     run = train(load_config("digits", overrides), runner="serial", runs=tmp_path / "runs")
-    assert len(export_network(run, tmp_path / "out")) == 6
+    assert len(export_network(run, tmp_path / "out")) == 5
     images, network = run.dataset.samples["test"], run.network
-    program = torch.export.load(tmp_path / "out" / "readout.pt2").module()
-    assert torch.equal(program(images), network(images))
-    (logits,) = InferenceSession(tmp_path / "out" / "readout.onnx").run(None, {"samples": images.numpy()})
-    assert (torch.as_tensor(logits).argmax(1) == network(images).argmax(1)).double().mean() > 0.98
+    images = images.view(-1, 1, 8, 8)
+    label, probability, _ = run_classifier(tmp_path / "out" / "classifier.pt2", images)
+    assert torch.equal(label, network.predict(images.flatten(1)).label)
+    assert torch.equal(probability, network(images.flatten(1)).softmax(1))
+    outputs = InferenceSession(tmp_path / "out" / "classifier.onnx").run(None, {"samples": images.numpy()})
+    assert (torch.as_tensor(outputs[1]).argmax(1) == probability.argmax(1)).double().mean() > 0.98
 
 
 def test_predict_prints_a_table_and_writes_parquet(run, tmp_path, ffdist):
@@ -165,16 +228,17 @@ def test_commands_and_served_models_use_class_names(tmp_path, ffdist, monkeypatc
     )
 
 
-def test_loading_a_model_keeps_the_whole_package_importable(run, tmp_path, ffdist):
-    """MLflow puts the model's copy of a part of the package before the installed package in the import path."""
+def test_served_model_neither_imports_nor_replaces_the_package(run, tmp_path, ffdist):
     ffdist("export", run.folder, "--output", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "model" / "code").iterdir()] == ["ffdist_served_model.py"]
     code = (
-        "import mlflow, sys; model = mlflow.pyfunc.load_model('out/model'); from ffdist import Run; "
-        "print('out' in sys.modules['ffdist'].__file__, Run.find(sys.argv[1]).summary['classes'])"
+        "import mlflow, numpy, sys; model = mlflow.pyfunc.load_model('out/model'); "
+        "model.predict(numpy.zeros((2, 64), numpy.uint8)); assert 'ffdist' not in sys.modules; "
+        "from ffdist import Run; import ffdist.cli; print(Run.find(sys.argv[1]).summary['classes'])"
     )
     command = [sys.executable, "-c", code, str(run.folder)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path).stdout
-    assert output.split() == ["True", "10"]
+    assert output.split() == ["10"]
 
 
 def test_evaluate_on_the_test_set_and_on_other_images(run, tmp_path, ffdist):
@@ -208,18 +272,19 @@ def test_the_registered_model_is_served(run, tmp_path, free_port):
     server = subprocess.Popen(
         [*command, "--port", str(free_port)],
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)},
-        cwd=tmp_path,  # this folder has no ffdist: the server uses the model's copy
+        cwd=tmp_path,
         stderr=(tmp_path / "log").open("w"),
     )
     batch = image.view(1, 1, 8, 8).tolist()
     body = json.dumps({"inputs": batch}).encode()
 
+    def answer(body: dict) -> dict:
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=20))["predictions"]
+
     def expect_error(inputs: list) -> str:
-        request = urllib.request.Request(
-            url, json.dumps({"inputs": inputs}).encode(), {"Content-Type": "application/json"}
-        )
         with pytest.raises(urllib.error.HTTPError) as error_info:
-            urllib.request.urlopen(request, timeout=20)
+            answer({"inputs": inputs})
         assert error_info.value.code == 400
         return json.load(error_info.value)["message"]
 
@@ -240,7 +305,19 @@ def test_the_registered_model_is_served(run, tmp_path, free_port):
             assert expect_error([[[[pixel, *batch[0][0][0][1:]], *batch[0][0][1:]]]]) == f"{message} ({detail})"
         assert expect_error([[[[float(x > 99) for x in row] for row in batch[0][0]]]]) == f"{message}, not 0.0 to 1.0"
         assert expect_error([[[[float("nan")] * 8] * 8]]).startswith(message)
-        assert expect_error(batch[0]).startswith("samples must have the shape [N, 1, 8, 8] (given: [1, 8, 8])")
+        shapes = "[N, 1, 8, 8] or [N, 8, 8] or [N, 64]"
+        assert expect_error(batch[0][0]) == f"samples must have the shape {shapes} (given: [8, 8])"
+        assert expect_error([]) == f"samples must have the shape {shapes} (given: [0])"
+        flat = image.tolist()
+        for body in (
+            {"inputs": batch[0]},
+            {"inputs": [flat]},
+            {"instances": batch},
+            {"dataframe_split": {"columns": [str(number) for number in range(64)], "data": [flat]}},
+            {"dataframe_split": {"columns": ["image"], "data": [[batch[0]]]}},
+            {"dataframe_records": [{"image": flat}]},
+        ):
+            assert answer(body) == predictions
     finally:
         server.terminate()
         server.wait(120)

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from ffdist.config.schema import FLOAT, SECTIONS, Config
 from ffdist.errors import ConfigError
 
+CONFIG = "config.yaml"
+"""File in the folder of a run with its resolved configuration."""
 RENAMED_SETTINGS = {
     "data.center": "data.subtract_mean",
     "negatives.ahead": "negatives.prefetch_chunks",

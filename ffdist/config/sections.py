@@ -57,8 +57,14 @@ def _absolute(path: str) -> str:  # because saved paths are read in other workin
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111, the latter raises
 
 
+NO_TRACKING = "none"
+"""Tracking URI that switches MLflow off."""
+
+
 def with_absolute_path(uri: str) -> str:
     """Returns a tracking URI with an absolute path, because it is saved and read in other working folders."""
+    if uri == NO_TRACKING:
+        return uri
     if uri.startswith("sqlite:///"):
         return "sqlite:///" + _absolute(uri.removeprefix("sqlite:///"))
     if uri.startswith("file:") and not uri.startswith("file:/"):
@@ -292,6 +298,17 @@ class Checkpoint(Section):
     """Folder, or its URI, in which each run gets a folder of checkpoints. Default: the run's own folder."""
 
 
+OWN_TAGS = ("cluster", "decided", "folder", "precision", "resumed", "weights_sha256")
+"""Tags that ffdist sets."""
+FREE_MLFLOW_TAGS = ("mlflow.note.content", "mlflow.source.")
+"""MLflow's own tags that users may set: the description, and the source."""
+
+
+def _text(value: Any) -> Any:
+    """Returns numbers and booleans of YAML as text."""
+    return str(value) if isinstance(value, int | float) else value
+
+
 warnings.filterwarnings("ignore", 'Field name "register" in "Tracking" shadows')  # a class method that is not used
 
 
@@ -299,14 +316,24 @@ class Tracking(Section):
     """Experiment tracking by MLflow."""
 
     uri: Annotated[Uri, AfterValidator(with_absolute_path)] | None = None
-    """URI of the tracking server or database. Default: the environment variable MLFLOW_TRACKING_URI, or else a database
-    in the runs folder."""
-    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "ffdist"
-    """MLflow experiment of the run, 1 to 500 characters."""
+    """URI of the tracking server or database; `none` switches MLflow off. Default: the environment variable
+    MLFLOW_TRACKING_URI, or else a database in the runs folder."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """MLflow experiment of the run, 1 to 500 characters. Default: that of an active MLflow run in this process, or the
+    environment variable MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or else `ffdist`."""
+    name: Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=250)] | None = None
+    """Name of the run in MLflow, and start of the name of its folder, without /. Default: both are named after the
+    configuration and the time."""
+    tags: dict[str, Annotated[str, BeforeValidator(_text)]] = {}
+    """MLflow tags of the run, by name."""
     log_every_minibatches: Count = 100
     """Number of minibatches that each logged value of a training metric averages over."""
-    artifacts: list[Literal["plots", "model"]] = ["plots", "model"]
-    """Artifacts to log: plots, and the network as an MLflow model."""
+    artifacts: list[Literal["plots", "model", "checkpoints"]] = ["plots", "model"]
+    """Artifacts to make and log: plots, the network as an MLflow model, and the network of each new best checkpoint as
+    one, too."""
+    also: list[Literal["csv", "tensorboard"]] = []
+    """Other places that get all metrics, in the run's folder: `metrics.csv`, and event files in `tensorboard/` (needs
+    the package tensorboard)."""
     register: Annotated[str, Field(pattern=r"^[^/:.\s][^/:]*$")] | None = None
     """Name of the registered MLflow model to which the network is added as a new version, without / and :. Default: the
     network is not registered."""
@@ -315,6 +342,16 @@ class Tracking(Section):
     it, every other one is dropped."""
     flush_timeout_s: NotNegative = 30.0
     """Time in seconds that a finished run waits for the upload of pending data."""
+
+    @model_validator(mode="after")
+    def _check_tags(self) -> "Tracking":
+        for name in self.tags:
+            if name in OWN_TAGS or (name.startswith("mlflow.") and not name.startswith(FREE_MLFLOW_TAGS)):
+                raise ValueError(
+                    f"tracking.tags must not set what ffdist or MLflow sets (given: {name}; reserved: "
+                    f"{', '.join(OWN_TAGS)}, and names that start with mlflow.); choose another name"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_register(self) -> "Tracking":

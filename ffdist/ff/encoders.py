@@ -121,24 +121,6 @@ class Encoder(ABC):
         """Bytes of a sample during the augmentation, in addition to those before and after it."""
         return 0
 
-    def from_array(self, samples: Tensor) -> Tensor:
-        """Returns samples of any number type `[N, *shape]` in `dtype`. Numbers may be rounded to it.
-
-        Raises:
-            ValueError: The samples are of another shape, or invalid; the message states the rule.
-        """
-        if list(samples.shape[1:]) != list(self.shape) or not len(samples):
-            raise ValueError(
-                f"samples must have the shape [N, {str(list(self.shape))[1:]} (given: {list(samples.shape)})"
-            )
-        return self._converted(samples)
-
-    def _converted(self, samples: Tensor) -> Tensor:
-        converted = samples.to(self.dtype)
-        if not bool(torch.isfinite(converted).all()):
-            raise ValueError("samples must be finite numbers")
-        return converted
-
 
 @dataclass(frozen=True)
 class ImageEncoder(Encoder):
@@ -201,16 +183,6 @@ class ImageEncoder(Encoder):
         """Bytes of an image with a border."""
         channels, height, width = self.shape
         return channels * (height + 2 * self.jitter) * (width + 2 * self.jitter)
-
-    def _converted(self, samples: Tensor) -> Tensor:
-        if samples.dtype == torch.uint8:
-            return samples
-        invalid = samples[~((samples >= 0) & (samples <= 255) & (samples % 1 == 0))]
-        if invalid.numel():
-            raise ValueError(f"pixels must be whole numbers from 0 to 255 (given: {invalid[0].item()})")
-        if samples.dtype.is_floating_point and samples.max() == 1:
-            raise ValueError("pixels must be whole numbers from 0 to 255, not 0.0 to 1.0")
-        return samples.to(torch.uint8)
 
 
 ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder}

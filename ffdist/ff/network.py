@@ -109,6 +109,11 @@ class Architecture:
         return [label for label in range(self.classes) if label not in self.untrained]
 
     @property
+    def prediction_batch(self) -> int:
+        """Number of samples that are predicted at once."""
+        return max(1, MAX_ROWS // len(self.tried))
+
+    @property
     def objective(self) -> type[Objective]:
         """Kind of the layers' objective."""
         return OBJECTIVES[self.rule.objective]
@@ -199,7 +204,7 @@ class Architecture:
 
     def claiming_rows(self, samples: Tensor) -> Tensor:
         """Turns samples `[N, D]` into rows with every label that is tried `[N, T, D']`."""
-        labels = torch.tensor(self.tried, device=samples.device).expand(len(samples), -1)
+        labels = torch.tensor(self.tried, device=samples.device).expand(samples.shape[0], -1)
         return self.rows(samples.unsqueeze(1), one_hot(labels, self.classes))
 
     def by_class(self, goodness: Tensor) -> Tensor:
@@ -291,15 +296,16 @@ class Network(nn.Module):
             samples: `[B, D]`. They are processed in batches.
             track: Takes the batches and yields them, for example to show progress.
         """
-        batches = torch.split(samples, max(1, MAX_ROWS // len(self.architecture.tried)))
-        probabilities, goodness, label = zip(*map(self._predict, track(batches)), strict=True)
+        batches = torch.split(samples, self.architecture.prediction_batch)
+        probabilities, goodness, label = zip(*map(self.predict_batch, track(batches)), strict=True)
         return Prediction(torch.cat(probabilities), torch.cat(goodness, 1), torch.cat(label))
 
-    def _predict(self, samples: Tensor) -> Prediction:
+    def predict_batch(self, samples: Tensor) -> Prediction:
+        """Predicts the labels of samples `[B, D]` in one batch."""
         architecture = self.architecture
         probabilities = self(samples).softmax(-1)
         if not architecture.goodness_predicts:
-            no_goodness = probabilities.new_empty(len(self.layers), len(samples), 0)
+            no_goodness = probabilities.new_empty(len(self.layers), samples.shape[0], 0)
             return Prediction(probabilities, no_goodness, probabilities.argmax(-1))
         by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
         return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))

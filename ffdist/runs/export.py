@@ -1,33 +1,34 @@
 """Export of the network of a finished run."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ffdist.errors import ConfigError
+from ffdist.export.ffdist_served_model import PROGRAM
 from ffdist.export.network import ARCHITECTURE, WEIGHTS, save_network
+from ffdist.export.program import export_program, program_facts, save_program
 from ffdist.ff.network import Network
 from ffdist.runs.run import Run
 from ffdist.tracking.model import NAME, save_model
 
-PROGRAM, ONNX = "readout.pt2", "readout.onnx"
+ONNX = "classifier.onnx"
 
 
 def export_network(run: Run, to: Path) -> list[Path]:
     """Exports a run's network for use without ffdist's pipeline, and returns the paths of the written files.
 
-    Writes the weights and the architecture (`ffdist.load_network` reads both), the readout as a program that needs only
-    torch (`torch.export.load`; samples `[B, D]` to logits `[B, C]`) and as ONNX (in float32, because ONNX runtimes
-    lack bfloat16 matrix products), and an MLflow model.
+    Writes the weights and the architecture (`ffdist.load_network` reads both), an MLflow model, and the network as a
+    program that needs only torch (`torch.export.load`) and as ONNX. These take samples `[B, *shape]` and return what
+    `Classifier` does. ONNX computes in float32, because its runtimes lack bfloat16 matrix products.
 
     Raises:
         ConfigError: The folder is not empty, or cannot be written.
     """
     network = run.network
-    in_float32 = Network.for_inference(replace(network.architecture, precision="float32"), network.state_dict())
     try:
         is_new = not to.exists()
         to.mkdir(parents=True, exist_ok=True)
@@ -35,11 +36,14 @@ def export_network(run: Run, to: Path) -> list[Path]:
             raise ConfigError(f"--output must be a new or empty folder ({to} contains {next(to.iterdir()).name})")
     except OSError as error:
         raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --output") from error
+    files = [to / WEIGHTS, to / ARCHITECTURE, to / PROGRAM]
     try:
         save_network(network, to, run.class_names)
-        torch.export.save(_readout_program(network), to / PROGRAM)
-        torch.onnx.export(_readout_program(in_float32), f=to / ONNX, verbose=False)
-        save_model(network, run.class_names, _zeros(network)[0], to / NAME)
+        save_program(network, run.class_names, to / PROGRAM)
+        _save_onnx(network, run.class_names, to / ONNX)
+        encoder = network.architecture.encoder
+        example = torch.zeros(encoder.size, dtype=encoder.dtype)
+        save_model(network.architecture, files, example, to / NAME, has_names=bool(run.class_names))
     except BaseException as error:  # a partial export would look complete, and the next attempt would refuse its folder
         for path in to.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -48,15 +52,14 @@ def export_network(run: Run, to: Path) -> list[Path]:
         if isinstance(error, OSError):
             raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --output") from error
         raise
-    onnx = sorted(to.glob(f"{ONNX}*"))  # the weights are in a second file
-    return [to / WEIGHTS, to / ARCHITECTURE, to / PROGRAM, *onnx, to / NAME]
+    return [*files, *sorted(to.glob(f"{ONNX}*")), to / NAME]  # the weights of a very large network are in a second file
 
 
-def _readout_program(network: Network) -> torch.export.ExportedProgram:
-    return torch.export.export(network, (_zeros(network),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
-
-def _zeros(network: Network) -> Tensor:
-    """Returns two samples of zeros `[2, D]`."""
-    encoder = network.architecture.encoder
-    return torch.zeros(2, encoder.size, dtype=encoder.dtype)
+def _save_onnx(network: Network, class_names: list[str], path: Path) -> None:
+    """Writes a network as ONNX, in float32, with the facts about the program as metadata."""
+    in_float32 = Network.for_inference(replace(network.architecture, precision="float32"), network.state_dict())
+    facts = program_facts(in_float32, class_names)
+    program = torch.onnx.export(export_program(in_float32), output_names=facts["outputs"], verbose=False)
+    assert program is not None
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in facts.items()})
+    program.save(path)

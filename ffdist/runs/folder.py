@@ -3,47 +3,88 @@
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from ffdist.checkpoint.checkpoints import CheckpointError, Checkpoints, DamagedCheckpoint, Manifest
+from ffdist.config.loading import CONFIG as CONFIG
 from ffdist.config.loading import load_config
 from ffdist.config.schema import Config
+from ffdist.config.sections import Tracking
 from ffdist.data.datasets import Dataset
 from ffdist.errors import ConfigError
+from ffdist.export.network import ARCHITECTURE
 from ffdist.ff.network import Architecture, Network
 from ffdist.pipeline.stage import State, layer_name
-from ffdist.storage.files import UnsafeFile, file_in
+from ffdist.storage.files import UnsafeFile, file_in, read_json
 from ffdist.storage.folder import Folder
-from ffdist.storage.paths import find_in_subfolders
+from ffdist.storage.paths import find_in_subfolders, kind_of
 from ffdist.tracking.outbox import OUTBOX, Outbox
+from ffdist.tracking.server import tracking_uri
+from ffdist.tracking.stored import MODELS, RUNS, download_model, find_model
 from ffdist.tracking.sync import LOCK
 
-CONFIG, SUMMARY = "config.yaml", "summary.json"
-"""Files in the folder of a run: its resolved configuration, and the results of a finished run."""
+SUMMARY = "summary.json"
+"""File in the folder of a run with the results of a finished run."""
 MAX_CONFIG_BYTES = 2**20
 
 
 def find_run(run: str, runs: Path, checkpoint_uri: str | None = None) -> Path:
-    """Returns the folder of a run, given by its folder or by its MLflow run id.
+    """Returns the folder of a run.
 
-    If the folder is lost, but `checkpoint_uri` contains its checkpoints, returns the folder to create.
+    If the folder is lost, but `checkpoint_uri` contains its checkpoints, returns the folder to create. If
+    the run of a model is not in the runs folder, returns a folder that contains only the model (`is_model`).
+
+    Args:
+        run: Its folder, its MLflow run id, also as `runs:/ID`, or its MLflow model, `models:/...`.
+        runs: Runs folder.
+        checkpoint_uri: `checkpoint.uri` of the run, if its folder may be lost.
 
     Raises:
-        ConfigError: There is no such run.
+        ConfigError: There is no such run or model.
     """
     if run:
         if os.path.isfile(os.path.join(run, CONFIG)):  # noqa: PTH113, PTH118, Path.is_file raises if `run` is too long
             return Path(run)
-        for path in find_in_subfolders(runs, OUTBOX):
-            if Outbox.fact_of(path, "run_id") == run:
-                return path.parent
+        if folder := _folder_of_id(run.removeprefix(RUNS), runs):
+            return folder
+        if run.startswith((RUNS, MODELS)):
+            return _folder_of_model(run, runs)
         if checkpoint_uri and checkpoints_at(checkpoint_uri, Path(run)).names():
             return runs / Path(run).resolve().name
-    raise ConfigError(f"RUN must be the folder of a run, or the MLflow run id of a run in {runs} (given: {run})")
+    raise ConfigError(
+        f"RUN must be the folder of a run, the MLflow run id of a run in {runs}, or an MLflow URI, runs:/ID or "
+        f"models:/NAME/VERSION (given: {run})"
+    )
+
+
+def _folder_of_id(run_id: str, runs: Path) -> Path | None:
+    outboxes = find_in_subfolders(runs, OUTBOX) if run_id else []  # runs without MLflow have an empty id
+    return next((path.parent for path in outboxes if Outbox.fact_of(path, "run_id") == run_id), None)
+
+
+def _folder_of_model(uri: str, runs: Path) -> Path:
+    """Returns the folder of the run that made a model, if its results are those of the model; else downloads it."""
+    store = tracking_uri(Tracking(), runs)
+    model = find_model(uri, store, runs)
+    folder = _folder_of_id(model.run_id, runs)
+    if folder and (model.checkpoint is None or _reported_checkpoint(folder) == model.checkpoint):
+        return folder
+    return download_model(model, store, runs)
+
+
+def _reported_checkpoint(folder: Path) -> Any:
+    with suppress(OSError, ValueError, AttributeError):
+        return read_json(folder, SUMMARY).get("checkpoint")
+    return None
+
+
+def is_model(folder: Path) -> bool:
+    """Returns whether a folder contains a network without the run that made it."""
+    return kind_of(folder / ARCHITECTURE) == "file" and kind_of(folder / SUMMARY) != "file"
 
 
 def config_of(folder: Path, overrides: Iterable[str] = ()) -> Config:
@@ -90,7 +131,8 @@ class Checkpoint(NamedTuple):
     kind: str
     """`best` (on validation), `last`, or empty for any other."""
     path: str
-    manifest: Manifest
+    manifest: Manifest | None
+    """None if only a model of it exists."""
 
     def __str__(self) -> str:
         """Returns the kind and the path."""

@@ -116,7 +116,7 @@ def remove_run(folder: Path, runs: Path) -> str:
         ConfigError: The folder is not that of a run, is in use, or cannot be removed.
     """
     uri, run_id = (Outbox.fact_of(folder / OUTBOX, key) or "" for key in ("uri", "run_id"))
-    if not run_id or folder.is_symlink() or Path.cwd().is_relative_to(folder.resolve()):
+    if not uri or folder.is_symlink() or Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"only the folder of a run is removed, with its {OUTBOX}, and not a link or the working directory "
             f"({folder}); give another one"
@@ -131,9 +131,10 @@ def remove_run(folder: Path, runs: Path) -> str:
     if kept:
         text += f"; its checkpoints at {kept} are kept"
     try:
-        with open_client(trusted_uri(folder, uri, run_id, runs)) as client:
-            client.delete_run(run_id)
-        text += f"; `mlflow runs restore --run-id {run_id}` restores its metrics"
+        if run_id:
+            with open_client(trusted_uri(folder, uri, run_id, runs)) as client:
+                client.delete_run(run_id)
+            text += f"; `mlflow runs restore --run-id {run_id}` restores its metrics"
     except ConfigError as error:
         text += f"; its MLflow run {run_id} is kept ({error})"
     try:

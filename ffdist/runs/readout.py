@@ -29,8 +29,8 @@ MAX_EVALUATIONS = 500
 def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     """Fits a readout to the frozen layers of a finished run until it converges; prints and returns its test error.
 
-    If the checkpoint is the one that the run's results belong to, the error is also logged to the run as
-    `test/fitted_readout_error` and added to its summary.
+    If the checkpoint is the one that the run's results belong to, the error is also added to its summary and, if the
+    run is tracked by MLflow, logged to it as `test/fitted_readout_error`.
 
     Args:
         run: The run.
@@ -41,7 +41,8 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
         ConfigError: The run's data or checkpoint is not available, or the error was printed but cannot be logged.
     """
     summary, run_id = run.summary, run.summary["mlflow_run_id"]
-    uri = uri or trusted_uri(run.folder, summary["mlflow_tracking_uri"], run_id, runs)
+    if run_id:  # else it is not tracked by MLflow
+        uri = uri or trusted_uri(run.folder, summary["mlflow_tracking_uri"], run_id, runs)
     network, dataset = run.network, run.dataset
     readout, samples = network.architecture.readout(), len(dataset.samples["train"])
     features = readout.weight.shape[1]
@@ -63,14 +64,20 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     )
     if not run.uses_reported_checkpoint:
         return test_error
-    with open_client(uri) as client:  # at the step and time of the other error, so that another call adds no duplicate
-        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, "test/readout_error")]
-        step, timestamp = max(points, default=(None, None))
-        client.log_metric(run_id, "test/fitted_readout_error", test_error, timestamp, step)
+    if run_id:
+        _log(test_error, str(uri), run_id)
     Folder(str(run.folder), ConfigError).put(  # last, so that a run with this entry is also complete in MLflow
         SUMMARY, json.dumps(summary | {"test_fitted_readout_error": test_error}, indent=2).encode()
     )
     return test_error
+
+
+def _log(test_error: float, uri: str, run_id: str) -> None:
+    """Logs the error at the step and time of the other error, so that another call adds no duplicate."""
+    with open_client(uri) as client:
+        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, "test/readout_error")]
+        step, timestamp = max(points, default=(None, None))
+        client.log_metric(run_id, "test/fitted_readout_error", test_error, timestamp, step)
 
 
 def _activations(network: Network, samples: Tensor, split: str) -> Iterator[list[Tensor]]:

@@ -77,12 +77,12 @@ def print_results(rows: list[Row], form: str | None = None) -> None:
         print_rows(rows, form)
 
 
-def finished_runs(uri: str, experiment: str, only: Container[str] | None = None) -> list[Any]:
+def finished_runs(uri: str, experiment: str | None, only: Container[str] | None = None) -> list[Any]:
     """Returns finished runs, newest first.
 
     Args:
         uri: Tracking server or database.
-        experiment: Name of the experiment.
+        experiment: Name of the experiment, or None for the default one.
         only: MLflow ids of the runs to return, together with their baselines; all by default.
 
     Raises:

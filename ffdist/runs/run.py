@@ -17,6 +17,7 @@ from ffdist.config.schema import Config
 from ffdist.console import track
 from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.errors import ConfigError
+from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, load_network
 from ffdist.ff import MAX_CLASSES
 from ffdist.ff.encoders import parse_encoder
 from ffdist.ff.negatives import KINDS
@@ -34,6 +35,7 @@ from ffdist.runs.folder import (
     config_of,
     find_checkpoint,
     find_run,
+    is_model,
     network_of,
     resume_command,
 )
@@ -67,10 +69,11 @@ class Run:
         checkpoint: str | None = None,
         overrides: Iterable[str] = (),
     ) -> "Run":
-        """Finds a run by its folder, or by its MLflow run id.
+        """Finds a run by its folder, its MLflow run id or the URI of its MLflow model.
 
         Args:
-            run: Folder or id.
+            run: Folder, id, `runs:/ID`, `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/m-ID`. If the run of a
+                model is not in `runs`, the model is downloaded; it predicts, evaluates given samples and is exported.
             runs: Runs folder to search for an id.
             checkpoint: Checkpoint to use: `best`, `last` or a name; by default the best one if the run was validated,
                 else the last.
@@ -86,6 +89,8 @@ class Run:
                 f"(given: {' '.join(wrong)})"
             )
         folder = find_run(str(run), Path(runs))
+        if is_model(folder):
+            return ModelRun.of(folder, checkpoint)
         if kind_of(folder / SUMMARY) != "file":
             raise ConfigError(f"{folder} is not finished; resume it with `{resume_command(folder)}`")
         with _explain_read_errors(folder / SUMMARY) as path:
@@ -125,6 +130,7 @@ class Run:
         """
         config = self.config
         dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+        assert self.checkpoint.manifest, "a model has no dataset"
         check_data(config, dataset, self.checkpoint.manifest, self.folder)
         return dataset
 
@@ -241,6 +247,61 @@ class Run:
                 f"(samples: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
             )
         return evaluate(prediction.goodness, prediction.probabilities.argmax(-1), labels.long(), architecture)
+
+
+@dataclass(frozen=True)
+class ModelRun(Run):
+    """A run of which only the MLflow model is on this machine. What needs more of the run raises ConfigError."""
+
+    @classmethod
+    def of(cls, folder: Path, checkpoint: str | None) -> "ModelRun":
+        """Returns the run of a model in a folder.
+
+        Raises:
+            ConfigError: A checkpoint is chosen, or the files are damaged.
+        """
+        if checkpoint is not None:
+            raise ConfigError(
+                f"a model has the weights of one checkpoint only (given: {checkpoint}, model: {folder}); leave "
+                f"--checkpoint out"
+            )
+        with _explain_read_errors(folder / ARCHITECTURE) as path:
+            class_names = read_json(folder, path.name)[CLASS_NAMES]
+            if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+                raise ValueError(f"{CLASS_NAMES} must be a list of names")
+        return cls(folder, {"class_names": class_names, "mlflow_run_id": ""})
+
+    @cached_property
+    def network(self) -> Network:
+        """The network of the model."""
+        with _explain_read_errors(self.folder / ARCHITECTURE):
+            return load_network(self.folder)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model."""
+        return Checkpoint("model", "", f"model {self.folder}", None)
+
+    @property
+    def uses_reported_checkpoint(self) -> bool:
+        """Whether results belong to the model; there are none."""
+        return True
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Not available."""
+        raise self._missing("dataset")
+
+    @property
+    def metrics(self) -> dict[str, list[tuple[int, float]]]:
+        """Not available."""
+        raise self._missing("metrics")
+
+    def _missing(self, part: str) -> ConfigError:
+        return ConfigError(
+            f"{self.folder} is only a model, without the {part} of its run; use the folder of the run on the machine "
+            f"that has it (ffdist evaluate: add --data)"
+        )
 
 
 def _check_summary(summary: Any) -> dict[str, Any]:

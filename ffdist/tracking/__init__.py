@@ -1,1 +1,1 @@
-"""MLflow tracking: the tracking store and the uploads to it. Only this package and `export.served` import mlflow."""
+"""MLflow tracking: the tracking store and the uploads to it. Only this package and a served model import mlflow."""

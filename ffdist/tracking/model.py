@@ -1,7 +1,10 @@
 """Saves the network of a run as an MLflow model, which `mlflow models serve` can serve."""
 
+import os
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,25 +12,53 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist.export.network import save_network
-from ffdist.ff.network import Network
+from ffdist.ff.network import Architecture
 
-NAME = "model"
-REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch")
+NAME, CHECKPOINT = "model", "checkpoint"
+"""Name of the model of a run's results, and tag of a model with the name of its checkpoint."""
+REQUIREMENTS = ("mlflow", "numpy", "torch")
 """Packages that serving the model requires."""
-INFERENCE_PACKAGES = ("export", "ff", "storage")
-"""Subpackages of ffdist that inference requires. They are stored with the model, each as a whole: the environment that
-serves it may have another version of ffdist, and Python searches a package in one folder only."""
+LOADER = "ffdist_served_model"
+"""Module that is stored with the model as its only code."""
+DATA = "network"
+"""Folder of the files of the network in the model's data."""
 
 
-def save_model(network: Network, class_names: Sequence[str], example: Tensor, path: Path, **options: Any) -> None:
+def export_in_subprocess(folder: Path, path: Path) -> None:
+    """Exports the network in a folder as a program, in another process: exporting would disturb a training here.
+
+    Raises:
+        ValueError: The network cannot be exported.
+        OSError: The other process was stopped, or the file cannot be written.
+    """
+    command = [sys.executable, "-P", "-m", "ffdist.export.program", str(folder), str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # finds the same modules as this process
+    process = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        is_temporary = process.returncode < 0 or process.returncode == os.EX_TEMPFAIL
+        raise (OSError if is_temporary else ValueError)(f"the network cannot be exported ({reason})")
+
+
+def save_model(
+    architecture: Architecture, files: Iterable[Path], example: Tensor, path: Path, *, has_names: bool, **options: Any
+) -> None:
     """Writes a network as an MLflow model into a new folder.
 
     Args:
-        network: Network to write.
-        class_names: Names of the classes; may be empty.
+        architecture: Architecture of the network.
+        files: Files of the network, one of which is its exported program.
         example: Input example `[D]`.
         path: The folder, which must not exist.
+        has_names: Whether the classes have names.
         **options: Further arguments of `mlflow.pyfunc.save_model`.
     """
     import numpy as np
@@ -35,30 +66,26 @@ def save_model(network: Network, class_names: Sequence[str], example: Tensor, pa
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    architecture = network.architecture
     outputs = {"label": (np.int64, ()), "probability": (np.float32, (architecture.classes,))}
-    outputs["goodness"] = (np.float32, (architecture.classes if architecture.goodness_predicts else 0,))
-    if class_names:
+    if architecture.goodness_predicts:
+        outputs["goodness"] = (np.float32, (architecture.classes,))
+    if has_names:
         outputs["name"] = (np.str_, ())
-    # The signature has no input type: MLflow would cast inputs to it, which hides invalid pixel values.
+    # The signature has no inputs: MLflow would refuse all but one shape and type, or cast to it, which hides invalid
+    # values such as the pixel 350.
     signature = ModelSignature(
         outputs=Schema([TensorSpec(np.dtype(dtype), (-1, *shape), name) for name, (dtype, shape) in outputs.items()])
     )
-    package = Path(__file__).parent.parent
     with TemporaryDirectory() as folder:
-        code = Path(folder) / package.name
-        for name in INFERENCE_PACKAGES:
-            shutil.copytree(package / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(package / "__init__.py", code)
-        shutil.copy(package / "errors.py", code)
-        network_folder = Path(folder) / "network"
-        network_folder.mkdir()
-        save_network(network, network_folder, class_names)
+        data = Path(folder) / DATA
+        data.mkdir()
+        for file in files:
+            shutil.copyfile(file, data / file.name)
         pyfunc.save_model(
             path,
-            loader_module="ffdist.export.served",
-            data_path=str(network_folder),
-            code_paths=[str(code)],
+            loader_module=LOADER,
+            data_path=str(data),
+            code_paths=[str(Path(__file__).parent.parent / "export" / f"{LOADER}.py")],
             signature=signature,
             input_example=example.view(1, *architecture.encoder.shape).numpy(),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],

@@ -5,7 +5,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,14 +53,15 @@ class Outbox:
     Args:
         path: The database; created if it does not exist.
         limit_bytes: Approximate limit on pending points. Beyond it every other pending point is dropped.
+        is_sent: Whether its content is sent to MLflow. Otherwise nothing is pending, and calls are dropped.
 
     Raises:
         UnsafeFile: One of the database's files leads out of the folder.
         sqlite3.DatabaseError: The database is damaged.
     """
 
-    def __init__(self, path: Path, limit_bytes: int) -> None:
-        self._max_pending, self._lock = limit_bytes // POINT_BYTES, threading.Lock()
+    def __init__(self, path: Path, limit_bytes: int, *, is_sent: bool = True) -> None:
+        self._max_pending, self._lock, self._is_sent = limit_bytes // POINT_BYTES, threading.Lock(), is_sent
         self.has_dropped_points = False
         self.folder = path.parent
         """Folder of the run."""
@@ -86,7 +87,7 @@ class Outbox:
     def add(self, metrics: dict[str, float], step: int) -> None:
         """Adds a pending point to each metric."""
         now = time.time_ns() // 1_000_000
-        self._add((Point(name, value, now, step) for name, value in metrics.items()), sent=False)
+        self._add((Point(name, value, now, step) for name, value in metrics.items()), sent=not self._is_sent)
         if self._num_pending > self._max_pending:
             self._drop_points()
 
@@ -101,6 +102,23 @@ class Outbox:
         query = "select name, value, timestamp, step from points where not sent order by timestamp, step, name limit ?"
         with self._lock:
             return [Point(*row) for row in self._database.execute(query, (limit,))]
+
+    def points_at(self, step: int, prefix: str) -> list[Point]:
+        """Returns the points of the metrics with a prefix at a step."""
+        query = "select name, value, timestamp, step from points where step = ? and substr(name, 1, ?) = ?"
+        with self._lock:
+            return [Point(*row) for row in self._database.execute(query, (step, len(prefix), prefix))]
+
+    def points_after(self, steps: dict[str, int]) -> Iterator[list[Point]]:
+        """Yields the points of each metric after its step in `steps`; all points of a metric that is not in it."""
+        query = "select name, value, timestamp, step from points where name = ? and step > ? order by step"
+        with self._lock:
+            names = [name for (name,) in self._database.execute("select distinct name from points order by name")]
+        for name in names:
+            with self._lock:
+                rows = self._database.execute(query, (name, steps.get(name, -1))).fetchall()
+            if rows:
+                yield [Point(*row) for row in rows]
 
     @property
     def num_pending(self) -> int:
@@ -125,6 +143,8 @@ class Outbox:
 
     def add_call(self, kind: str, content: Any) -> None:
         """Adds a pending call."""
+        if not self._is_sent:
+            return
         self._change("insert into calls (what, content) values (?, ?)", [(kind, json.dumps(content))])
 
     def calls(self) -> list[Call]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import sqlite3
 import ssl
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from ffdist.config.sections import Tracking, reject_secrets, with_absolute_path
+from ffdist.config.sections import NO_TRACKING, Tracking, reject_secrets, with_absolute_path
 from ffdist.errors import ConfigError
 from ffdist.storage.files import file_in
 
@@ -41,7 +42,9 @@ RUNS_QUERY = "select run_uuid from runs join experiments using (experiment_id) w
 LOCATIONS_QUERY = (
     "select artifact_location from experiments join experiment_tags using (experiment_id) where key = ? and value = ?"
 )
-DEFAULT_EXPERIMENT = Tracking().experiment
+DEFAULT_EXPERIMENT = "ffdist"
+PARENT_RUN = "mlflow.parentRunId"
+"""Tag that nests a run under another one in the MLflow UI."""
 VIEW = "ffdist"
 VIEW_COLUMNS = (
     *("attributes.`Created`", "attributes.`Description`", "attributes.`Duration`"),
@@ -80,8 +83,20 @@ def tracking_uri(config: Tracking, runs: Path) -> str:
     return uri
 
 
+def active_run_id(uri: str) -> str:
+    """Returns the id of the MLflow run that this thread has started at a tracking URI, such as in a notebook, or ""."""
+    if uri == NO_TRACKING or "mlflow" not in sys.modules:  # a process that has not imported it has no active run
+        return ""
+    import mlflow  # waits if another thread is importing it
+
+    run = mlflow.active_run() if with_absolute_path(mlflow.get_tracking_uri()) == uri else None
+    return str(run.info.run_id) if run else ""
+
+
 def ui_command(uri: str, experiment: str, runs: Path) -> str:
-    """Returns the command or URL that shows the tracked runs."""
+    """Returns the command or URL that shows the tracked runs; empty if they are not tracked."""
+    if uri == NO_TRACKING:
+        return ""
     if uri == default_uri(runs):
         runs_option = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
         name_option = "" if experiment == DEFAULT_EXPERIMENT else f" --experiment {shlex.quote(experiment)}"
@@ -89,12 +104,12 @@ def ui_command(uri: str, experiment: str, runs: Path) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def runs_page(uri: str, experiment: str) -> str:
+def runs_page(uri: str, experiment: str | None) -> str:
     """Returns the URL path of an experiment's runs in the MLflow UI, and stores a view of them with `VIEW_COLUMNS`.
 
     Args:
         uri: Tracking URI.
-        experiment: Name of the experiment.
+        experiment: Name of the experiment, or None for the default one.
 
     Raises:
         ConfigError: There is no such experiment, or the store cannot be reached.
@@ -107,16 +122,50 @@ def runs_page(uri: str, experiment: str) -> str:
     return f"/#/experiments/{page_experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
-def find_experiment(client: Any, uri: str, name: str) -> Any:
-    """Returns the MLflow experiment with a name.
+def find_experiment(client: Any, uri: str, name: str | None) -> Any:
+    """Returns the MLflow experiment with a name, or the default one: of the environment variables, or else `ffdist`.
 
     Raises:
         ConfigError: There is no such experiment.
     """
-    if existing := client.get_experiment_by_name(name):
+    if existing := _existing_experiment(client, name):
         return existing
     names = ", ".join(each.name for each in client.search_experiments(max_results=20))
-    raise ConfigError(f"there is no experiment {name} at {uri} (experiments: {names}); set --experiment")
+    raise ConfigError(f"there is no experiment {_new_name(name)} at {uri} (experiments: {names}); set --experiment")
+
+
+def _existing_experiment(client: Any, name: str | None, run_id: str = "") -> Any | None:
+    if run_id and not name:
+        return client.get_experiment(_unfinished_run(client, run_id).info.experiment_id)
+    experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or not experiment_id:
+        return client.get_experiment_by_name(_new_name(name))
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_experiment(experiment_id)
+    except MlflowException as error:
+        raise ConfigError(
+            f"MLFLOW_EXPERIMENT_ID must be the id of an experiment (given: {experiment_id}; {error_text(error)}); "
+            f"correct it, or set tracking.experiment"
+        ) from error
+
+
+def _unfinished_run(client: Any, run_id: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    rule = "MLFLOW_RUN_ID, or the active run, must be a run that has not ended"
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ConfigError(f"{rule} (run: {run_id}; {error_text(error)}); unset it") from error
+    if run.info.status not in ("RUNNING", "SCHEDULED") or run.info.lifecycle_stage == "deleted":
+        raise ConfigError(f"{rule} (run: {run_id}, {run.info.status.lower()}, {run.info.lifecycle_stage}); unset it")
+    return run
+
+
+def _new_name(name: str | None) -> str:
+    return name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
 @contextmanager
@@ -126,6 +175,11 @@ def open_client(uri: str) -> Iterator[Any]:
     Raises:
         ConfigError: The store cannot be reached, or a request in the block fails.
     """
+    if uri == NO_TRACKING:
+        raise ConfigError(
+            f"MLflow is switched off, and is needed here (tracking URI: {uri}); set tracking.uri or "
+            f"MLFLOW_TRACKING_URI to a tracking store"
+        )
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise ConfigError(f"there is no tracking database at {uri}; correct the URI, or restore the database")
     check_server(uri)
@@ -166,16 +220,17 @@ def quiet_mlflow() -> Iterator[None]:
                 logger.setLevel(_saved_levels[logger])
 
 
-def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
-    """Returns an MLflow client and the experiment id; creates the database and the experiment if they do not exist.
+def open_store(uri: str, experiment: str | None, runs: Path, run_id: str = "") -> tuple[Any, Any]:
+    """Returns an MLflow client and the experiment; creates the database and the experiment if they do not exist.
 
     Args:
         uri: Tracking URI, as `tracking_uri` returns it.
-        experiment: Name of the experiment.
+        experiment: Name of the experiment, or None for the default one, as `find_experiment` returns it.
         runs: Runs folder, which holds the artifacts of the default database.
+        run_id: MLflow run whose experiment is the default one.
 
     Raises:
-        ConfigError: The experiment is deleted.
+        ConfigError: The experiment is deleted, or the run has ended or does not exist.
     """
     from mlflow import MlflowClient
 
@@ -186,15 +241,15 @@ def open_store(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
         if uri == default_uri(runs):
             update_artifact_paths(runs)
         client = MlflowClient(uri)
-        if existing := client.get_experiment_by_name(experiment):
+        if existing := _existing_experiment(client, experiment, run_id):
             if existing.lifecycle_stage == "deleted":
                 raise ConfigError(
-                    f"the experiment must be active (experiment: {experiment}, deleted at {uri}); "
+                    f"the experiment must be active (experiment: {existing.name}, deleted at {uri}); "
                     f"restore it with `mlflow experiments restore`, or set tracking.experiment"
                 )
-            return client, existing.experiment_id
+            return client, existing
         artifacts = (runs.resolve() / "artifacts").as_uri() if uri == default_uri(runs) else None
-        return client, client.create_experiment(experiment, artifacts, TRAINING_VIEW)
+        return client, client.get_experiment(client.create_experiment(_new_name(experiment), artifacts, TRAINING_VIEW))
 
 
 def update_artifact_paths(runs: Path) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ffdist.export.network import load_network
-from ffdist.storage.files import file_in, path_in
+from ffdist.config.loading import CONFIG
+from ffdist.config.sections import NO_TRACKING
+from ffdist.export.ffdist_served_model import PROGRAM
+from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, WEIGHTS, load_network
+from ffdist.storage.files import file_in, path_in, read_json
 from ffdist.storage.paths import find_in_subfolders
-from ffdist.tracking.model import NAME, save_model
+from ffdist.tracking.model import CHECKPOINT, NAME, export_in_subprocess, save_model
 from ffdist.tracking.outbox import OUTBOX, Call, Outbox, Point
 from ffdist.tracking.server import (
     check_server,
@@ -34,7 +37,10 @@ PERMANENT_CODES = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALR
 LOCK = ".lock"
 """Lock file in the folder of a run. The process that trains the run holds it; `send_run` holds it while it uploads."""
 MODEL, NETWORK = "model", "network"
-"""Key of the fact that holds the MLflow model id, and the folder that holds the network until it is uploaded."""
+"""Key of the fact that holds the MLflow model id, and the folder that holds the network until it is uploaded. Those of
+the models of further checkpoints begin with these names."""
+DIGEST_LENGTH = 36
+"""MLflow's limit on the digest of a dataset."""
 
 
 class RejectedUpload(Exception):
@@ -205,6 +211,9 @@ def sync(folders: list[Path], uri: str, runs: Path) -> Iterator[tuple[str, bool]
     for folder in folders:
         if not _is_tracked_at(folder, uri, runs):
             run_uri = Outbox.fact_of(folder / OUTBOX, "uri") or "nowhere"
+            if run_uri == NO_TRACKING:
+                yield f"{folder}: not tracked by MLflow", False
+                continue
             yield f"{folder}: tracked at {run_uri}; set MLFLOW_TRACKING_URI={shlex.quote(run_uri)} to upload", True
             continue
         try:
@@ -272,39 +281,84 @@ def _send_artifact(client: Any, run_id: str, outbox: Outbox, name: str) -> None:
 def _send_dataset(client: Any, run_id: str, outbox: Outbox, dataset: dict[str, Any]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    if dataset.keys() != {"name", "digest", "source", "profile"}:
+    if dataset.keys() != {"name", "digest", "source", "profile", "context"}:
         raise RejectedUpload(f"{OUTBOX} is damaged")
-    digest, profile = dataset["digest"][:36], json.dumps(dataset["profile"])  # MLflow takes 36 characters of a digest
+    digest, profile = dataset["digest"][:DIGEST_LENGTH], json.dumps(dataset["profile"])
     entity = Dataset(dataset["name"], digest, "ffdist", dataset["source"], profile=profile)
-    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", dataset["context"])])])
 
 
 def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any]) -> None:
-    """Logs the network as a model of the run. Calling it again has no effect."""
+    """Logs a network as a model of the run, and links its metrics to it. Calling it again has no effect."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model
 
     try:
-        folder = path_in(outbox.folder, NETWORK)
+        folder = path_in(outbox.folder, content["folder"])
+        if folder.parent != outbox.folder.resolve() or not folder.name.startswith(NETWORK):
+            raise ValueError(f"not a folder of a network: {folder.name}")
+        checkpoint, step = str(content["checkpoint"]), int(content["step"])
         network = load_network(folder)
+        files = [path for name in (WEIGHTS, ARCHITECTURE, CONFIG) if (path := file_in(folder, name)).is_file()]
+        has_names = bool(read_json(folder, ARCHITECTURE).get(CLASS_NAMES))
         example = torch.tensor(content["example"], dtype=network.architecture.encoder.dtype)
-        class_names = [str(name) for name in content["names"]]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        example = example.view(network.architecture.encoder.size)
+        metrics = [_evaluation_points(outbox, *each) for each in content["evaluations"].items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise RejectedUpload(f"the network cannot be read ({error_text(error)})") from error
-    model_id = outbox.fact(MODEL)
-    if not model_id:  # an earlier attempt may have created it
-        experiment_id = client.get_run(run_id).info.experiment_id
-        model_id = str(client.create_logged_model(experiment_id, NAME, run_id).model_id)
-        outbox.set_facts(**{MODEL: model_id})
+    is_final = folder.name == NETWORK
+    model_id = _model_id(client, run_id, outbox, MODEL if is_final else f"{MODEL} {checkpoint}", checkpoint)
     location = client.get_logged_model(model_id).artifact_location
     with TemporaryDirectory() as temporary:
-        path = Path(temporary) / NAME
+        path, program = Path(temporary) / NAME, Path(temporary) / PROGRAM
+        try:
+            export_in_subprocess(folder, program)
+        except ValueError as error:
+            raise RejectedUpload(str(error)) from error
         mlflow_model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)
-        save_model(network, class_names, example, path, mlflow_model=mlflow_model)
+        save_model(
+            network.architecture,
+            [*files, program],
+            example,
+            path,
+            has_names=has_names,
+            mlflow_model=mlflow_model,
+        )
         client.log_model_artifacts(model_id, str(path))
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=step)])
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    _link_metrics(client, run_id, model_id, metrics)
     shutil.rmtree(folder)
+
+
+def _model_id(client: Any, run_id: str, outbox: Outbox, fact: str, checkpoint: str) -> str:
+    """Returns the id of a model, which is created unless an earlier attempt has done so."""
+    model_id = outbox.fact(fact)
+    if not model_id:
+        experiment_id = client.get_run(run_id).info.experiment_id
+        name = NAME if fact == MODEL else f"{CHECKPOINT}-{checkpoint}"
+        model_id = str(client.create_logged_model(experiment_id, name, run_id, {CHECKPOINT: checkpoint}).model_id)
+        outbox.set_facts(**{fact: model_id})
+    return model_id
+
+
+def _evaluation_points(outbox: Outbox, split: str, evaluation: dict[str, Any]) -> tuple[list[Point], str, str]:
+    """Returns the points of an evaluation, and name and digest of its dataset."""
+    points = outbox.points_at(int(evaluation["step"]), f"{split}/")
+    return points, str(evaluation["name"]), str(evaluation["digest"])[:DIGEST_LENGTH]
+
+
+def _link_metrics(client: Any, run_id: str, model_id: str, metrics: list[tuple[list[Point], str, str]]) -> None:
+    """Logs points of the run again, with a model and a dataset; the run keeps one of each."""
+    from mlflow.entities import Metric
+
+    linked = [
+        Metric(*point, model_id=model_id, dataset_name=name, dataset_digest=digest)
+        for points, name, digest in metrics
+        for point in points
+    ]
+    if linked:
+        client.log_batch(run_id, metrics=linked)
 
 
 def _register_model(client: Any, run_id: str, outbox: Outbox, name: str) -> None:

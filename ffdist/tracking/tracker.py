@@ -5,7 +5,9 @@ Metrics pass through an outbox in the run's folder, so that no crash loses or du
 
 import json
 import logging
+import os
 import shlex
+import shutil
 import sqlite3
 import threading
 import time
@@ -18,14 +20,25 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ffdist.config.sections import Tracking
+from ffdist.config.loading import CONFIG
+from ffdist.config.sections import NO_TRACKING, Tracking
 from ffdist.errors import ClusterStopped, ConfigError
 from ffdist.export.network import save_network
 from ffdist.ff.network import Network
 from ffdist.storage.files import file_in, path_in
 from ffdist.tracking import sync
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, REASON, RECOVERIES, STATUS, Outbox, Point
-from ffdist.tracking.server import GIT_COMMIT, HINT, check_server, error_text, open_store, quiet_mlflow
+from ffdist.tracking.server import (
+    GIT_COMMIT,
+    HINT,
+    PARENT_RUN,
+    active_run_id,
+    check_server,
+    error_text,
+    open_store,
+    quiet_mlflow,
+)
+from ffdist.tracking.sinks import Sinks, check_packages
 from ffdist.tracking.sync import LOCK, NETWORK
 from ffdist.tracking.system import SystemMonitor
 
@@ -40,7 +53,7 @@ LOCK_TIMEOUT_S = 5.0
 
 
 class Tracker:
-    """Context manager for one MLflow run.
+    """Context manager for one MLflow run. With the tracking URI `none`, the run is recorded in its folder only.
 
     Entering the block opens the tracking store in the background. Leaving it sends everything that is pending and sets
     the status to finished, failed or, after an interrupt, killed. Uploads that fail stay in the run's folder. The next
@@ -52,16 +65,20 @@ class Tracker:
         runs: Runs folder, which holds the artifacts of the default database.
 
     Raises:
-        ConfigError: The tracking store cannot be reached.
+        ConfigError: The tracking store cannot be reached, or a package is missing.
     """
 
     def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
-        self.uri, self.run_id = uri, ""
-        """Tracking URI, and MLflow run id; the latter is empty until `begin` or `resume` is called."""
+        self.uri, self.run_id, self.experiment = uri, "", ""
+        """Tracking URI, MLflow run id, which is empty until `begin` or `resume` is called, and experiment."""
+        self.is_on, self._parent_id = uri != NO_TRACKING, active_run_id(uri)
+        """Whether the run is tracked by MLflow, and id of its parent run or empty."""
         self._release_lock, self._num_users = threading.Lock(), 2  # this object and its thread use the outbox
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
+        self._sinks: Sinks | None = None
+        self._is_refused = False
         self._folder, self._lock = Path(), FileLock("")
         self._outbox: Outbox | None = None
         self._open_event, self._failure = threading.Event(), ""
@@ -69,6 +86,7 @@ class Tracker:
         self._close_event, self._deadline = threading.Event(), float("inf")
         self._next_upload_at, self._upload_wait_s = 0.0, 0.0
         check_server(uri)
+        check_packages(config.also)
         self._thread = threading.Thread(target=self._run_thread, name="tracker", daemon=True)
         self._leftovers_thread: threading.Thread | None = None
         self._stop_leftovers = threading.Event()
@@ -90,6 +108,8 @@ class Tracker:
             self.note_end(status)
             self._note(REASON, error_text(error[0]) if isinstance(error[0], Exception) else "")
         self._close_event.set()
+        if self._sinks:
+            self._sinks.close(max(0.0, self._deadline - time.monotonic()) + 1)
         self._thread.join(self._deadline - time.monotonic() + 1)
         if self._outbox:
             with suppress(sqlite3.Error):
@@ -114,14 +134,21 @@ class Tracker:
     def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Waits for the store to open, creates the MLflow run, and then the outbox in the run's folder.
 
+        If MLFLOW_RUN_ID is set, that run is used. As MLflow does, it is removed, so that the next run gets its own.
+
         Args:
-            folder: Folder of the run. Its name becomes the name of the MLflow run.
+            folder: Folder of the run. Its name becomes the name of the MLflow run, unless `tracking.name` is set.
             parameters: Parameters to log.
 
         Raises:
             ConfigError: The store cannot be opened or rejects the run, or another process is training it.
         """
         self.wait_until_open()
+        if self.is_on:
+            self.run_id = os.environ.pop("MLFLOW_RUN_ID", "") or self._create_run(self._config.name or folder.name)
+        self._open_outbox(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
+
+    def _create_run(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags
         from mlflow.utils.git_utils import get_git_commit
@@ -129,23 +156,33 @@ class Tracker:
         tags = resolve_tags()
         if commit := get_git_commit(str(Path.cwd())):
             tags[GIT_COMMIT] = commit
+        if self._parent_id:
+            tags[PARENT_RUN] = self._parent_id
         try:
-            self.run_id = self._client.create_run(self._experiment_id, run_name=folder.name, tags=tags).info.run_id
+            return str(self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
         except MlflowException as error:
             raise ConfigError(f"tracking at {self.uri} is not possible ({error_text(error)}); {HINT}") from error
-        self._open_outbox(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
 
     def resume(self, folder: Path, run_id: str) -> None:
         """Waits for the store to open and resumes a run. Points that the server has are not sent again.
 
         Args:
             folder: Folder of the run.
-            run_id: MLflow run id.
+            run_id: MLflow run id; empty if the run is not tracked by MLflow.
 
         Raises:
             ConfigError: The store cannot be opened or does not have the run, or another process is training it.
         """
+        if self.is_on != bool(run_id):
+            before = f"with MLflow run {run_id}" if run_id else "without MLflow"
+            raise ConfigError(
+                f"{folder} was started {before} and can only be resumed so (tracking URI: {self.uri}); set "
+                f"tracking.uri to {'its tracking store' if run_id else NO_TRACKING}"
+            )
         self.wait_until_open()
+        if not self.is_on:
+            self._open_outbox(folder)
+            return
         from mlflow.exceptions import MlflowException
 
         try:
@@ -204,24 +241,47 @@ class Tracker:
         self._queue_call("artifact", path.resolve().relative_to(self._folder.resolve()).as_posix())
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
-        """Queues the dataset: its `name`, `digest` (SHA-256), `source` and `profile` (JSON); returns immediately."""
+        """Queues a split of the dataset; returns immediately.
+
+        Args:
+            dataset: Its `name`, `digest` (SHA-256), `source`, `profile` (JSON) and `context` (`training`, `validation`
+                or `testing`).
+        """
         self._queue_call("dataset", dataset)
 
-    def log_model(self, network: Network, class_names: Sequence[str], example: Tensor, register: str | None) -> None:
-        """Queues a network as a model of the run.
+    def log_model(
+        self,
+        network: Network,
+        class_names: Sequence[str],
+        example: Tensor,
+        *,
+        checkpoint: str,
+        step: int,
+        evaluations: dict[str, dict[str, Any]],
+        is_final: bool = True,
+    ) -> None:
+        """Queues a network as a model of the run. The final one is also registered, if `tracking.register` is set.
 
         Args:
             network: Network to log.
             class_names: Names of the classes; may be empty.
             example: Input example `[D]`.
-            register: Name of a registered model that gets a new version, or None.
+            checkpoint: Name of the checkpoint that has its weights.
+            step: Number of samples seen at this checkpoint.
+            evaluations: Evaluations of this network, whose metrics are linked to the model: by split, the number of
+                samples seen (`step`), and `name` and `digest` of the dataset, as for `log_dataset`.
+            is_final: Whether the results of the run belong to this network.
         """
-        folder = path_in(self._folder, NETWORK)
+        if not self.is_on:
+            return
+        folder = path_in(self._folder, NETWORK if is_final else f"{NETWORK}-{checkpoint}")
         folder.mkdir(exist_ok=True)
         save_network(network, folder, class_names)
-        self._queue_call("model", {"example": example.tolist(), "names": list(class_names)})
-        if register:
-            self._queue_call("register", register)
+        shutil.copyfile(file_in(self._folder, CONFIG), folder / CONFIG)
+        content = {"folder": folder.name, "example": example.tolist(), "checkpoint": checkpoint, "step": step}
+        self._queue_call("model", content | {"evaluations": evaluations})
+        if is_final and self._config.register:
+            self._queue_call("register", self._config.register)
 
     def _queue_call(self, kind: str, content: Any) -> None:
         assert self._outbox, "begin or resume must be called first"
@@ -251,8 +311,9 @@ class Tracker:
         """
         if not self._open_event.wait(OPEN_TIMEOUT_S):
             self._failure = f"no answer within {OPEN_TIMEOUT_S:g} s"
-        if not self._client:
-            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}); {HINT}")
+        if self.is_on and not self._client:
+            hint = "" if self._is_refused else f"; {HINT}"
+            raise ConfigError(f"tracking at {self.uri} is not possible ({self._failure}){hint}")
 
     def _open_outbox(self, folder: Path) -> Outbox:
         """Locks the run's folder and opens its outbox."""
@@ -264,7 +325,7 @@ class Tracker:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         try:
-            outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes)
+            outbox = Outbox(folder / OUTBOX, self._config.outbox_bytes, is_sent=self.is_on)
             _read_recoveries(outbox)  # fails before anything is written
             outbox.set_facts(
                 uri=self.uri, run_id=self.run_id, left="KILLED", **{STATUS: "KILLED", REASON: ""}
@@ -276,6 +337,7 @@ class Tracker:
                 f"were not sent"
             ) from error
         self._folder, self._outbox = folder, outbox
+        self._sinks = Sinks(outbox, self._config.also) if self._config.also else None
         return outbox
 
     def _warn_about_uploads(self, outbox: Outbox) -> None:
@@ -295,15 +357,26 @@ class Tracker:
 
     def _run_thread(self) -> None:
         try:
-            with quiet_mlflow():
-                self._client, self._experiment_id = open_store(self.uri, self._config.experiment, self._runs)
+            if self.is_on:
+                with quiet_mlflow():
+                    self._open()
+                    self._send_until_closed(self._client)
+            else:
                 self._open_event.set()
-                self._send_until_closed(self._client)
+                self._close_event.wait()
         except Exception as error:  # of MLflow, its store, the network or a full disk; reported by the main thread
-            self._failure = error_text(error)
+            self._failure, self._is_refused = error_text(error), isinstance(error, ConfigError)
         finally:
             self._open_event.set()
             self._release()
+
+    def _open(self) -> None:
+        given_id = os.environ.get("MLFLOW_RUN_ID", "")
+        name = None if given_id else self._config.experiment  # the run is in an experiment already
+        client, experiment = open_store(self.uri, name, self._runs, given_id or self._parent_id)
+        self._experiment_id, self.experiment = experiment.experiment_id, experiment.name
+        self._client = client  # last, because `wait_until_open` checks it
+        self._open_event.set()
 
     def _send_until_closed(self, client: Any) -> None:
         monitor = None

@@ -55,6 +55,7 @@ class Checkpointer(Observer):
         run_id: MLflow's id of the run.
         runner: Runner of the stages.
         say: Prints a line.
+        on_best: Called with `checkpoints` and the name of each new best checkpoint, once it is complete.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Checkpointer(Observer):
         run_id: str,
         runner: str,
         say: Callable[[str], None],
+        on_best: Callable[[Checkpoints, str], None] = lambda checkpoints, name: None,
     ) -> None:
         self._config, self._architecture, self.checkpoints = config, prepared.architecture, checkpoints
-        self._metrics, self._runner, self._say = metrics, runner, say
+        self._metrics, self._runner, self._say, self._on_best = metrics, runner, say, on_best
         self._facts: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "dataset_sha256": prepared.dataset.sha256("train"),
@@ -225,6 +227,8 @@ class Checkpointer(Observer):
             return False
         self.last, self._skipped = name, 0
         self._start.state.clear()
+        if self.best and self.best.name == name:
+            self._on_best(self.checkpoints, name)
         return True
 
     def _remove_old(self) -> None:

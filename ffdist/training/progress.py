@@ -192,7 +192,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         "checkpoint": _checkpoint(summary),
         "weights_sha256": summary["weights_sha256"],
         "run": folder,
-        "tracked": f"{summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}",
+        "tracked": f"{summary['mlflow_tracking_uri']}, run {summary['mlflow_run_id']}" * bool(summary["mlflow_run_id"]),
         "view with": look,
     }
     return "\n".join(f"{name:<16}{text}" for name, text in lines.items() if text)

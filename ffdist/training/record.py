@@ -14,6 +14,9 @@ from ffdist.tracking.tracker import Tracker
 from ffdist.training.progress import Display
 from ffdist.training.resume import Start
 
+CONTEXTS = {"train": "training", "validation": "validation", "test": "testing"}
+"""MLflow's names of the splits."""
+
 
 class Record:
     """Records a run.
@@ -59,8 +62,10 @@ class Record:
             if init_from:
                 self.tracker.note_origin(Path(init_from))
             self.tracker.log_artifact(self.folder / CONFIG)
-            self.tracker.log_dataset(_describe(config, dataset))
-        self.tracker.log_tags({"folder": str(self.folder.resolve())})
+            for split in dataset.labels:
+                if len(dataset.labels[split]):
+                    self.tracker.log_dataset(_describe(config, dataset, split))
+        self.tracker.log_tags({"folder": str(self.folder.resolve())} | config.tracking.tags)
         for remark in start.remarks:
             self.say(remark)
 
@@ -76,14 +81,15 @@ class Record:
         self.display.show(metrics)
 
 
-def _describe(config: Config, dataset: Dataset) -> dict[str, Any]:
+def _describe(config: Config, dataset: Dataset, split: str) -> dict[str, Any]:
     return {
         "name": config.data.name,
-        "digest": dataset.sha256("train"),
+        "digest": dataset.sha256(split),
         "source": str(config.data.path or config.data.name),
         "profile": {
-            "samples": {split: len(labels) for split, labels in dataset.labels.items()},
+            "samples": len(dataset.labels[split]),
             "classes": dataset.classes,
             "shape of a sample": dataset.shape,
         },
+        "context": CONTEXTS[split],
     }

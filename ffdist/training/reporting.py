@@ -3,12 +3,14 @@
 import json
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ffdist.checkpoint.checkpoints import weights_sha256
+from ffdist.checkpoint.checkpoints import Checkpoints, Manifest, weights_sha256
 from ffdist.config.schema import Config
 from ffdist.errors import RunFailed, as_warning
 from ffdist.ff.encoders import encoder_entry
@@ -83,7 +85,7 @@ class Reporter(Observer):
             started: Start of the run, in seconds since 1970.
         """
         test, checkpoints = loop.test, checkpointer.checkpoints
-        _, state = checkpoints.read(checkpointer.reported, is_for_inference)
+        manifest, state = checkpoints.read(checkpointer.reported, is_for_inference)
         assert test, "the run ends with a test"
         samples = loop.step * self._config.training.batch_size
         summary: dict[str, Any] = {
@@ -117,14 +119,48 @@ class Reporter(Observer):
         self._tracker.log_metrics({"train_s": loop.train_s}, samples)
         self._tracker.note_end("FINISHED")
         Folder(str(self._folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())
-        self._illustrate(test, network, summary)
+        log_model = partial(self._log_model, network, manifest, checkpointer.reported, samples)
+        self._illustrate(test, network, summary, log_model)
         return summary
 
-    def _illustrate(self, test: Evaluation, network: Network, summary: dict[str, Any]) -> None:
+    def log_best(self, checkpoints: Checkpoints, name: str) -> None:
+        """Logs the network of a new best checkpoint, if `tracking.artifacts` says so; a failure is a warning."""
+        if "checkpoints" in self._config.tracking.artifacts:
+            with as_warning(self._warn, f"the network of checkpoint {name} could not be logged"):
+                manifest, state = checkpoints.read(name, is_for_inference)
+                self._log_model(network_of(self._architecture, state), manifest, name)
+
+    def _log_model(self, network: Network, manifest: Manifest, name: str, test_step: int | None = None) -> None:
+        """Queues a network as a model, with the evaluations of its weights. Only the final one was tested."""
+        dataset, step = self._dataset, manifest.step * self._config.training.batch_size
+        steps = {
+            "validation": step if manifest.validation_error is not None else None,
+            "test": test_step,
+        }
+        self._tracker.log_model(
+            network,
+            dataset.names,
+            dataset.samples["test"][0],
+            checkpoint=name,
+            step=step,
+            evaluations={
+                split: {"step": each, "name": dataset.name, "digest": dataset.sha256(split)}
+                for split, each in steps.items()
+                if each is not None
+            },
+            is_final=test_step is not None,
+        )
+
+    def _illustrate(
+        self, test: Evaluation, network: Network, summary: dict[str, Any], log_model: Callable[[], None]
+    ) -> None:
         """Draws plots and queues uploads; any failure is a warning."""
         try:
+            if "model" in self._config.tracking.artifacts:
+                with as_warning(self._warn, "the model could not be kept"):
+                    log_model()
             self._draw_and_upload(test, network)
-            self._tracker.log_tags({DESCRIPTION: description(summary, self._folder)})
+            self._tracker.log_tags({DESCRIPTION: description(summary, self._folder)} | self._config.tracking.tags)
         except KeyboardInterrupt:
             self._tracker.shorten_flush()
             self._say("warning: interrupted; the run is finished, but not all plots are drawn or uploaded")
@@ -134,9 +170,6 @@ class Reporter(Observer):
     def _draw_and_upload(self, test: Evaluation, network: Network) -> None:
         dataset, tracker, tracking = self._dataset, self._tracker, self._config.tracking
         spans = self._timeline.spans
-        if "model" in tracking.artifacts:
-            with as_warning(self._warn, "the model could not be kept"):
-                tracker.log_model(network, dataset.names, dataset.samples["test"][0], tracking.register)
         if spans:
             with as_warning(self._warn, "the timeline could not be written"):
                 tracker.log_artifact(self._timeline.write(self._folder))

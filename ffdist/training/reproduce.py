@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ffdist.checkpoint.checkpoints import CheckpointError
 from ffdist.config.loading import find_config, load_config, shipped_configs
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
+from ffdist.config.sections import NO_TRACKING
 from ffdist.console import Screen
 from ffdist.errors import ConfigError, RunFailed
 from ffdist.runs.folder import CONFIG, SUMMARY, checkpoints_of, config_of, is_in_use
@@ -55,6 +56,12 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **options: Any) -
         for offset in range(seeds)
         for name, config in configs_by_name.items()
     ]
+    untracked = [name for name, each in configs_by_name.items() if tracking_uri(each.tracking, runs) == NO_TRACKING]
+    if untracked:
+        raise ConfigError(
+            f"results are read from MLflow, which is switched off (tracking URI: {NO_TRACKING}, configurations: "
+            f"{', '.join(untracked)}); leave tracking.uri and MLFLOW_TRACKING_URI out"
+        )
     candidates = list(_previous_runs(runs))
     previous = [_find_previous(config, candidates, runs) for _, config in jobs]
     for name in {name for (name, _), run in zip(jobs, previous, strict=True) if not isinstance(run, Run)}:
@@ -83,7 +90,7 @@ def _rows(configs: dict[str, Config], runs: Path) -> list[Row]:
     for uri in {uri for uri, _ in stores}:
         with open_client(uri) as client:
             send_leftovers(client, uri, runs, lambda: False)
-    tracked = [run for uri, experiment in sorted(stores) for run in finished_runs(uri, experiment, configs)]
+    tracked = [run for uri, experiment in sorted(stores, key=str) for run in finished_runs(uri, experiment, configs)]
     if missing := configs.keys() - {run.info.run_id for run in tracked}:
         raise RunFailed(
             f"MLflow has no finished run {', '.join(sorted(missing))}; restore it there, or set another --runs"

@@ -10,8 +10,9 @@ from ffdist.checkpoint.checkpoints import CheckpointError, Manifest
 from ffdist.config.loading import parse_config, parse_with_overrides
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.errors import ConfigError
+from ffdist.export.network import load_network
 from ffdist.ff.network import Architecture, Network
-from ffdist.ff.optimizers import is_optimizer_state
+from ffdist.ff.optimizers import is_for_inference, is_optimizer_state
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, layer_name, state_of
 from ffdist.runs.folder import (
@@ -25,6 +26,7 @@ from ffdist.runs.folder import (
     config_of,
     find_checkpoint,
     find_run,
+    is_model,
 )
 from ffdist.storage.paths import kind_of
 from ffdist.training.prepare import Prepared
@@ -121,6 +123,11 @@ def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, s
     """
     if kind_of(folder / SUMMARY) == "file":
         raise ConfigError(f"{folder} is finished; train it further as a new run, with --init-from {quote(str(folder))}")
+    if is_model(folder):
+        raise ConfigError(
+            f"{folder} is only a model, without the checkpoints of its run; start a new run from its weights with "
+            f"--init-from"
+        )
     checkpoints, skipped = checkpoints_of(config, folder), []
     with as_config_error():
         names = checkpoints.names()
@@ -154,23 +161,19 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
     Args:
         config: Configuration of the new run.
         architecture: Architecture of the new run.
-        folder: Folder of the other run.
+        folder: Folder of the other run, or of a model.
         which: Checkpoint of the other run, as `find_checkpoint` takes it.
 
     Raises:
         ConfigError: The other run has no checkpoint, or its layers do not fit.
     """
-    with suppress(ConfigError):  # its own configuration says where its checkpoints are
-        config = config_of(folder)
-    checkpoints = checkpoints_of(config, folder)
-    checkpoint = find_checkpoint(checkpoints, which)
-    with as_config_error():
-        _, weights = checkpoints.read(checkpoint.name, lambda name: not is_optimizer_state(name))
-    network, state, remarks = Network(architecture), State(), [f"starting from checkpoint: {checkpoint}"]
+    weights, source_text = _weights_of(config, folder, which)
+    network, state, remarks = Network(architecture), State(), [f"starting from {source_text}"]
     modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
     for name, module in modules.items():
         state[name] = state_of(module)
-        source = weights.get(name, {})
+        if source := weights.get(name, {}):  # a model has no statistics of the training
+            source = {key: tensor for key, tensor in state[name].items() if not is_for_inference(key)} | source
         shapes, expected = (
             {key: list(tensor.shape) for key, tensor in each.items() if not is_optimizer_state(key)}
             for each in (source, state[name])
@@ -185,6 +188,26 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
                 f"{expected}); set model.layers and data.label to the values of that run"
             )
     return Start(state, None, tuple(remarks))
+
+
+def _weights_of(config: Config, folder: Path, which: str | None) -> tuple[State, str]:
+    """Returns the weights in a run or a model without optimizer state, and a text that names them."""
+    if is_model(folder):
+        if which is not None:
+            raise ConfigError(f"a model has the weights of one checkpoint only (given: {which}); leave it out")
+        try:
+            network = load_network(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} cannot be read ({error}); remove it, and try again") from error
+        layers = {layer_name(index): state_of(layer) for index, layer in enumerate(network.layers)}
+        return State(layers | {"readout": state_of(network.readout)}), f"model: {folder}"
+    with suppress(ConfigError):  # its own configuration says where its checkpoints are
+        config = config_of(folder)
+    checkpoints = checkpoints_of(config, folder)
+    checkpoint = find_checkpoint(checkpoints, which)
+    with as_config_error():
+        weights = checkpoints.read(checkpoint.name, lambda name: not is_optimizer_state(name))[1]
+    return weights, f"checkpoint: {checkpoint}"
 
 
 def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ from ffdist.training.checkpointing import Checkpointer
 from ffdist.training.launch import RunnerName, machine
 from ffdist.training.loop import Loop
 from ffdist.training.metrics import Metrics
+from ffdist.training.node_metrics import NodeMetrics
 from ffdist.training.precision import driver_device, is_driver_enough, measurement, with_precision
 from ffdist.training.prepare import Prepared, prepare
 from ffdist.training.progress import Display, closing_text
@@ -58,7 +59,7 @@ def train(
             same layers end to end in this process, as a baseline.
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
         runs: Folder for the folders of runs, and for the tracking database if no other is set.
-        name: Prefix of the run's name; by default that of the configuration.
+        name: Start of the name of the run's folder; `tracking.name` precedes it. Default: name of the configuration.
         resume: Folder of a run to resume from its newest checkpoint. It ends as if it had never stopped.
         skip_damaged: Whether to resume from an older checkpoint if the newest one is damaged.
         init_from: Folder of a run whose weights are the initial weights.
@@ -113,16 +114,29 @@ def train(
         metrics = Metrics(config.tracking.log_every_minibatches, prepared.order.batch_size, record.log)
         reporter = Reporter(config, prepared, record)
         checkpointer = Checkpointer(
-            config, prepared, checkpoints, metrics, run_id=tracker.run_id, runner=runner, say=record.say
+            config,
+            prepared,
+            checkpoints,
+            metrics,
+            run_id=tracker.run_id,
+            runner=runner,
+            say=record.say,
+            on_best=reporter.log_best,
         )
-        loop = Loop(config, prepared, checkpointer, recoveries, [metrics, display, reporter])
+        loop = Loop(
+            config,
+            prepared,
+            checkpointer,
+            recoveries,
+            [metrics, display, reporter, NodeMetrics(tracker, runner, config.training.batch_size)],
+        )
         with _resumable(record.folder, prepared):
             loop.run(session.pipelines(record, recoveries, checkpoints.folder, should_stop), start, should_stop)
             if loop.stopped:
                 raise KeyboardInterrupt(f"stopped; resume with: {resume_command(record.folder)}")
             metrics.finish(loop.step)
             summary = reporter.finish(loop, checkpointer, session, recoveries, started)
-    record.display.print(closing_text(summary, record.folder, look=ui_command(uri, config.tracking.experiment, runs)))
+    record.display.print(closing_text(summary, record.folder, look=ui_command(uri, tracker.experiment, runs)))
     return Run(record.folder, summary)
 
 
@@ -173,7 +187,7 @@ def _read_config(
         config = parse_config(config, "config")
     elif not isinstance(config, Config):
         name, config = name or find_config(str(config)).stem, load_config(str(config))
-    return config.by_backpropagation() if runner == "backpropagation" else config, name
+    return config.by_backpropagation() if runner == "backpropagation" else config, config.tracking.name or name
 
 
 def _prepare(config: Config, runner: RunnerName) -> Prepared:
