@@ -311,6 +311,33 @@ def test_exact_file_name_is_preferred_and_other_files_are_reported(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "val-0", "validation_images"])
+def test_own_validation_split_is_used(color_folder, name):
+    write_parquet(color_folder / f"{name}.parquet", [make_png((4, 4, 4)), make_png((5, 5, 5))], [1, 0])
+    dataset = load(color_folder)
+    assert {split: labels.tolist() for split, labels in dataset.labels.items()} == {
+        "train": [0, 2, 1],
+        "validation": [1, 0],
+        "test": [2],
+    }
+    assert "files: 2 train, 1 validation, 1 test" in dataset.describe()
+    with pytest.raises(ConfigError, match=r"own validation split \(2 samples\).*validation_samples: 1\); leave it out"):
+        load(color_folder, validation_samples=1)
+
+
+def test_other_names_that_begin_with_val_are_no_validation_split(color_folder):
+    """A training set must not be evaluated on a file that only looks like a validation split."""
+    for name in ("values", "validated"):
+        write_parquet(color_folder / f"{name}.parquet", [make_png((4, 4, 4))], [1])
+    dataset = load(color_folder)
+    assert len(dataset.labels["validation"]) == 0
+    assert "2 entries of no split (validated.parquet: 1, values.parquet: 1)" in dataset.describe()
+    for name in ("val_a", "val_b"):
+        write_parquet(color_folder / f"{name}.parquet", [make_png((4, 4, 4))], [1])
+    with pytest.raises(ConfigError, match=r"one candidate for the validation split .*val_a\.parquet, val_b\.parquet"):
+        load(color_folder)
+
+
 @pytest.fixture
 def image_folders(tmp_path) -> Path:
     for split in ("train", "test"):
@@ -325,6 +352,18 @@ def test_image_folder_classes_are_numbered_by_name(image_folders):
     dataset = load(image_folders, name="image_folder")
     assert dataset.labels["train"].tolist() == [0, 1]
     assert dataset.samples["test"].view(2, 3, 12)[1, :, 0].tolist() == [1, 0, 0]
+
+
+def test_own_validation_folder_is_used(image_folders):
+    (image_folders / "val" / "dog").mkdir(parents=True)
+    (image_folders / "val" / "dog" / "a.png").write_bytes(make_png((9, 0, 0)))
+    dataset = load(image_folders, name="image_folder")
+    assert (dataset.labels["validation"].tolist(), dataset.samples["validation"][0, 0].item()) == ([1], 9)
+    (image_folders / "val" / "emu").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"every class of the validation set must have a folder .*\(without one: emu\)"
+    ):
+        load(image_folders, name="image_folder")
 
 
 def test_test_set_may_lack_training_classes_but_not_add_any(image_folders):

@@ -425,7 +425,7 @@ JSON_FILES = {
         + [{"encoder": change} for change in INVALID_ENCODERS]
         + [{"classes": 0}, {"classes": 10**11}, {"classes": -(10**11)}]
         + [{"untrained_classes": value} for value in (7, None, [[1]], [10**11], list(range(10)))]
-        + [{"data": 3}, {"data": {"columns": {"label": 3}}}],
+        + [{"data": 3}, {"data": {"columns": {"label": 3}}}, {"data": {"features": "ab"}}, {"data": {"features": [3]}}],
     ),
     "finished/timeline.json": (
         PLOT,

@@ -23,7 +23,7 @@ def make_image(mode="L", size=(6, 4), color=7) -> Image.Image:
 
 def save_and_read(tmp_path, image, shape=GRAY, data=DATA):
     image.save(tmp_path / "one.png")
-    return read_inputs([tmp_path / "one.png"], data, shape, 3).images
+    return read_inputs([tmp_path / "one.png"], data, shape, 3).samples
 
 
 def test_image_of_the_right_shape_is_unchanged(tmp_path):
@@ -76,7 +76,7 @@ def test_labels_are_read_from_folders_and_parquet_files(tmp_path):
     inputs = read_inputs([tmp_path / "two.parquet"], DATA, GRAY, 3)
     assert (inputs.labels.tolist(), inputs.locations[1]) == ([1, 2], f"{tmp_path / 'two.parquet'}, row 1")
     combined = read_inputs([tmp_path / "two.parquet", tmp_path / "one.parquet"], DATA, GRAY, 3)
-    assert (combined.labels, len(combined.images)) == (None, 3)
+    assert (combined.labels, len(combined.samples)) == (None, 3)
     assert read_inputs([tmp_path / "two.parquet"], DATA, GRAY, 2).label_problem.endswith("row 1 has label 2")
 
 
@@ -130,7 +130,7 @@ def test_photos_are_rotated_by_their_exif_orientation(tmp_path):
     rotated, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
     exif[0x0112] = 6
     rotated.save(tmp_path / "one.png", exif=exif)
-    assert torch.equal(read_inputs([tmp_path / "one.png"], DATA, GRAY, 3).images, save_and_read(tmp_path, upright))
+    assert torch.equal(read_inputs([tmp_path / "one.png"], DATA, GRAY, 3).samples, save_and_read(tmp_path, upright))
 
 
 @pytest.mark.parametrize("tag", [0x128, 0x103])
@@ -139,7 +139,7 @@ def test_invalid_exif_tags_are_ignored(tag, tmp_path):
     entries = [struct.pack(">HHI4s", tag, 2, 4, b"bad"), struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)]
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(4)
     make_image(size=(4, 6)).save(tmp_path / "one.jpg", exif=exif)
-    assert read_inputs([tmp_path / "one.jpg"], DATA, GRAY, 3).images.shape == (1, *GRAY)
+    assert read_inputs([tmp_path / "one.jpg"], DATA, GRAY, 3).samples.shape == (1, *GRAY)
 
 
 def test_folder_names_are_matched_with_class_names(tmp_path):
@@ -186,7 +186,7 @@ def test_folder_with_a_link_to_itself_is_read_once(tmp_path):
     inputs = read_inputs([tmp_path], DATA, GRAY, 2, ["ant", "bee"])
     assert [location.removeprefix(str(tmp_path)) for location in inputs.locations] == ["/ant/x.png", "/bee/x.png"]
     assert inputs.labels.tolist() == [0, 1]
-    assert len(read_inputs([tmp_path / "ant" / "up"], DATA, GRAY, 2).images) == 2  # the link itself was requested
+    assert len(read_inputs([tmp_path / "ant" / "up"], DATA, GRAY, 2).samples) == 2  # the link itself was requested
 
 
 def test_string_labels_are_matched_with_class_names(tmp_path):

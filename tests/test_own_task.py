@@ -148,7 +148,7 @@ def test_evaluation_reads_labels_from_the_training_column_and_never_guesses(few_
             "patient",
             patient_table.drop(["kind"]),
             2,
-            "Parquet column kind .*column of patient.parquet is ambiguous .*patient",
+            "in a column kind .*column of patient.parquet is ambiguous .*patient",
         ),
         ("bare", table.replace_schema_metadata(), 2, "the column kind of bare.parquet holds numbers, but the classes"),
     ):

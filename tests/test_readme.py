@@ -38,18 +38,23 @@ YAML_EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
 INLINE_COMMANDS = sorted(set(re.findall(r"`(ffdist [^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))))
 
 RESUMING = ["ffdist resume RUN", "ffdist train digits --init-from RUN"]
-OWN_IMAGES = ["ffdist train birds.yaml --dry-run", "ffdist train birds.yaml training.epochs=10"]
+OWN_DATA = [
+    "ffdist train birds.yaml --dry-run",
+    "ffdist train birds.yaml training.epochs=10",
+    "ffdist train birds.yaml",
+    "ffdist train flowers.yaml",
+]
 TRAINING = [
     line
     for line in COMMANDS
     if line.startswith(("ffdist train", "ffdist baseline", "python ffdist/run.py"))
-    and line not in (*RESUMING, *OWN_IMAGES)
+    and line not in (*RESUMING, *OWN_DATA)
     and "--dry-run" not in line
 ]
 USING = [line for line in COMMANDS if re.match(r"ffdist (evaluate|predict|plot|export|sync|runs|compare)\b", line)]
 REMOVING = ["ffdist rm RUN"]
 SHOWING = [
-    line for line in COMMANDS if line.startswith("ffdist config") or ("--dry-run" in line and line not in OWN_IMAGES)
+    line for line in COMMANDS if line.startswith("ffdist config") or ("--dry-run" in line and line not in OWN_DATA)
 ]
 NEGATIVES = [line for line in COMMANDS if line.startswith(("ffdist negatives", "ffdist fit-readout", "ffdist results"))]
 REPRODUCING = [line for line in COMMANDS if line.startswith("ffdist reproduce")]
@@ -80,7 +85,7 @@ SHORT_BENCHMARKS = {
 
 
 def test_no_command_is_left_untried():
-    tried = [TRAINING, RESUMING, OWN_IMAGES, SHOWING, USING, REMOVING, NEGATIVES, REPRODUCING, BENCHMARKS, PYTEST]
+    tried = [TRAINING, RESUMING, OWN_DATA, SHOWING, USING, REMOVING, NEGATIVES, REPRODUCING, BENCHMARKS, PYTEST]
     tried += [[UI, TOKEN, SIMULATED], RUN_ELSEWHERE, ONLY_PARSED]
     assert set(COMMANDS) == set().union(*tried)
     assert len(TRAINING) >= 8
@@ -181,9 +186,14 @@ def test_commands_that_show_configurations(line, request, ffdist):
     assert ffdist(*shlex.split(line)[1:]).count("\n") > 2
 
 
-def test_own_images(tmp_path, ffdist):
-    (example,) = [example for example in YAML_EXAMPLES if example.startswith("# birds.yaml")]
-    (tmp_path / "birds.yaml").write_text(example)
+def test_own_data(tmp_path, ffdist):
+    for name in ("birds", "flowers"):
+        (example,) = {example for example in YAML_EXAMPLES if example.startswith(f"# {name}.yaml")}
+        (tmp_path / f"{name}.yaml").write_text(example)
+    (tmp_path / "flowers").mkdir()
+    rows = [f"{number},{number % 2},{'iris' if number % 2 else 'rose'}" for number in range(9)]
+    for split in ("train", "test"):
+        (tmp_path / "flowers" / f"{split}.csv").write_text("\n".join(["height,width,species", *rows]))
     for split in ("train", "test"):
         for color in ("red", "blue"):
             folder = tmp_path / "birds" / split / color
@@ -191,9 +201,9 @@ def test_own_images(tmp_path, ffdist):
             for number in range(4):
                 Image.new("RGB", (40, 30 + number), color).save(folder / f"{number}.png")
     short = ["training.epochs=1", "training.batch_size=4", "model.layers=[30,20]", "tracking.artifacts=[]"]
-    for line in OWN_IMAGES:
+    for line in OWN_DATA:
         ffdist(*shlex.split(line)[1:], *short, "--runner", "serial")
-    assert len(list(tmp_path.glob("runs/birds-*/summary.json"))) == 1
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) == len(OWN_DATA) - 1  # one is a dry run
 
 
 def test_python_examples(tmp_path, monkeypatch):
@@ -225,6 +235,19 @@ def test_an_exported_program(tmp_path, ffdist):
     ffdist("export", *(tmp_path / "runs").glob("digits-*"), "--output", "network")
     run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=250, capture_output=True)
     assert b"[1, 8, 8]" in run.stdout
+
+
+def test_own_arrays_and_own_functions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (arrays,) = re.findall(r"```python\n(from sklearn.*?)```", TEXT, re.S)
+    names: dict[str, Any] = {}
+    exec(arrays, names)
+    assert names["run"].summary["test_goodness_error"] < 0.2
+    (function,) = re.findall(r"```python\n(# clouds.py.*?)```", TEXT, re.S)
+    (tmp_path / "clouds.py").write_text(function)
+    (data,) = re.findall(r"for data: (\{.*\})", function)
+    config = load_config("digits", [f"data={data}", "training.epochs=5", "tracking.artifacts=[]"])
+    assert train(config, runner="serial", runs=tmp_path).summary["test_goodness_error"] < 0.3
 
 
 def test_a_kind_of_layers(tmp_path, monkeypatch):

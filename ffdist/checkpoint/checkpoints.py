@@ -80,6 +80,8 @@ class Manifest(_StrictModel):
     """Digest of the training samples."""
     test_dataset_sha256: str
     """Digest of the test samples."""
+    validation_dataset_sha256: str | None = None
+    """Digest of the validation samples; None if there are none, and in manifests of earlier versions."""
     config: dict[str, Any]
     """Resolved configuration."""
     provenance: dict[str, str | int | dict[str, str | int]]

@@ -12,6 +12,9 @@ from ffdist.ff.network import Architecture
 from ffdist.ff.objectives import OBJECTIVES, Rule
 from ffdist.ff.optimizers import Update
 
+IMAGE_SETTINGS = ("image_column", "image_size", "jitter", "subtract_mean")
+"""Settings of the section `data` that only images have."""
+
 
 def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int, **settings: Any) -> Encoder:
     """Returns the encoder of a dataset.
@@ -27,7 +30,12 @@ def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int, *
         ConfigError: The settings do not fit the samples.
     """
     names = {field.name for field in fields(ENCODERS[kind])} & Data.model_fields.keys() - {"classes"}
+    for name in IMAGE_SETTINGS if kind != "image" else ():
+        if name not in names and getattr(config, name) != Data.model_fields[name].default:
+            raise ConfigError(f"data.{name} is for images (the samples are of kind {kind}); leave it out")
     settings |= {name: getattr(config, name) for name in names}
+    if settings["label"] == "auto":
+        settings["label"] = ENCODERS[kind].label
     if settings.get("subtract_mean") == "auto":
         settings["subtract_mean"] = shape[0] > 1
     try:

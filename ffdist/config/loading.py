@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from ffdist.config.schema import FLOAT, SECTIONS, Config
+from ffdist.config.sections import ARRAYS
 from ffdist.errors import ConfigError
 
 CONFIG = "config.yaml"
@@ -59,6 +60,8 @@ USUAL_NAMES = {
     "seed": ("manual_seed", "random_seed", "random_state"),
 }
 """Names of settings in other trainers, by setting; they are used in hints only."""
+PRESENTATION = ("label", "label_scale", "subtract_mean", "jitter")
+"""Settings of the section `data` that do not depend on where samples come from."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -123,6 +126,26 @@ def parse_with_overrides(tree: dict[str, Any], origin: str, overrides: Iterable[
             parse_config(original, "")
             origin = "overrides"  # any error is in them; not their text, which may contain a password
     return parse_config(tree, origin)
+
+
+def load_for_arrays(config: Config | Path | str | dict[str, Any]) -> Config:
+    """Loads a configuration for samples that are given in Python: the dataset that it names, if any, is replaced.
+
+    Args:
+        config: A configuration, its path, the name of a shipped one, or nested dicts.
+
+    Raises:
+        ConfigError: The configuration is invalid.
+    """
+    if isinstance(config, Config):
+        config = config.model_dump(mode="json")
+    tree = config if isinstance(config, dict) else _read(find_config(str(config)))
+    data = tree.get("data") or {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"data must be a section (given: {data!r})")
+    if data.get("name") != ARRAYS:
+        data = {key: data[key] for key in PRESENTATION if key in data}
+    return parse_config(tree | {"data": data | {"name": ARRAYS}}, "config")
 
 
 def _read(path: Path) -> dict[str, Any]:

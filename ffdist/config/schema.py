@@ -115,9 +115,15 @@ class Config(Section):
         return tuple(None if value == "units" else value for value in values)
 
     def flat(self) -> dict[str, Any]:
-        """Returns all values by `section.key`."""
+        """Returns all values by `section.key`, to log and to compare.
+
+        `data.label: auto` is `overwrite`, the default of earlier versions: for images they are the same, and tables
+        allow no `overwrite`.
+        """
         sections = self.model_dump(mode="json")
         seed = sections.pop("seed")
+        if self.data.label == "auto":
+            sections["data"]["label"] = "overwrite"
         return {"seed": seed} | {
             f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
         }

@@ -79,7 +79,22 @@ Positive = Annotated[float, Number, Field(gt=0, le=MAX_VALUE, allow_inf_nan=Fals
 NotNegative = Annotated[float, Number, Field(ge=0, le=MAX_VALUE, allow_inf_nan=False)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(_absolute(str(path))))]
 
-DATA_FOLDERS = ("parquet", "image_folder")
+Included = Literal["xor", "digits", "mnist", "fashion_mnist", "cifar10", "breast_cancer", "covertype"]
+Custom = Literal["parquet", "image_folder", "csv", "npz", "huggingface", "arrays"]
+ARRAYS = "arrays"
+"""`data.name` of samples that are given in Python."""
+HUGGINGFACE_OPTIONS = ("path", "name", "revision")
+"""Options of `data.name: huggingface`. Others change the type of the result, or, like `token`, must not be saved."""
+PATHS = {
+    "parquet": "a folder with train* and test*",
+    "image_folder": "a folder with train* and test*",
+    "csv": "a folder with train*.csv and test*.csv",
+    "npz": "a file",
+    "huggingface": "a folder that save_to_disk wrote; or data.options.path, a name on the Hub",
+}
+"""Meaning of `data.path`, by the `data.name` of custom datasets that need it."""
+FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""A function as `package.module:function`."""
 
 
 class Section(BaseModel):
@@ -91,21 +106,27 @@ class Section(BaseModel):
 class Data(Section):
     """The dataset and how its samples are presented to the network."""
 
-    name: Literal["xor", "digits", "mnist", "fashion_mnist", "cifar10", "parquet", "image_folder"]
-    """The dataset. `xor` has the four cases of two bits; `parquet` and `image_folder` read a custom dataset from
-    `path`."""
+    name: Literal[Included, Custom] | Annotated[str, Field(pattern=FUNCTION)]
+    """The dataset. `xor` has the four cases of two bits. `breast_cancer` and `covertype` are tables. `parquet`,
+    `image_folder`, `csv`, `npz` and `huggingface` read a custom dataset from `path`; `arrays` are given in Python,
+    `train(config, data=...)`; and `package.module:function` calls a function that returns the same."""
     path: Folder | None = None
-    """Folder of a custom dataset, which contains `train*` and `test*`: Parquet files or folders of them, or one image
-    folder per split. Required for `parquet` and `image_folder`."""
+    """Folder of a custom dataset, which contains `train*`, `test*` and optionally `val*`: Parquet files, folders of
+    them, CSV files, or one image folder per split. For `npz`, the file; for `huggingface`, a folder that
+    `save_to_disk` wrote."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of a function that `name` names. For `huggingface` without `path`: `path`, `name` and
+    `revision` of a dataset on the Hub."""
     root: Folder | None = None
-    """Folder of torchvision's datasets, which are downloaded if they are missing. Default: the environment variable
-    FFDIST_DATA, or else ~/.cache/ffdist."""
-    label: Literal["overwrite", "append", "everywhere", "none"] = "overwrite"
+    """Folder of the datasets of torchvision and of `covertype`, which are downloaded if they are missing. Default: the
+    environment variable FFDIST_DATA, or else ~/.cache/ffdist."""
+    label: Literal["auto", "overwrite", "append", "everywhere", "none"] = "auto"
     """How the input contains the label: `overwrite` replaces the first C values for C classes, `append` adds C values,
     and `everywhere` adds C values to each local field of the first layer. `none`: the input has no label
-    (unsupervised), and only the readout is trained with labels."""
+    (unsupervised), and only the readout is trained with labels. `auto`: `overwrite` for images, `append` for tables."""
     label_scale: Positive = 1.0
-    """Scale of the label's one-hot values in the input, greater than 0. Pixels are in [0, 1]."""
+    """Scale of the label's one-hot values in the input, greater than 0. Pixels are in [0, 1], and the columns of tables
+    have a standard deviation of 1."""
     subtract_mean: bool | Literal["auto"] = "auto"
     """Whether to subtract each image's own mean. `auto`: only for color images, because the paper does not do it
     for grayscale ones."""
@@ -113,10 +134,11 @@ class Data(Section):
     """Maximum random shift of each training image in pixels, vertically and horizontally, drawn anew in every epoch.
     At least 0, and less than the height and the width of the images."""
     image_column: str | None = None
-    """Parquet column of the images. Default: the only column with images."""
+    """Column of the images, or of the names of image files (`csv`). Default: the only column with images, or, of a CSV
+    file, the column named `file_name`, `file` or `path`. Without such a column, the data is a table of numbers."""
     label_column: str | None = None
-    """Parquet column of the labels. Default: the column named `label` or `labels`, or else the only column of
-    integers."""
+    """Column of the labels. Default: the column named `label` or `labels`, or else the only column of integers; of a
+    table, first the only column of strings."""
     image_size: tuple[Count, Count] | None = None
     """Height and width in pixels to which the images of a custom dataset are resized. Default: no resizing; all images
     must have the same size."""
@@ -124,14 +146,31 @@ class Data(Section):
     """Number of classes of a custom dataset, 2 to 256. Default: the number of class names, or else one more than the
     largest training label. Classes without training samples are reported."""
 
+    @property
+    def is_function(self) -> bool:
+        """Whether `name` is a function to import, `package.module:function`."""
+        return ":" in self.name
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is a dataset on Hugging Face's Hub."""
+        return self.name == "huggingface" and "path" in self.options
+
     @model_validator(mode="after")
     def _check_path(self) -> "Data":
-        if (self.path is None) == (self.name in DATA_FOLDERS):
-            need = "needs data.path, a folder with train* and test*" if self.path is None else "takes no data.path"
+        if (self.path is None) == (self.name in PATHS and not self.is_remote):
+            need = f"needs data.path, {PATHS[self.name]}" if self.path is None else "takes no data.path"
             raise ValueError(f"data.name={self.name} {need}")
+        is_custom = self.name in (*PATHS, ARRAYS) or self.is_function
         for key in ("image_column", "label_column", "image_size", "classes"):
-            if getattr(self, key) is not None and self.path is None:
+            if getattr(self, key) is not None and not is_custom:
                 raise ValueError(f"data.{key} is for custom datasets (data.name: {self.name}); leave it out")
+        known = HUGGINGFACE_OPTIONS if self.is_remote else ()
+        if not self.is_function and (unknown := [key for key in self.options if key not in known]):
+            raise ValueError(
+                f"data.options are those of a function, or {', '.join(HUGGINGFACE_OPTIONS)} of a dataset on the Hub "
+                f"(data.name: {self.name}, given: {', '.join(unknown)}); leave them out"
+            )
         return self
 
 

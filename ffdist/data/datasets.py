@@ -13,15 +13,29 @@ import torch
 from torch import Tensor
 
 from ffdist.config.architecture import build_encoder
-from ffdist.config.sections import Data
+from ffdist.config.sections import ARRAYS, Data
 from ffdist.data import order
+from ffdist.data.arrays import call_function, read_given, read_npz
+from ffdist.data.huggingface import read_huggingface
 from ffdist.data.listing import skip_suffix
-from ffdist.data.readers import Origin, Splits, read_image_folder, read_parquet
+from ffdist.data.readers import Origin, Splits, read_csv, read_image_folder, read_parquet
 from ffdist.errors import ConfigError
-from ffdist.ff.encoders import Encoder
+from ffdist.ff.encoders import ENCODERS, Encoder
 
 DIGITS_TEST_SAMPLES = 360
 """Size of the fixed test set: a fifth of scikit-learn's digits, which have no test set of their own."""
+
+BREAST_CANCER_TEST_SAMPLES = 114
+"""Size of the fixed test set: a fifth."""
+
+COVERTYPE_SPLITS = {"train": slice(11_340), "validation": slice(11_340, 15_120), "test": slice(15_120, None)}
+"""Rows of the splits of covertype that its authors used and published."""
+
+COVERTYPE_NAMES = (
+    *("Spruce/Fir", "Lodgepole Pine", "Ponderosa Pine", "Cottonwood/Willow"),
+    *("Aspen", "Douglas-fir", "Krummholz"),
+)
+"""Names of the classes 1 to 7 of covertype."""
 
 XOR_REPEATS = 250
 """Number of copies of each of the four XOR cases in the training set."""
@@ -81,6 +95,7 @@ class Dataset:
             "name": self.name,
             "files": dict(self.origin.files),
             "columns": dict(self.origin.columns),
+            "features": list(self.origin.features),
             "shape": list(self.shape),
             "samples": {split: len(labels) for split, labels in self.labels.items()},
             "classes": self.classes,
@@ -96,8 +111,9 @@ class Dataset:
         facts, parts = self.facts, [self.name]
         if facts["files"]:
             parts.append(_format_counts(facts["files"], "files"))
-        if facts["columns"]:
-            parts.append(f"images in column {facts['columns']['image']}, labels in column {facts['columns']['label']}")
+        if columns := facts["columns"]:
+            images = f"images in column {columns['image']}, " if "image" in columns else ""
+            parts.append(f"{images}labels in column {columns['label']}")
         parts.append(_format_counts(facts["samples"], "samples"))
         parts.append(self.encoder.describe())
         parts.append(f"{self.classes} classes{': ' * bool(self.names)}{_join(self.names)}")
@@ -112,41 +128,86 @@ class Dataset:
         return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def load_dataset(config: Data, *, seed: int, validation_samples: int) -> Dataset:
+def load_dataset(
+    config: Data, *, seed: int, validation_samples: int, data: Any = None, may_import: bool = False
+) -> Dataset:
     """Reads a dataset into memory and validates it.
 
     Args:
         config: Name, location and options of the dataset.
         seed: Seed of the random split into training and validation samples.
         validation_samples: Number of training samples to hold out for validation.
+        data: Samples that are given in Python, in a form that `train` takes; by default, `config` names the dataset.
+        may_import: Whether the configuration is the user's own, and not only found in the folder of a run or store.
+            Such a folder must not cause imports, downloads from the Hub or the loading of pickles.
 
     Raises:
         ConfigError: The dataset is missing, damaged or inconsistent. The message names the file, row and rule.
     """
-    samples, labels, names, origin, kind, settings = READERS.get(config.name, _torchvision)(config)
-    num_samples = len(labels["train"])
+    splits = read_given(data, config, seed=seed) if data is not None else _read(config, seed, may_import=may_import)
+    shape = splits.samples["train"].shape[1:]
+    samples, labels = _with_validation(splits, seed, validation_samples)
+    names, classes = splits.names, config.classes or len(splits.names) or int(labels["train"].max()) + 1
+    settings = {**splits.encoder_settings, **ENCODERS[splits.encoder].fit(samples["train"])}
+    dataset = Dataset(
+        samples,
+        labels,
+        build_encoder(config, splits.encoder, shape, classes, **settings),
+        tuple(names and [*names, *map(str, range(len(names), classes))][:classes]),
+        config.name,
+        splits.origin,
+    )
+    if (num_trained := classes - len(dataset.untrained)) < 2:
+        raise ConfigError(
+            f"training needs samples of at least two classes (data: {config.path or config.name}, classes with "
+            f"training samples: {num_trained}){skip_suffix(splits.origin.skipped)}"
+        )
+    return dataset
+
+
+def _read(config: Data, seed: int, *, may_import: bool) -> Splits:
+    """Reads the dataset that a configuration names."""
+    if config.name == ARRAYS:
+        raise ConfigError(
+            "data.name=arrays stands for samples that are given in Python, and no file has them: use train(..., "
+            "data=...), train(..., resume=RUN, data=...) or, for a finished run, run.evaluate(samples, labels)"
+        )
+    has_pickles = config.name == "covertype" and config.root is not None
+    if not may_import and (config.is_function or config.is_remote or has_pickles):
+        raise ConfigError(
+            f"the folder of a run or a store must not cause imports, downloads from the Hub or the loading of pickles "
+            f"(data.name: {config.name}); use run.evaluate(samples, labels), or name a file or folder of samples"
+        )
+    if config.is_function:
+        return read_given(call_function(config, seed=seed), config, seed=seed)
+    return READERS.get(config.name, _torchvision)(config)
+
+
+def _with_validation(splits: Splits, seed: int, validation_samples: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns samples `[N, D]` and labels of all splits: with the data's own validation split, or one held out.
+
+    The samples of `splits` are moved, because a copy would double their memory.
+    """
+    samples = {split: splits.samples.pop(split).flatten(1) for split in list(splits.samples)}
+    labels, num_samples = splits.labels, len(splits.labels["train"])
+    if "validation" in samples:
+        if validation_samples:
+            raise ConfigError(
+                f"the data has its own validation split ({len(labels['validation']):,} samples), so no training "
+                f"samples are held out (training.validation_samples: {validation_samples}); leave it out"
+            )
+        order_of_splits = ("train", "validation", "test")
+        return {split: samples[split] for split in order_of_splits}, {split: labels[split] for split in order_of_splits}
     if validation_samples >= num_samples:
         raise ConfigError(
             f"training.validation_samples must be smaller than the training set "
             f"(validation_samples: {validation_samples}, training samples: {num_samples})"
         )
-    classes = config.classes or len(names) or int(labels["train"].max()) + 1
-    encoder = build_encoder(config, kind, samples["train"].shape[1:], classes, **settings)
-    train, validation = _hold_out(samples.pop("train").flatten(1), labels["train"], seed, validation_samples)
-    dataset = Dataset(
-        {"train": train[0], "validation": validation[0], "test": samples.pop("test").flatten(1)},
+    train, validation = _hold_out(samples["train"], labels["train"], seed, validation_samples)
+    return (
+        {"train": train[0], "validation": validation[0], "test": samples["test"]},
         {"train": train[1], "validation": validation[1], "test": labels["test"]},
-        encoder,
-        tuple(names and [*names, *map(str, range(len(names), classes))][:classes]),
-        config.name,
-        origin,
     )
-    if (num_trained := classes - len(dataset.untrained)) < 2:
-        raise ConfigError(
-            f"training needs samples of at least two classes (data: {config.path or config.name}, classes with "
-            f"training samples: {num_trained}){skip_suffix(origin.skipped)}"
-        )
-    return dataset
 
 
 def _hold_out(
@@ -195,6 +256,45 @@ def _digits(config: Data) -> Splits:
     return Splits({"train": images[train], "test": images[test]}, {"train": labels[train], "test": labels[test]})
 
 
+def _breast_cancer(config: Data) -> Splits:
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_breast_cancer()
+    values, labels = torch.from_numpy(bunch.data).float(), torch.from_numpy(bunch.target).to(torch.int64)
+    size = BREAST_CANCER_TEST_SAMPLES
+    train, test = train_test_split(range(len(labels)), test_size=size, stratify=labels, random_state=0)
+    return Splits(
+        {"train": values[train], "test": values[test]},
+        {"train": labels[train], "test": labels[test]},
+        list(map(str, bunch.target_names)),
+        Origin(features=tuple(map(str, bunch.feature_names))),
+        "table",
+    )
+
+
+def _covertype(config: Data) -> Splits:
+    from sklearn.datasets import fetch_covtype
+
+    root = config.root or _default_root()
+    try:
+        bunch = fetch_covtype(data_home=root)  # skips an existing file
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        raise ConfigError(
+            f"covertype is not in {root} in scikit-learn's layout and could not be downloaded there "
+            f"({' '.join(str(error).split())[:200]}); set data.root or FFDIST_DATA to a folder that contains it "
+            f"(covertype/...), or run once with network access"
+        ) from error
+    values, labels = torch.from_numpy(bunch.data), torch.from_numpy(bunch.target).to(torch.int64) - 1
+    return Splits(
+        {split: values[rows].to(torch.float32, copy=True) for split, rows in COVERTYPE_SPLITS.items()},
+        {split: labels[rows] for split, rows in COVERTYPE_SPLITS.items()},
+        list(COVERTYPE_NAMES),
+        Origin(features=tuple(map(str, bunch.feature_names))),
+        "table",
+    )
+
+
 def _torchvision(config: Data) -> Splits:
     from torchvision import datasets  # imported here because it takes a second
 
@@ -221,8 +321,13 @@ def _torchvision(config: Data) -> Splits:
 READERS: dict[str, Callable[[Data], Splits]] = {
     "xor": _xor,
     "digits": _digits,
+    "breast_cancer": _breast_cancer,
+    "covertype": _covertype,
     "parquet": read_parquet,
     "image_folder": read_image_folder,
+    "csv": read_csv,
+    "npz": read_npz,
+    "huggingface": read_huggingface,
 }
 """Readers of datasets, by `data.name`. torchvision reads the others."""
 

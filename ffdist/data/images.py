@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     """An encoded image and its label."""
 
     image: Any
-    """Encoded bytes, or the path of a file."""
+    """Encoded bytes, the path of a file, or a Pillow image."""
     label: Any
     """Class index, another value that the reader rejects, or None if the label is unknown."""
     location: str
@@ -61,7 +61,8 @@ def decode(sample: Sample) -> Image.Image:
     """
     try:
         content = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
-        image: Image.Image = Image.open(content, formats=_formats())
+        is_open = isinstance(content, Image.Image)
+        image: Image.Image = content if is_open else Image.open(content, formats=_formats())
         image.load()
     except Exception as error:  # each format raises errors of its own
         raise ConfigError(
@@ -99,7 +100,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return flat.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
-def _reason(image: bytes | Path, error: Exception) -> str:
+def _reason(image: Any, error: Exception) -> str:
     """Returns why decoding failed. For an unknown format, Pillow's message only has the `repr` of a file object."""
     if not isinstance(error, UnidentifiedImageError):
         return " ".join(str(error).split())[:200]

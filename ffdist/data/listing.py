@@ -21,6 +21,12 @@ SYSTEM_NAMES = {
     "thumbs.db",
 }
 """Lower-case names of files and folders that operating systems and network storage create."""
+SPLIT_NAMES = {
+    "train": re.compile("train"),
+    "validation": re.compile(r"val(id(ation)?)?(?![A-Za-z])"),
+    "test": re.compile("test"),
+}
+"""Beginnings of the names of files and folders, by split. Only `validation` is optional, so its names are stricter."""
 SHARD_SUFFIX = re.compile(r"[-_.]?\d.*")
 """Suffix of the split in the name of a numbered file, for example `-00000-of-00002.parquet`."""
 SYSTEM, FORMAT, UNUSED = "hidden or system entries", "files of another format", "entries of no split"
@@ -35,6 +41,11 @@ Skipped = dict[str, Counter[str]]
 def is_parquet(path: Path) -> bool:
     """Returns whether a file or folder has the extension `.parquet`."""
     return path.suffix.lower() == ".parquet"
+
+
+def is_csv(path: Path) -> bool:
+    """Returns whether a file has the extension `.csv`."""
+    return path.suffix.lower() == ".csv"
 
 
 def list_files(folder: Path, skipped: Skipped) -> list[Path]:
@@ -123,16 +134,15 @@ def describe_contents(paths: Sequence[Path], limit: int) -> str:
 
 
 def find_splits(
-    folder: Path, splits: Sequence[str], is_data: Callable[[Path], bool], expected: str, skipped: Skipped
+    folder: Path, is_data: Callable[[Path], bool], expected: str, skipped: Skipped
 ) -> dict[str, list[Path]]:
-    """Returns the files or folders of each split, by name.
+    """Returns the files or folders of each split, by name: `train`, `test` and, if there is one, `validation`.
 
     Exact names (`train`, `train.parquet`) take precedence over numbered ones (`train-00000-of-00002.parquet`), which
     are all used. Otherwise a single other name that begins with the name of the split (`train_images`) is used.
 
     Args:
         folder: Folder to search.
-        splits: Names of the splits.
         is_data: Returns whether a file or folder can hold a split.
         expected: Description of a split for error messages, in which `*` stands for its name.
         skipped: Counts of skipped entries, updated in place.
@@ -142,27 +152,36 @@ def find_splits(
     """
     location = printable(folder)
     if kind_of(folder) != "folder":
-        raise ConfigError(f"data.path must hold {expected.replace('*', splits[0] + '*')} (no folder: {location})")
+        raise ConfigError(f"data.path must hold {expected.replace('*', 'train*')} (no folder: {location})")
     paths = list(list_entries(folder, skipped))
     selected = {}
-    for split in splits:
-        matches = [path for path in paths if path.name.startswith(split) and is_data(path)]
-        exact = [path for path in matches if path.name in (split, f"{split}.parquet")]
-        numbered = [path for path in matches if SHARD_SUFFIX.fullmatch(path.name.removeprefix(split))]
-        selected[split] = exact or numbered or matches
-        if not matches:
-            raise ConfigError(
-                f"data.path must hold {expected.replace('*', f'{split}*')} (path: {location}, "
-                f"{describe_contents(paths, 10)})"
-            )
+    for split, pattern in SPLIT_NAMES.items():
+        matches = {path: match for path in paths if (match := pattern.match(path.name)) and is_data(path)}
+        endings = {path: _stem(path)[match.end() :] for path, match in matches.items()}
+        exact = [path for path, ending in endings.items() if not ending]
+        numbered = [path for path, ending in endings.items() if SHARD_SUFFIX.fullmatch(ending)]
         if len(exact) > 1 or (len(matches) > 1 and not exact and not numbered):
             raise ConfigError(
                 f"data.path must hold one candidate for the {split} split (path: {location}, candidates: "
                 f"{', '.join(printable(path.name) for path in exact or matches)}); move the others, or rename one to "
                 f"{split}"
             )
+        if matches:
+            selected[split] = exact or numbered or list(matches)
+        elif split != "validation":
+            raise ConfigError(
+                f"data.path must hold {expected.replace('*', f'{split}*')} (path: {location}, "
+                f"{describe_contents(paths, 10)})"
+            )
     used = {path for split_paths in selected.values() for path in split_paths}
     for path in paths:
-        if path not in used and (is_data(path) or path.name.startswith(tuple(splits))):
+        if path in used or (kind_of(path) == "folder" and not is_data(path)):  # a CSV file may name images in folders
+            continue
+        if is_data(path) or any(pattern.match(path.name) for pattern in SPLIT_NAMES.values()):
             skip(skipped, UNUSED, path.name)
     return selected
+
+
+def _stem(path: Path) -> str:
+    """Returns the name of a file or folder without the extension of a table."""
+    return path.stem if is_parquet(path) or is_csv(path) else path.name

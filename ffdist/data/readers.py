@@ -1,7 +1,7 @@
-"""Readers of custom datasets: Parquet files and image folders."""
+"""Readers of custom datasets in files: Parquet, CSV and image folders."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +21,25 @@ from ffdist.data.listing import (
     describe_skipped,
     extension,
     find_splits,
+    is_csv,
     is_parquet,
     list_entries,
     list_files,
     skip,
     skip_suffix,
 )
-from ffdist.data.parquet import check_same_columns, open_table, read_class_names, read_rows
+from ffdist.data.tables import (
+    Source,
+    Table,
+    check_same_columns,
+    open_source,
+    open_table,
+    read_class_names,
+    read_images,
+    read_numbers,
+)
 from ffdist.errors import ConfigError
 from ffdist.storage.paths import kind_of, printable
-
-SPLITS = ("train", "test")
 
 
 class Origin(NamedTuple):
@@ -40,7 +48,9 @@ class Origin(NamedTuple):
     files: Mapping[str, int] = {}
     """Number of files by split."""
     columns: Mapping[str, str] = {}
-    """Names of the `image` and `label` columns of Parquet files."""
+    """Names of the `image` and `label` columns of tables."""
+    features: tuple[str, ...] = ()
+    """Names of the columns of a table of numbers, in the order of a sample's values; empty if they have none."""
     skipped: Mapping[str, Mapping[str, int]] = {}
     """Skipped entries, as in `Skipped`."""
     notes: tuple[str, ...] = ()
@@ -51,7 +61,8 @@ class Splits(NamedTuple):
     """Samples and labels by split."""
 
     samples: dict[str, Tensor]
-    """Samples `[N, ...]`; of images uint8 `[N, channels, height, width]`."""
+    """Samples `[N, ...]` of `train`, `test` and, if the dataset has its own, `validation`. Images are uint8
+    `[N, channels, height, width]`, and rows of a table float32 `[N, D]`. The tensors belong to the dataset."""
     labels: dict[str, Tensor]
     """int64 `[N]`."""
     names: list[str] = []  # noqa: RUF012, never modified
@@ -63,71 +74,121 @@ class Splits(NamedTuple):
     """Settings of the encoder that the reader determines."""
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
+    """Images of a split that are not decoded yet."""
+
     samples: Iterable[Sample]
     num_samples: int
 
 
 def read_parquet(config: Data) -> Splits:
-    """Reads the Parquet files, or folders of Parquet files, `train*` and `test*` in `data.path`.
+    """Reads the Parquet files, or folders of Parquet files, `train*`, `test*` and perhaps `val*` in `data.path`.
 
     The image column holds encoded images, as bytes or `{bytes, path}` structs. The label column holds strings, or
-    non-negative integers, for which the metadata of Hugging Face's `datasets` may have class names.
+    non-negative integers, for which the metadata of Hugging Face's `datasets` may have class names. Without an image
+    column, the other columns are numbers.
 
     Raises:
         ConfigError: A file or sample is invalid. The message names the file and row.
     """
-    assert config.path is not None
     skipped: Skipped = {}
     expected = "*.parquet or a folder * of Parquet files"
-    paths_by_split = find_splits(
-        config.path, SPLITS, lambda path: is_parquet(path) or _is_folder(path), expected, skipped
-    )
-    files = {
-        split: [file for path in paths for file in _parquet_files(path, skipped)]
-        for split, paths in paths_by_split.items()
-    }
-    tables = {split: [open_table(file, config) for file in split_files] for split, split_files in files.items()}
+    paths = find_splits(_path(config), lambda path: is_parquet(path) or _is_folder(path), expected, skipped)
+    files = {split: [file for each in paths[split] for file in _parquet_files(each, skipped)] for split in paths}
+    return _read_files(config, files, skipped)
+
+
+def read_csv(config: Data) -> Splits:
+    """Reads the CSV files `train*.csv`, `test*.csv` and perhaps `val*.csv` in `data.path`.
+
+    The first line holds the names of the columns. The label column holds strings or non-negative integers. A column
+    `file_name`, `file` or `path` holds names of image files, relative to the CSV file. Without one, the other columns
+    are numbers.
+
+    Raises:
+        ConfigError: A file or sample is invalid. The message names the file and row.
+    """
+    skipped: Skipped = {}
+    files = find_splits(_path(config), lambda path: is_csv(path) and not _is_folder(path), "*.csv", skipped)
+    return _read_files(config, files, skipped)
+
+
+def _read_files(config: Data, files: Mapping[str, Sequence[Path]], skipped: Skipped) -> Splits:
+    sources = {split: [open_source(file) for file in split_files] for split, split_files in files.items()}
+    return read_tables(config, sources, Origin({split: len(each) for split, each in files.items()}, skipped=skipped))
+
+
+def read_tables(config: Data, sources: Mapping[str, Sequence[Source]], origin: Origin) -> Splits:
+    """Reads the tables of each split: images if there is a column of images, else numbers.
+
+    Raises:
+        ConfigError: A table or sample is invalid. The message names the table and row.
+    """
+    tables = {split: [open_table(source, config) for source in each] for split, each in sources.items()}
     check_same_columns(tables)
     first = tables["train"][0]
     names = list(first.names) or (read_class_names(tables["train"]) if first.label_type == "strings" else [])
-    _check_classes(names, first.file, config)
+    check_classes(names, first.source.location, config)
+    columns = {"image": first.image, "label": first.label}
+    origin = origin._replace(
+        columns={key: name for key, name in columns.items() if name is not None}, features=first.features
+    )
+    if first.image is None:
+        return _read_numbers(config, tables, names, origin)
     encoded = {
-        split: _Encoded(
-            chain.from_iterable(read_rows(table, names) for table in split_tables),
-            sum(table.num_rows for table in split_tables),
+        split: Encoded(
+            chain.from_iterable(read_images(table, names) for table in split_tables),
+            sum(table.source.num_rows for table in split_tables),
         )
         for split, split_tables in tables.items()
     }
-    columns = {"image": first.image, "label": str(first.label)}
-    origin = Origin({split: len(split_files) for split, split_files in files.items()}, columns, skipped)
-    return _read(config, encoded, names, origin)
+    return read_encoded(config, encoded, names, origin)
+
+
+def _read_numbers(config: Data, tables: dict[str, list[Table]], names: list[str], origin: Origin) -> Splits:
+    check, samples, labels = LabelCheck(config, names), {}, {}
+    for split, split_tables in tables.items():
+        num_rows, numbers, done = sum(table.source.num_rows for table in split_tables), list[int](), 0
+        _check_not_empty(num_rows, split, config, origin)
+        shape = torch.Size((num_rows, len(origin.features)))
+        _check_fits(shape.numel() * torch.float32.itemsize)
+        samples[split] = torch.empty(shape)
+        for table in split_tables:
+            ordered, row = table._replace(features=origin.features), 0
+            for block, classes in track(read_numbers(ordered, names), f"reading {split} rows"):
+                check(classes, table.source.location, row)
+                samples[split][done : done + len(block)] = block
+                numbers += classes
+                done, row = done + len(block), row + len(block)
+        labels[split] = torch.tensor(numbers)
+        check.end_of_split(numbers)
+    return Splits(samples, labels, names, origin, "table")
 
 
 def read_image_folder(config: Data) -> Splits:
-    """Reads one image folder per split (`train*` and `test*`) in `data.path`, with one subfolder per class.
+    """Reads one image folder per split (`train*`, `test*`, perhaps `val*`) in `data.path`, with a subfolder per class.
 
     The classes are the subfolders of the training set in alphabetical order, as in torchvision's `ImageFolder`.
 
     Raises:
         ConfigError: A folder or file is invalid. The message names it.
     """
-    assert config.path is not None
     skipped: Skipped = {}
-    paths_by_split = find_splits(config.path, SPLITS, _is_folder, "one folder *", skipped)
+    paths_by_split = find_splits(_path(config), _is_folder, "one folder *", skipped)
     folders = {}
     for split, paths in paths_by_split.items():
         if len(paths) != 1:
             raise ConfigError(f"data.path must hold one folder {split}* (path: {config.path}, found: {len(paths)})")
         folders[split] = _class_folders(paths[0], skipped)
     classes = list(folders["train"])
-    if unknown := [name for name in folders["test"] if name not in classes]:
-        raise ConfigError(
-            f"{paths_by_split['test'][0]}: every class of the test set must have a folder in "
-            f"{paths_by_split['train'][0]} (without one: {', '.join(map(printable, unknown))})"
-        )
+    for split, class_folders in folders.items():
+        if unknown := [name for name in class_folders if name not in classes]:
+            raise ConfigError(
+                f"{paths_by_split[split][0]}: every class of the {split} set must have a folder in "
+                f"{paths_by_split['train'][0]} (without one: {', '.join(map(printable, unknown))})"
+            )
     names = [printable(name) for name in classes]
-    _check_classes(names, paths_by_split["train"][0], config)
+    check_classes(names, paths_by_split["train"][0], config)
     encoded = {}
     for split, class_folders in folders.items():
         samples = [
@@ -135,9 +196,9 @@ def read_image_folder(config: Data) -> Splits:
             for name, folder in class_folders.items()
             for path in _images_of_class(folder, skipped)
         ]
-        encoded[split] = _Encoded(samples, len(samples))
+        encoded[split] = Encoded(samples, len(samples))
     files = {split: each.num_samples for split, each in encoded.items()}
-    return _read(config, encoded, names, Origin(files, skipped=skipped))
+    return read_encoded(config, encoded, names, Origin(files, skipped=skipped))
 
 
 def _is_folder(path: Path) -> bool:
@@ -185,7 +246,8 @@ def _images_of_class(folder: Path, skipped: Skipped) -> list[Path]:
     return images
 
 
-def _check_classes(names: list[str], location: Path, config: Data) -> None:
+def check_classes(names: Sequence[str], location: Path | str, config: Data) -> None:
+    """Checks the number of class names, and that they differ."""
     if len(names) > MAX_CLASSES and not config.classes:
         raise ConfigError(f"{printable(location)}: there may be at most {MAX_CLASSES} classes (found: {len(names)})")
     all_names = names and [*names, *map(str, range(len(names), config.classes or 0))]
@@ -195,42 +257,89 @@ def _check_classes(names: list[str], location: Path, config: Data) -> None:
         )
 
 
-def _read(config: Data, splits: Mapping[str, _Encoded], names: list[str], origin: Origin) -> Splits:
-    classes = config.classes or len(names)
-    images, labels, notes = {}, {}, []
+def read_encoded(config: Data, splits: Mapping[str, Encoded], names: list[str], origin: Origin) -> Splits:
+    """Decodes images.
+
+    Args:
+        config: Size of the images and number of classes, if set.
+        splits: Images and labels of each split, training set first.
+        names: Class names, or empty.
+        origin: Origin of the images.
+
+    Raises:
+        ConfigError: A sample is invalid. The message names it.
+    """
+    check, images, labels, notes = LabelCheck(config, names), {}, {}, []
     size, channels = config.image_size, None
     for split, encoded in splits.items():
-        if not encoded.num_samples:
-            raise ConfigError(
-                f"{config.path}: the {split} split is empty; it must hold at least one sample"
-                f"{skip_suffix(origin.skipped)}"
-            )
+        _check_not_empty(encoded.num_samples, split, config, origin)
         buffer, numbers = _Images(encoded.num_samples, size, channels, resize=config.image_size is not None), []
         for sample in track(encoded.samples, f"reading {split} images"):
             buffer.add(decode(sample), sample.location)
-            numbers.append(_check_label(sample, min(classes or MAX_CLASSES, MAX_CLASSES), names, bool(classes)))
+            check([sample.label], sample.location)
+            numbers.append(sample.label)
         images[split], labels[split] = buffer.images, torch.tensor(numbers)
         size, channels = buffer.size, buffer.channels
-        classes = classes or max(numbers) + 1
+        check.end_of_split(numbers)
         if buffer.num_grayscale and channels == 3:
             count = f"{buffer.num_grayscale:,} of {len(numbers):,}"
             notes.append(f"{count} {split} images are grayscale and were converted to color")
-    return Splits(images, labels, names, origin._replace(notes=tuple(notes)))
+    return Splits(images, labels, names, origin._replace(notes=(*origin.notes, *notes)))
 
 
-def _check_label(sample: Sample, limit: int, names: list[str], is_num_classes: bool) -> int:
-    if isinstance(sample.label, str) or (sample.label is None and names):
+def _path(config: Data) -> Path:
+    assert config.path is not None, "checked by the configuration"
+    return config.path
+
+
+def _check_not_empty(num_samples: int, split: str, config: Data, origin: Origin) -> None:
+    if not num_samples:
         raise ConfigError(
-            f"{sample.location}: a label must be one of the classes of the training set (label: {sample.label!r}, "
-            f"classes: {', '.join(names[:10])}{', ...' * (len(names) > 10)})"
+            f"{config.path or config.name}: the {split} split is empty; it must hold at least one sample"
+            f"{skip_suffix(origin.skipped)}"
         )
-    if not isinstance(sample.label, int) or not 0 <= sample.label < limit:
-        bound = f"{limit}{', the number of classes' if is_num_classes else ''}"
-        hint = "; -1 stands for no label: take test samples from the training set" if sample.label == -1 else ""
-        raise ConfigError(
-            f"{sample.location}: a label must be an integer from 0 to below {bound} (label: {sample.label!r}){hint}"
-        )
-    return sample.label
+
+
+class LabelCheck:
+    """Checks the labels of one split after another, training set first.
+
+    Args:
+        config: Number of classes, if it is set.
+        names: Class names, or empty.
+    """
+
+    def __init__(self, config: Data, names: Sequence[str]) -> None:
+        self._classes, self._names = config.classes or len(names), names
+
+    def __call__(self, labels: Sequence[Any], location: str, first_row: int | None = None) -> None:
+        """Checks labels.
+
+        Args:
+            labels: Labels; class names that are not known are strings.
+            location: Location of the labels, for messages.
+            first_row: Number of the first label, if the location has several.
+
+        Raises:
+            ConfigError: A label is not the number of a class.
+        """
+        limit = min(self._classes or MAX_CLASSES, MAX_CLASSES)
+        for row, label in enumerate(labels, first_row or 0):
+            if type(label) is not int or not 0 <= label < limit:
+                raise self._error(label, location if first_row is None else f"{location}, row {row}", limit)
+
+    def end_of_split(self, labels: Sequence[int]) -> None:
+        """Takes the number of classes from the training labels, if it is not known yet."""
+        self._classes = self._classes or max(labels) + 1
+
+    def _error(self, label: Any, location: str, limit: int) -> ConfigError:
+        if isinstance(label, str) or (label is None and self._names):
+            return ConfigError(
+                f"{location}: a label must be one of the classes of the training set (label: {label!r}, "
+                f"classes: {', '.join(self._names[:10])}{', ...' * (len(self._names) > 10)})"
+            )
+        bound = f"{limit}{', the number of classes' if self._classes else ''}"
+        hint = "; -1 stands for no label: take test samples from the training set" if label == -1 else ""
+        return ConfigError(f"{location}: a label must be an integer from 0 to below {bound} (label: {label!r}){hint}")
 
 
 class _Images:
@@ -293,10 +402,15 @@ class _Images:
     def _allocate(self, channels: int) -> Tensor:
         assert self.size, "set by the first image"
         shape = (self._num_images, channels, *self.size)
-        num_bytes, memory_bytes = torch.Size(shape).numel(), psutil.virtual_memory().total
-        if num_bytes > memory_bytes:
-            raise ConfigError(
-                f"the images of a split must fit into host memory (images: {num_bytes / 1e9:,.1f} GB, memory: "
-                f"{memory_bytes / 1e9:,.1f} GB); set a smaller data.image_size"
-            )
+        _check_fits(torch.Size(shape).numel(), "; set a smaller data.image_size")
         return torch.empty(shape, dtype=torch.uint8)
+
+
+def _check_fits(num_bytes: int, fix: str = "") -> None:
+    """Checks the size of a split before its memory is allocated."""
+    memory_bytes = psutil.virtual_memory().total
+    if num_bytes > memory_bytes:
+        raise ConfigError(
+            f"the samples of a split must fit into host memory (samples: {num_bytes / 1e9:,.1f} GB, memory: "
+            f"{memory_bytes / 1e9:,.1f} GB){fix}"
+        )

@@ -23,7 +23,8 @@ from ffdist.ff.specs import MAX_VALUE
 class Encoder(ABC):
     """Turns samples into input rows.
 
-    A field with the name of a setting of the section `data` is set by it. Readers of datasets set other fields.
+    A field with the name of a setting of the section `data` is set by it; the default of `label` is the meaning of
+    `data.label: auto`. Readers of datasets and `fit` set other fields.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +38,11 @@ class Encoder(ABC):
 
     dtype: ClassVar[torch.dtype]
     """Type of the values of a sample. It must not be int64, the type of labels."""
+
+    @classmethod
+    def fit(cls, samples: Tensor) -> dict[str, Any]:
+        """Returns the settings that depend on the training samples `[N, D]`."""
+        return {}
 
     def __post_init__(self) -> None:
         """Checks the settings, and converts `shape` to a tuple.
@@ -185,7 +191,77 @@ class ImageEncoder(Encoder):
         return channels * (height + 2 * self.jitter) * (width + 2 * self.jitter)
 
 
-ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder}
+FIT_ROWS = 4096
+"""Number of rows whose float64 copy is in memory at once when a table encoder is fitted."""
+MAX_FACTOR = 1e30
+"""Largest difference from a mean, and largest reciprocal of a deviation. Larger float32 numbers could overflow."""
+MAX_DEVIATIONS = 1e6
+"""Largest standardized value. Larger ones are clamped, because the square of an outlier could overflow."""
+
+
+@dataclass(frozen=True)
+class TableEncoder(Encoder):
+    """Rows of a table: float32 columns of shape `(D,)`, standardized by the statistics of the training set."""
+
+    label: str = "append"
+    """As in `Encoder`, but not `overwrite`: a table has no border."""
+    mean: tuple[float, ...] = ()
+    """Mean of each column, `[D]`."""
+    deviation: tuple[float, ...] = ()
+    """Standard deviation of each column, `[D]`; 0 for a constant column, whose values become 0."""
+
+    dtype = torch.float32
+
+    @classmethod
+    def fit(cls, samples: Tensor) -> dict[str, Any]:
+        """Returns the mean and the standard deviation of each column.
+
+        The sums are numpy's, in float64, because those of torch depend on the number of threads.
+        """
+        mean = samples.numpy().mean(0, dtype="float64")
+        squares = sum(((rows.numpy() - mean) ** 2).sum(0) for rows in samples.split(FIT_ROWS))
+        deviation = torch.from_numpy(squares / len(samples)).sqrt()
+        deviation[(samples == samples[0]).all(0)] = 0
+        return {"mean": tuple(mean.tolist()), "deviation": tuple(deviation.tolist())}
+
+    def __post_init__(self) -> None:
+        """Checks the settings, and converts lists to tuples.
+
+        Raises:
+            ValueError: A setting is invalid.
+        """
+        if self.label == "overwrite":
+            raise ValueError("data.label=overwrite is for images, whose border is empty; set data.label to append")
+        super().__post_init__()
+        if len(self.shape) != 1:
+            raise ValueError(f"the shape of rows of a table must be the number of columns (shape: {self.shape})")
+        for name in ("mean", "deviation"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if len(values) != self.size or not all(isinstance(each, int | float) for each in values):
+                raise ValueError(f"{name} must be a number for each of the {self.size} columns (given: {len(values)})")
+        moments = torch.tensor([self.mean, self.deviation], dtype=torch.float64)
+        if not (moments.isfinite().all() and (moments[1] >= 0).all()):
+            raise ValueError("mean and deviation must be finite, and no deviation negative")
+        scale = moments[1].reciprocal().clamp(max=MAX_FACTOR)
+        moments = torch.stack((moments[0], torch.where(moments[1] > 0, scale, 0))).to(torch.float32)
+        object.__setattr__(self, "_moments", {torch.device("cpu"): moments})  # no field: it follows from the others
+
+    def describe(self) -> str:
+        """Returns the number of columns."""
+        return f"{self.size:,} columns"
+
+    def values(self, samples: Tensor) -> Tensor:
+        """Returns the columns with a mean of 0 and a standard deviation of 1."""
+        by_device: dict[torch.device, Tensor] = self.__dict__["_moments"]
+        if samples.device not in by_device:  # copied once: a CUDA graph cannot copy from host memory
+            by_device[samples.device] = by_device[torch.device("cpu")].to(samples.device)
+        mean, scale = by_device[samples.device]
+        differences = (samples - mean).clamp(-MAX_FACTOR, MAX_FACTOR)
+        return (differences * scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+
+
+ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder, "table": TableEncoder}
 """Encoders, by the name that a dataset gives."""
 
 
@@ -201,6 +277,7 @@ def parse_encoder(entry: Any) -> Encoder:
     settings = {key: value for key, value in entry.items() if key != "kind"}
     for field in fields(ENCODERS[kind]):
         value, default = settings.get(field.name, field.default), field.default
+        value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if default is not MISSING and type(value) is not type(default) and not isinstance(value, int | float):
             raise ValueError(f"{field.name} must be of type {type(default).__name__} (given: {str(value)[:99]!r})")
     try:

@@ -56,7 +56,10 @@ class NegativesError(ValueError):
 
 def _image_shape(data: TrainingSet) -> tuple[int, int, int]:
     if data.samples.dtype != torch.uint8 or len(data.shape) != 3:
-        raise NegativesError(f"needs images (samples: {_name(data.samples.dtype)} of shape {list(data.shape)})")
+        raise NegativesError(
+            f"needs images (samples: {_name(data.samples.dtype)} of shape {list(data.shape)}); set permuted, or a kind "
+            f"of wrong labels"
+        )
     channels, height, width = data.shape
     return channels, height, width
 
@@ -194,7 +197,7 @@ def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
     Raises:
         NegativesError: There is no such kind, or an option is unknown or missing.
     """
-    function = KINDS.get(name) or _import(name)
+    function = KINDS.get(name) or import_function(name)
     parameters = list(inspect.signature(function).parameters.values())[3:]
     known = {
         parameter.name: parameter.default for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD
@@ -217,7 +220,12 @@ def source_sha256(kind: "partial[Tensor]") -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
-def _import(name: str) -> Callable[..., Tensor]:
+def import_function(name: str) -> Callable[..., Any]:
+    """Imports `package.module:function`, from installed packages or the working directory.
+
+    Raises:
+        NegativesError: It cannot be imported.
+    """
     module, colon, function = name.partition(":")
     if not colon:
         raise NegativesError(f"is none of {', '.join(KINDS)}, nor package.module:function")
@@ -226,14 +234,14 @@ def _import(name: str) -> Callable[..., Tensor]:
     if is_added:
         sys.path.append(folder)  # after installed packages, which files of the same name must not replace
     try:
-        kind: Callable[..., Tensor] = getattr(import_module(module), function)
-        inspect.signature(kind)
+        imported: Callable[..., Any] = getattr(import_module(module), function)
+        inspect.signature(imported)
     except Exception as error:  # a custom module may raise anything
         raise NegativesError(f"cannot be imported as a function ({type(error).__name__}: {error})") from error
     finally:
         if is_added and folder in sys.path:
             sys.path.remove(folder)
-    return kind
+    return imported
 
 
 def make_checked(

@@ -13,7 +13,7 @@ from ffdist.checkpoint.checkpoints import CheckpointError, Checkpoints, DamagedC
 from ffdist.config.loading import CONFIG as CONFIG
 from ffdist.config.loading import load_config
 from ffdist.config.schema import Config
-from ffdist.config.sections import Tracking
+from ffdist.config.sections import ARRAYS, Tracking
 from ffdist.data.datasets import Dataset
 from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE
@@ -173,17 +173,24 @@ def find_checkpoint(checkpoints: Checkpoints, which: str | None = None) -> Check
 
 
 def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Path) -> None:
-    """Checks that a dataset is the one that a run was trained and tested on.
+    """Checks that a dataset is the one that a run was trained, validated and tested on.
 
     Raises:
         ConfigError: It is another dataset.
     """
-    for split, digest in (("train", manifest.dataset_sha256), ("test", manifest.test_dataset_sha256)):
-        if digest != dataset.sha256(split):
+    digests = (
+        ("train", "trained", manifest.dataset_sha256),
+        ("validation", "validated", manifest.validation_dataset_sha256),
+        ("test", "tested", manifest.test_dataset_sha256),
+    )
+    for split, verb, digest in digests:
+        if digest is not None and digest != dataset.sha256(split):
             key = "data.path" if config.data.path else "data.root"
+            is_located = config.data.name != ARRAYS and not config.data.is_function and not config.data.is_remote
+            fix = f"set {key} to the location of the original data" if is_located else "give it the original data"
             raise ConfigError(
-                f"{folder} was {split}ed on other samples than {config.data.path or config.data.name} contains now "
-                f"(the SHA-256 of the {split} samples differs); set {key} to the location of the original data"
+                f"{folder} was {verb} on other samples than {config.data.path or config.data.name} contains now (the "
+                f"SHA-256 of the {split} samples differs); {fix}"
             )
 
 

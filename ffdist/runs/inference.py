@@ -10,64 +10,69 @@ from rich.console import Console
 from torch import Tensor
 
 from ffdist.console import Screen, is_interactive, print_rows
-from ffdist.data.inputs import Inputs, read_inputs, write_parquet
+from ffdist.data.inputs import Inputs, read_inputs, read_table_inputs, write_parquet
 from ffdist.errors import ConfigError
 from ffdist.ff.classify import total_goodness
-from ffdist.ff.encoders import ImageEncoder
+from ffdist.ff.encoders import ImageEncoder, TableEncoder
 from ffdist.runs.run import Run
 
 MAX_LABELS, MAX_ROWS = 3, 100
-"""Limits of the table on a terminal: most probable labels of an image, and images."""
+"""Limits of the table on a terminal: most probable labels of a sample, and samples."""
 
 
-def evaluate_on(run: Run, data: Path | None) -> str:
+def evaluate_on(
+    run: Run, data: Path | None, *, image_column: str | None = None, label_column: str | None = None
+) -> str:
     """Evaluates a run, and returns its errors as text.
 
     Args:
         run: The run.
-        data: File or folder of labeled images; by default the run's test set.
+        data: File or folder of labeled samples; by default the run's test set.
+        image_column: Column of images in tables; by default that of training.
+        label_column: Column of labels in tables; by default that of training, or else `label`.
 
     Raises:
-        ConfigError: The images cannot be read, have no labels, or do not fit the network.
+        ConfigError: The samples cannot be read, have no labels, or do not fit the network.
     """
     if data is None:
-        images, labels = run.dataset.samples["test"], run.dataset.labels["test"]
+        samples, labels = run.dataset.samples["test"], run.dataset.labels["test"]
     else:
-        inputs = _read(run, [data])
+        inputs = _read(run, [data], image_column, label_column)
         if inputs.labels is None:
             classes = ", ".join(run.class_names) or f"integers in [0, {run.network.architecture.classes})"
-            column = run.label_column or "label"
+            column = label_column or run.label_column or "label"
             raise ConfigError(
-                f"{data} must contain a label for every image: in a Parquet column {column} (class names, if the "
+                f"{data} must contain a label for every sample: in a column {column} of a table (class names, if the "
                 f"classes have names), or as one folder per class and nothing else (classes: {classes}; "
                 f"{inputs.label_problem})"
             )
         _note(f"labels: {inputs.label_source}")
-        images, labels = inputs.images, inputs.labels
+        samples, labels = inputs.samples, inputs.labels
     untrained = torch.isin(labels, torch.tensor(run.network.architecture.untrained, dtype=labels.dtype)).sum().item()
-    return f"test error {run.evaluate(images, labels).describe()}, of {len(labels):,} samples" + (
+    return f"test error {run.evaluate(samples, labels).describe()}, of {len(labels):,} samples" + (
         f"; of classes without training samples, which count as wrong: {untrained:,}" if untrained else ""
     )
 
 
-def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
-    """Prints a run's predictions: the most probable labels of some images on a terminal, a row per image elsewhere.
+def predict_files(run: Run, inputs: Sequence[Path], to: Path | None, *, image_column: str | None = None) -> None:
+    """Prints a run's predictions: the most probable labels of some samples on a terminal, a row for each elsewhere.
 
     Args:
         run: The run.
-        inputs: Image files, Parquet files and folders of either.
+        inputs: Image files, Parquet files, CSV files and folders.
         to: Parquet file to write, with the columns `input`, `name` (if the classes have names), `label` (its number;
             predicted by goodness, or by the readout if no label is shown), `probability` and `goodness` (of every
             label; goodness is summed over the predicting layers).
+        image_column: Column of images in tables; by default that of training.
 
     Raises:
-        ConfigError: The images cannot be read, or do not fit the network.
+        ConfigError: The samples cannot be read, or do not fit the network.
     """
-    images = _read(run, inputs)
-    prediction = run.predict(images.images)
+    samples = _read(run, inputs, image_column)
+    prediction = run.predict(samples.samples)
     goodness = total_goodness(prediction.goodness, run.network.architecture.predict_from)
     labels, probability, names = prediction.label.tolist(), prediction.probabilities.tolist(), run.class_names
-    columns: dict[str, list[Any]] = {"input": images.locations}
+    columns: dict[str, list[Any]] = {"input": samples.locations}
     if names:
         columns["name"] = [names[label] for label in labels]
     columns["label"] = labels
@@ -86,7 +91,7 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None) -> None:
 def _show(
     columns: dict[str, list[Any]], probability: list[list[float]], goodness: Tensor, names: Sequence[str]
 ) -> None:
-    """Prints a table of the first images with their most probable labels."""
+    """Prints a table of the first samples with their most probable labels."""
     inputs, rows = columns["input"], list[dict[str, str]]()
     folder = os.path.commonpath([Path(each).absolute().parent for each in inputs])
     for each, label, p, g in zip(inputs[:MAX_ROWS], columns["label"], probability, goodness.tolist(), strict=False):
@@ -103,13 +108,21 @@ def _show(
         Console(highlight=False).print(f"and {len(inputs) - MAX_ROWS:,} more; --output FILE writes all", markup=False)
 
 
-def _read(run: Run, paths: Sequence[Path]) -> Inputs:
-    encoder = run.network.architecture.encoder
-    if not isinstance(encoder, ImageEncoder):
-        raise ConfigError(f"only images are read from files (the network reads: {encoder.describe()}); use Run.predict")
-    config = run.config.data.model_copy(update={"label_column": run.label_column})
-    channels, height, width = encoder.shape
-    inputs = read_inputs(paths, config, (channels, height, width), encoder.classes, run.class_names)
+def _read(run: Run, paths: Sequence[Path], image_column: str | None = None, label_column: str | None = None) -> Inputs:
+    encoder, columns = run.network.architecture.encoder, {"label_column": label_column or run.label_column}
+    if image_column is not None:
+        columns["image_column"] = image_column
+    config = run.config.data.model_copy(update=columns)
+    if isinstance(encoder, ImageEncoder):
+        channels, height, width = encoder.shape
+        inputs = read_inputs(paths, config, (channels, height, width), encoder.classes, run.class_names)
+    elif isinstance(encoder, TableEncoder) and len(run.features) == encoder.size:
+        inputs = read_table_inputs(paths, config, run.features, encoder.classes, run.class_names)
+    else:
+        raise ConfigError(
+            f"only images, and tables with the names of their columns, are read from files (the network reads: "
+            f"{encoder.describe()} without names); use Run.predict"
+        )
     if inputs.skipped:
         _note(f"skipped: {inputs.skipped}")
     return inputs

@@ -126,7 +126,7 @@ class Run:
         """The dataset of the run, loaded again.
 
         Raises:
-            ConfigError: It is missing, or has changed.
+            ConfigError: It is missing, has changed, or only `train` can get it: arrays, or the result of a function.
         """
         config = self.config
         dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
@@ -158,9 +158,14 @@ class Run:
 
     @property
     def label_column(self) -> str | None:
-        """Parquet column that training read the labels from, if any."""
+        """Column that training read the labels from, if any."""
         column: str | None = self.summary.get("data", {}).get("columns", {}).get("label", self.config.data.label_column)
         return column
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the columns of the table that it was trained on; empty for images and for arrays without names."""
+        return list(self.summary.get("data", {}).get("features", []))
 
     @property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
@@ -168,25 +173,52 @@ class Run:
         with _explain_read_errors(self.folder / OUTBOX) as path:
             return Outbox.history_of(path)
 
-    def predict(self, samples: Tensor) -> Prediction:
+    def predict(self, samples: Any) -> Prediction:
         """Predicts by readout and by goodness.
 
         Args:
             samples: `[N, D]` or `[N, ...]` in the type and shape of the training samples. Images are uint8, 0 to 255,
-                `[N, channels, height, width]`, or `[N, height, width]` if they are grayscale.
+                `[N, channels, height, width]`, or `[N, height, width]` if they are grayscale. Rows of a table are
+                numbers of any type, or a pandas table, whose columns are found by their names.
 
         Raises:
             ConfigError: The samples have another type or shape than those of the dataset, or there are none.
         """
-        encoder, samples = self.network.architecture.encoder, torch.as_tensor(samples)
+        encoder, samples = self.network.architecture.encoder, self._to_tensor(samples)
         shape, expected = tuple(samples.shape), encoder.shape
         accepted = (encoder.size,), expected, expected[1:] if expected[0] == 1 else expected
-        if samples.dtype != encoder.dtype or shape[1:] not in accepted or not shape[0]:
+        is_number = encoder.dtype.is_floating_point and not samples.dtype.is_complex
+        if not (is_number or samples.dtype == encoder.dtype) or shape[1:] not in accepted or not shape[0]:
             raise ConfigError(
                 f"samples must be {str(encoder.dtype).removeprefix('torch.')} of shape [N, {str(list(expected))[1:]} "
                 f"with N > 0 (given: {samples.dtype}, {list(shape)})"
             )
-        return self.network.predict(samples.flatten(1), lambda batches: track(batches, "predicting"))
+        samples = samples.reshape(-1, encoder.size).to(encoder.dtype)
+        if not samples.isfinite().all():
+            raise ConfigError("samples must be finite numbers of the type float32; remove or fill the others")
+        return self.network.predict(samples, lambda batches: track(batches, "predicting"))
+
+    def _to_tensor(self, samples: Any) -> Tensor:
+        if hasattr(samples, "to_numpy"):
+            if missing := [name for name in self.features if name not in samples]:
+                raise ConfigError(
+                    f"samples must have the columns that the network was trained on (missing: "
+                    f"{', '.join(missing[:10])})"
+                )
+            samples = (samples[self.features] if self.features else samples).to_numpy()
+        return torch.as_tensor(samples)
+
+    def _to_class_numbers(self, labels: Any) -> Tensor:
+        """Returns labels as numbers; class names become their numbers."""
+        values = [] if isinstance(labels, Tensor) else list(labels)
+        if not any(isinstance(value, str) for value in values):
+            return torch.as_tensor(labels)
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        if unknown := [value for value in values if value not in numbers]:
+            raise ConfigError(
+                f"labels must be names of classes (given: {unknown[0]!r}, classes: {', '.join(self.class_names[:10])})"
+            )
+        return torch.tensor([numbers[value] for value in values])
 
     def plot(self, to: Path | str | None = None) -> list[Path]:
         """Draws the run's plots again and returns their paths.
@@ -229,17 +261,18 @@ class Run:
             raise ConfigError("; ".join(failures))
         return paths
 
-    def evaluate(self, samples: Tensor, labels: Tensor) -> Evaluation:
+    def evaluate(self, samples: Any, labels: Any) -> Evaluation:
         """Returns the errors on samples.
 
         Args:
             samples: See `predict`.
-            labels: True labels `[N]`.
+            labels: True labels `[N]`: numbers, or names of classes.
 
         Raises:
             ConfigError: The samples or labels do not fit the network, or each other.
         """
-        prediction, architecture, labels = self.predict(samples), self.network.architecture, torch.as_tensor(labels)
+        prediction, architecture = self.predict(samples), self.network.architecture
+        labels = self._to_class_numbers(labels)
         wrong = labels.is_floating_point() or not ((labels >= 0) & (labels < architecture.classes)).all()
         if wrong or labels.shape != prediction.label.shape:
             raise ConfigError(
@@ -314,7 +347,7 @@ def _check_summary(summary: Any) -> dict[str, Any]:
         raise ValueError("it is not a JSON object")
     names = summary.get("class_names", [])
     data = summary.get("data", {})
-    columns = data.get("columns", {}) if isinstance(data, dict) else None
+    columns, features = (data.get("columns", {}), data.get("features", [])) if isinstance(data, dict) else (None, None)
     classes, untrained = summary.get("classes", 1), summary.get("untrained_classes", [])
     checks = {
         "runner": isinstance(summary.get("runner"), str),
@@ -324,7 +357,9 @@ def _check_summary(summary: Any) -> dict[str, Any]:
         "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
         "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
-        "data": isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values()),
+        "data": isinstance(columns, dict)
+        and isinstance(features, list)
+        and all(isinstance(name, str) for name in (*columns.values(), *features)),
     }
     if "encoder" in summary:
         parse_encoder(summary["encoder"])

@@ -32,7 +32,7 @@ class NodeMonitor:
         """Starts an actor on each node that has none."""
         own, names = ray.get_runtime_context().get_node_id(), dict[str, str]()
         for node in alive_nodes():
-            host: str = node["NodeManagerHostname"]
+            host = node["NodeManagerHostname"]
             names[node["NodeID"]] = f"{host}-{node['NodeID'][:6]}" if host in names.values() else host
         self._names = {node: name for node, name in names.items() if node != own}
         self._actors = {node: actor for node, actor in self._actors.items() if node in self._names}

@@ -72,10 +72,12 @@ class Checkpointer(Observer):
     ) -> None:
         self._config, self._architecture, self.checkpoints = config, prepared.architecture, checkpoints
         self._metrics, self._runner, self._say, self._on_best = metrics, runner, say, on_best
+        validation_samples = len(prepared.dataset.labels["validation"])
         self._facts: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "dataset_sha256": prepared.dataset.sha256("train"),
             "test_dataset_sha256": prepared.dataset.sha256("test"),
+            "validation_dataset_sha256": prepared.dataset.sha256("validation") if validation_samples else None,
             "mlflow_run_id": run_id,
         }
         self.last = ""

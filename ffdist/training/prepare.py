@@ -1,6 +1,6 @@
 """Preparation of a run: loads and checks everything that its configuration names, before anything starts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,13 +27,23 @@ class Prepared(NamedTuple):
     negatives: NegativePlan
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, data: Any = None) -> Prepared:
     """Loads and checks the inputs of a run.
+
+    Args:
+        config: The configuration, which the user trusts: a function that it names is imported.
+        data: Samples that are given in Python, as `train` takes them.
 
     Raises:
         ConfigError: A setting or an input is invalid.
     """
-    dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+    dataset = load_dataset(
+        config.data,
+        seed=config.seed,
+        validation_samples=config.training.validation_samples,
+        data=data,
+        may_import=True,
+    )
     order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
     if not order.num_minibatches:
         raise ConfigError(

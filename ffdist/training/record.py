@@ -45,7 +45,8 @@ class Record:
         """
         manifest = start.manifest
         if not manifest:
-            parameters = config.flat() | {"runner": runner} | ({"init_from": str(Path(init_from))} if init_from else {})
+            parameters = config.flat() | {"data.label": dataset.encoder.label, "runner": runner}
+            parameters |= {"init_from": str(Path(init_from))} if init_from else {}
             try:
                 self.tracker.begin(self.folder, parameters)
             except BaseException:

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
-from ffdist.config.loading import find_config, load_config, parse_config
+from ffdist.config.loading import find_config, load_config, load_for_arrays, parse_config
 from ffdist.config.schema import Config
 from ffdist.errors import ClusterStopped, ConfigError, RunFailed
 from ffdist.ff.negatives import NegativesError
@@ -39,9 +39,10 @@ MAX_NAME_BYTES = 200
 """Bytes of a run's name that its folder's name begins with; file systems take 255, with the time and a number."""
 
 
-def train(
+def train(  # noqa: PLR0913, all but one have defaults
     config: Config | Path | str | dict[str, Any],
     *,
+    data: Any = None,
     runner: RunnerName = "ray",
     address: str | None = "local",
     runs: Path | str = "runs",
@@ -55,6 +56,14 @@ def train(
 
     Args:
         config: Configuration of the run: a `Config`, the path of a file, the name of a shipped one, or nested dicts.
+        data: Samples and labels, in place of the dataset in `config`, whose section `data` may then be missing. One of
+
+            - `(inputs, labels)`. A fifth of the samples, stratified by class and chosen by the seed, is the test set.
+            - `{"train": (inputs, labels), "test": (inputs, labels)}`, and optionally `"validation"`.
+            - a torch `Dataset` with items `(input, label)` in place of a pair, such as one of torchvision's.
+
+            Inputs are uint8 images `[N, H, W]`, `[N, C, H, W]` or `[N, H, W, C]` with 1 or 3 channels, Pillow images,
+            or the rows of a table of numbers `[N, D]`. Labels are integers from 0, or strings. The run gets a copy.
         runner: `ray` runs each stage in an actor; `serial` runs the same in this process; `backpropagation` trains the
             same layers end to end in this process, as a baseline.
         address: Ray cluster to join; `local` starts one, None joins the one that this machine is part of, if any.
@@ -71,14 +80,14 @@ def train(
         KeyboardInterrupt: A stop was requested; the run can be resumed from its last checkpoint.
     """
     started, runs = time.time(), Path(runs)
-    config, name = _read_config(config, runner, name)
+    config, name = _read_config(config, runner, name, is_given=data is not None)
     uri = tracking_uri(config.tracking, runs)
     if config.checkpoint.uri:
         Folder(config.checkpoint.uri, ConfigError).check_writable()
     if runner == "ray":
         address = find_cluster(address)  # a wrong address is an error before the data is read
     with ExitStack() as stack:
-        prepared = _prepare(config, runner)
+        prepared = _prepare(config, runner, data)
         start = Start({})
         if resume is not None:
             start = start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
@@ -137,7 +146,7 @@ def train(
             metrics.finish(loop.step)
             summary = reporter.finish(loop, checkpointer, session, recoveries, started)
     record.display.print(closing_text(summary, record.folder, look=ui_command(uri, tracker.experiment, runs)))
-    return Run(record.folder, summary)
+    return _finished_run(Run(record.folder, summary), config, prepared, data)
 
 
 def resume(
@@ -176,25 +185,36 @@ def resume(
 
 
 def _read_config(
-    config: Config | Path | str | dict[str, Any], runner: RunnerName, name: str | None
+    config: Config | Path | str | dict[str, Any], runner: RunnerName, name: str | None, *, is_given: bool
 ) -> tuple[Config, str | None]:
     """Returns the configuration of a run, and the prefix of its name."""
     if runner not in get_args(RunnerName):
         raise ConfigError(f"runner must be one of {', '.join(get_args(RunnerName))} (given: {runner})")
     if name is not None and (Path(name).name != name or "\0" in name):
         raise ConfigError(f"name is the start of a folder's name and must hold no / (name: {name!r})")
-    if isinstance(config, dict):
+    if isinstance(config, Path | str):
+        name = name or find_config(str(config)).stem
+    if is_given:
+        config = load_for_arrays(config)
+    elif isinstance(config, dict):
         config = parse_config(config, "config")
     elif not isinstance(config, Config):
-        name, config = name or find_config(str(config)).stem, load_config(str(config))
+        config = load_config(str(config))
     return config.by_backpropagation() if runner == "backpropagation" else config, config.tracking.name or name
 
 
-def _prepare(config: Config, runner: RunnerName) -> Prepared:
-    prepared = prepare(config)
+def _prepare(config: Config, runner: RunnerName, data: Any) -> Prepared:
+    prepared = prepare(config, data)
     if runner != "backpropagation":
         return prepared
     return prepared._replace(architecture=replace(prepared.architecture, learned_goodness=False))
+
+
+def _finished_run(run: Run, config: Config, prepared: Prepared, data: Any) -> Run:
+    """Returns a run with its dataset, if the run's folder does not say how to load it again."""
+    if data is not None or config.data.is_function or config.data.is_remote:
+        vars(run)["dataset"] = prepared.dataset  # the value of a cached property
+    return run
 
 
 @contextmanager
