@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ffdist.ff.encoders import ImageEncoder
     from ffdist.ff.network import Architecture, Network
     from ffdist.runs.run import Run
+    from ffdist.training.callbacks import Callback
     from ffdist.training.trainer import resume, train
 
 IMPORTED_AT = time.monotonic()
@@ -25,6 +26,7 @@ IMPORTED_AT = time.monotonic()
 
 _MODULES = {
     "Architecture": "ffdist.ff.network",
+    "Callback": "ffdist.training.callbacks",
     "Config": "ffdist.config.schema",
     "ConfigError": "ffdist.errors",
     "ImageEncoder": "ffdist.ff.encoders",
@@ -38,6 +40,7 @@ _MODULES = {
 
 __all__ = [
     "Architecture",
+    "Callback",
     "Config",
     "ConfigError",
     "ImageEncoder",

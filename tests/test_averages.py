@@ -3,13 +3,15 @@ from types import SimpleNamespace
 
 import torch
 from helpers import image_architecture
+from mlflow.utils.validation import _validate_metric
 
 from ffdist.ff.layers import MEASURED
 from ffdist.ff.objectives import GoodnessObjective
+from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.stage import Report
-from ffdist.training.metrics import Metrics
+from ffdist.training.metrics import Metrics, error_metrics
 from ffdist.training.resume import Start
 
 STEPS, BATCH_SIZE = 24, 10
@@ -86,3 +88,29 @@ def test_throughput_is_measured_from_the_start_of_training(monkeypatch):
     stages = [Report(LAYERS, 3.0, 1.0, 0.5)]
     metrics.on_chunk(Trained(Train(0, 0, STEPS, 0, 1.0), stages, Report(READOUT, 1.0, 1.0)), STEPS)
     assert logged_values[0]["samples_per_s"] == STEPS * BATCH_SIZE / 2
+
+
+def class_metrics(split, names, confusion):
+    evaluation = Evaluation(None, 0.5, None, torch.tensor(confusion), torch.empty(0))
+    return {
+        name: error for name, error in error_metrics(split, evaluation, names).items() if name.startswith("test/class")
+    }
+
+
+def test_errors_of_classes_are_logged_for_the_test_set_under_names_that_mlflow_accepts():
+    confusion = [[3, 1, 0], [0, 2, 0], [0, 0, 0]]  # the third class has no samples
+    assert class_metrics("test", ["a/b?", "M\u00f6we 1", "owl"], confusion) == {
+        "test/class_a_b__error": 0.25,
+        "test/class_M\u00f6we 1_error": 0.0,
+    }
+    for names in ([], ["a?", "a!", "b"], ["x" * 300, "x" * 301, "b"]):  # none, or equal ones
+        assert class_metrics("test", names, confusion) == {"test/class_0_error": 0.25, "test/class_1_error": 0.0}
+    assert class_metrics("validation", ["a", "b", "c"], confusion) == {}
+    assert len(class_metrics("test", [], torch.eye(20).long().tolist())) == 20
+    assert class_metrics("test", [], torch.eye(21).long().tolist()) == {}
+
+
+def test_error_metrics_of_any_class_name_are_accepted_by_mlflow():
+    names = ["..", "/", "", "K\udce4uzchen", "\u6b62\u8840", "a:b", "%20", "tab\t", "x" * 300, "-"]
+    for name in class_metrics("test", names, torch.eye(10).long().tolist()):
+        _validate_metric(name, 0.5, 0, 0)

@@ -94,8 +94,9 @@ def test_mlflow_has_all_metrics_and_artifacts_of_both_runners(finished_runs):
         errors = {
             f"{split}/{predictor}_error"
             for split in ("validation", "test")
-            for predictor in ("goodness", "readout", "layer_1")
+            for predictor in ("goodness", "readout", "layer_1", "balanced")
         }
+        errors |= {f"test/class_{label}_error" for label in range(10)}
         times = {f"stage_{stage}/{name}" for stage in (1, 2) for name in ("compute_s", "wait_s", "busy_fraction")}
         assert metrics | errors | times | {"samples_per_s"} <= set(run.data.metrics)
         histories[runner] = {
@@ -103,7 +104,7 @@ def test_mlflow_has_all_metrics_and_artifacts_of_both_runners(finished_runs):
             for name in metrics | errors
         }
         files = {file.path for file in client.list_artifacts(summary["mlflow_run_id"])}
-        plots = ("layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline")
+        plots = ("layers", "negatives", "goodness", "errors", "errors_over_time", "fields", "confusion", "timeline")
         assert files == {"config.yaml", "timeline.json", "goodness", *(f"{plot}.png" for plot in plots)}
         goodness_plots = {file.path for file in client.list_artifacts(summary["mlflow_run_id"], "goodness")}
         assert "goodness/epoch_0002.png" in goodness_plots  # the newest of the plots that wait for upload

@@ -140,6 +140,16 @@ def test_single_layer_is_used_for_prediction():
         (["model.layers=[{grid: 2, field: 3, units: 4}]"], r"model\.layers\.0.*kind must be one of dense, local"),
         (["negatives.kind=hard_label", "negatives.store=/tmp/x"], "depends on the training and cannot be stored"),
         (["data.label_scale=0"], r"data.label_scale \(0\): .*greater than 0"),
+        (["training.stop.patience=0"], r"training\.stop\.patience \(0\): .*greater than or equal to 1"),
+        (["training.stop.target=1"], r"training\.stop\.target \(1\): .*less than 1"),
+        (["training.stop.metric=loss"], r"training\.stop\.metric \('loss'\): .*'balanced_error'"),
+        (["training.stop.patients=3"], r"unknown key training\.stop\.patients; did you mean patience\?"),
+        (["training.stop=5"], r"training\.stop \(5\): "),
+        (
+            ["training.stop.patience=5", "training.schedule=greedy"],
+            r"before all layers are trained \(patience: 5, target: None\); set both to null",
+        ),
+        (["training.validation_samples=some"], r"training\.validation_samples \('some'\): .*or .*'auto'"),
         (["training.epochs"], "an override must be section.key=value"),
         (["data.name.key=1"], "name is a value, not a section"),
         (["training.epochs=[1"], "the value of training.epochs must be YAML"),
@@ -262,15 +272,29 @@ def test_backpropagation_reference_drops_layerwise_training_settings():
     assert config == load_config("digits", ["training.epochs=7"]).by_backpropagation()
 
 
+def test_settings_of_a_nested_section_have_flat_keys():
+    config = load_config("digits", ["training.stop.patience=5", "negatives.options={a: {b: 1}}"])
+    flat = config.flat()
+    assert (flat["training.stop.patience"], flat["training.stop.metric"], flat["seed"]) == (5, "error", 0)
+    assert flat["negatives.options"] == {"a": {"b": 1}}
+    assert "training.stop" not in flat
+    assert parse_config(yaml.safe_load(config.to_yaml()), "a test") == config
+    assert config.by_backpropagation().training.stop.patience == 5
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_train_on_all_samples(path):
+    assert load_config(str(path)).training.validation_samples == 0
+
+
 def test_greedy_schedule_trains_each_layer_for_all_epochs():
     assert load_config("digits", ["training.epochs=4"]).num_epochs == 4
     assert load_config("digits", ["training.epochs=4", "training.schedule=greedy"]).num_epochs == 12
 
 
 def test_every_setting_is_documented():
-    for section in Config.model_fields.values():
-        for name, field in getattr(section.annotation, "model_fields", {}).items():
-            assert field.description, name
+    for key, field in Config.settings():
+        assert field.description, key
 
 
 def test_error_names_the_missing_section(tmp_path):

@@ -477,6 +477,16 @@ def test_digits_have_a_fixed_test_set_and_a_seeded_validation_set():
     assert torch.bincount(dataset.labels["test"]).min() >= 34
 
 
+def test_a_tenth_of_enough_samples_is_held_out_by_default(monkeypatch):
+    dataset = load_dataset(Data(name="digits"), seed=0, validation_samples="auto")
+    assert len(dataset.labels["validation"]) == 143
+    assert "samples: 1,294 train, 143 validation, 360 test" in dataset.describe()
+    for repeats, expected in ((249, 0), (250, 100), (30_000, 10_000)):  # of the four cases of XOR
+        monkeypatch.setattr("ffdist.data.datasets.XOR_REPEATS", repeats)
+        dataset = load_dataset(Data(name="xor", label="none"), seed=0, validation_samples="auto")
+        assert len(dataset.labels["validation"]) == expected
+
+
 def test_validation_set_must_leave_training_samples():
     with pytest.raises(ConfigError, match=r"validation_samples: 1437, training samples: 1437"):
         load_dataset(Data(name="digits"), seed=0, validation_samples=1437)

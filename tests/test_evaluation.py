@@ -5,7 +5,7 @@ from helpers import image_architecture
 from ffdist.data.order import SampleOrder
 from ffdist.ff.network import Network
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.evaluation import evaluate
+from ffdist.pipeline.evaluation import Evaluation, evaluate, format_class_errors
 from ffdist.pipeline.runner import serial_runner
 from ffdist.pipeline.schedule import evaluation
 from ffdist.pipeline.source import NegativePlan
@@ -37,3 +37,20 @@ def test_evaluation_by_stages_equals_evaluation_by_the_whole_network(label):
         assert actual.layer_errors == [
             (layer.argmax(1) != labels).double().mean().item() for layer in expected.goodness
         ]
+
+
+def test_errors_of_classes_are_fractions_of_their_own_samples():
+    confusion = torch.tensor([[90, 0, 0], [1, 0, 3], [0, 0, 0]])  # the third class has no samples
+    evaluation = Evaluation(None, 4 / 94, None, confusion, torch.empty(0))
+    assert evaluation.class_errors == [0, 1, None]
+    assert evaluation.balanced_error == 0.5
+    assert evaluation.readout_error < 0.05
+
+
+def test_worst_classes_are_listed_by_name():
+    errors = [0.1, None, 0.3, 0.0, 0.3, 0.2, 0.05, 0.01]
+    expected = "; worst classes: 2 30.00%, 4 30.00%, 5 20.00%, 0 10.00%, 6 5.00%"
+    assert format_class_errors(errors, []) == expected
+    names = [f"class {label}" for label in range(8)]
+    assert format_class_errors(errors, names).startswith("; worst classes: class 2 30.00%, class 4 30.00%")
+    assert format_class_errors([0.0, None], ["owl", "heron"]) == ""

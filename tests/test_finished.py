@@ -10,13 +10,22 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ffdist import ConfigError, Network, Run, load_config, train
+from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.timeline import read_timeline
-from ffdist.plotting.plots import first_filters, plot_confusion, plot_fields, plot_goodness, plot_layers, plot_negatives
+from ffdist.plotting.plots import (
+    first_filters,
+    plot_confusion,
+    plot_errors_over_time,
+    plot_fields,
+    plot_goodness,
+    plot_layers,
+    plot_negatives,
+)
 
 CONFIG = {
     "data": {"name": "digits", "label": "append"},
     "model": {"layers": [40, 30]},
-    "training": {"epochs": 3},
+    "training": {"epochs": 3, "validation_samples": 0},
     "tracking": {"log_every_minibatches": 28},
 }
 PLOTS = {"layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline"}
@@ -165,6 +174,26 @@ def test_all_plots_are_drawn_for_every_kind_of_run(overrides, tmp_path):
     assert {path.stem for path in run.folder.glob("*.png")} == PLOTS
 
 
+def test_validated_run_has_a_plot_of_its_errors_over_time(tmp_path):
+    settings = {"epochs": 3, "validate_every_epochs": 1}
+    run = train(CONFIG | {"training": settings}, runner="serial", runs=tmp_path)
+    assert {path.stem for path in run.folder.glob("*.png")} == PLOTS | {"errors_over_time"}
+    assert {path.stem for path in run.plot(tmp_path / "again")} == PLOTS | {"errors_over_time"}
+
+
+def test_plot_of_errors_marks_the_first_lowest_error_as_the_best_checkpoint(tmp_path):
+    points = {"goodness": [0.4, 0.1, 0.1, 0.3], "readout": [0.5, 0.4, 0.3, 0.2]}
+    history = {
+        f"validation/{name}_error": [(100 * epoch, error) for epoch, error in enumerate(errors, 1)]
+        for name, errors in points.items()
+    }
+    test = Evaluation(0.12, 0.25, [], torch.eye(2), torch.empty(0))
+    for metric, best in (("error", "10.00%"), ("readout_error", "20.00%")):
+        svg = plot_errors_over_time(history, test, 100, metric, tmp_path / "e.svg").read_text()
+        for text in (f"best checkpoint: {best}", "test, goodness: 12.00%", "validation, readout"):
+            assert f"<!-- {text} -->" in svg
+
+
 def fail_to_plot(*args):
     raise TypeError("set_text(): incompatible function arguments")
 
@@ -179,7 +208,7 @@ def test_failed_plot_is_reported_and_the_others_are_drawn(run, tmp_path, monkeyp
 def test_run_finishes_if_all_plots_fail(tmp_path, monkeypatch, capsys):
     for plot in PLOTS:
         monkeypatch.setattr(f"ffdist.plotting.plots.plot_{plot}", fail_to_plot)
-    run = train(CONFIG | {"training": {"epochs": 1}}, runner="serial", runs=tmp_path)
+    run = train(CONFIG | {"training": {"epochs": 1, "validation_samples": 0}}, runner="serial", runs=tmp_path)
     output = capsys.readouterr().out
     assert output.count("warning: ") == output.count(".png could not be drawn (TypeError: set_text") == len(PLOTS)
     assert Run.find(run.folder).summary == run.summary

@@ -18,13 +18,12 @@ BANNED_IDENTIFIERS = {
     "looking",
     "taking",
     "home",
-    "patience",
     "dear",
 }
 """Names that say nothing about a value; use a noun for its content."""
 PHRASES = re.compile(
     r"\b(anybody|dear|go on|goes on|went on|going on|hands? on|handed on|holds? to its|lies|main memory|made of|"
-    r"one's own|patience|told|whatever|what it is)\b",
+    r"one's own|told|whatever|what it is)\b",
     re.IGNORECASE,
 )
 

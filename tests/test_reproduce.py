@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
+from ffdist import Callback, load_config, train
 from ffdist.training.reproduce import _find_previous, _previous_runs
 
 CONFIG_TEMPLATE = """
@@ -120,3 +121,18 @@ def test_all_configurations_are_checked_before_training(tmp_path, ffdist, names,
     (tmp_path / "large.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\ntraining: {batch_size: 9999}\n")
     assert message in ffdist("reproduce", *names, code=2)
     assert not (tmp_path / "runs").exists()
+
+
+class EndAtOnce(Callback):
+    def on_chunk(self, run, metrics):
+        run.stop("enough")
+
+
+def test_run_that_a_callback_ended_is_not_reused_for_a_configuration_without_it(tmp_path):
+    settings = ["model.layers=[9]", "training.epochs=3", "training.validation_samples=200", "tracking.artifacts=[]"]
+    config = load_config("digits", [*settings, "training.validate_every_epochs=1", "training.precision=float32"])
+    stopped = train(config, runner="serial", runs=tmp_path, callbacks=[EndAtOnce()])
+    assert stopped.summary["stopped"] == "enough, at epoch 1"
+    assert _find_previous(config, list(_previous_runs(tmp_path)), tmp_path) is None
+    complete = train(config, runner="serial", runs=tmp_path)
+    assert _find_previous(config, list(_previous_runs(tmp_path)), tmp_path).folder == complete.folder

@@ -77,6 +77,21 @@ def test_default_values_of_new_settings_create_no_separate_row():
     assert "2 seeds" in row["by goodness"]
 
 
+def test_settings_of_early_stopping_create_separate_rows_and_are_shown_for_baselines():
+    rows = make_rows(
+        make_run("a-20261122-101010", 0, 0.1, 0.2, training__stop__patience="None", training__stop__metric="error"),
+        make_run("a-20261122-101011", 1, 0.1, 0.2),
+        make_run("b-20261122-101011", 0, 0.1, 0.2, training__stop__patience="5"),
+    )
+    assert sorted((row["run"], "2 seeds" in row["by goodness"]) for row in rows) == [("a", True), ("b", False)]
+    baselines = [
+        make_run("c-20261122-101011", 0, None, 0.1, runner="backpropagation", training__stop__patience=value)
+        for value in ("None", "5")
+    ]
+    (row,) = make_rows(*baselines)
+    assert row["backprop"] == "10.00% (stop.patience None); 10.00% (stop.patience 5)"
+
+
 def test_unlabeled_run_has_a_fitted_readout_and_no_goodness():
     run = make_run("u-20261122-101010", 0, None, 0.02, train_s=None, model__layers=LOCAL, reference__paper_error="None")
     run.data.metrics["test/fitted_readout_error"] = 0.0123

@@ -6,11 +6,13 @@ from tempfile import NamedTemporaryFile
 
 import pytest
 
+from ffdist.chaos import simulation
 from ffdist.chaos.simulation import simulate
-from ffdist.checkpoint.checkpoints import Checkpoints
+from ffdist.checkpoint.checkpoints import Checkpoints, StopState
 from ffdist.errors import RunFailed
 from ffdist.pipeline.source import Drawn, HardLabels
 from ffdist.tracking.outbox import Outbox
+from ffdist.training.early_stopping import EarlyStopping
 from ffdist.training.metrics import Metrics
 
 
@@ -19,6 +21,25 @@ def test_random_faults_do_not_break_recovery(seed):
     outcome = simulate(200, seed)
     assert outcome.schedules == 200
     assert outcome.faults > 400
+
+
+@pytest.fixture
+def early_stopping(monkeypatch):
+    """Makes all runs of a simulation end early."""
+    training = {"epochs": 6, "stop": {"patience": 2}}
+    monkeypatch.setitem(simulation.SETTINGS, "training", simulation.SETTINGS["training"] | training)
+    reference, _ = simulation.run_schedule(0, max_faults=0)
+    assert len(reference.metrics["validation/readout_error"]) < 6
+
+
+def test_random_faults_do_not_change_where_a_run_ends(early_stopping):
+    assert simulate(200, 0).faults > 400
+
+
+def test_simulation_detects_a_lost_state_of_early_stopping(early_stopping, monkeypatch):
+    monkeypatch.setattr(EarlyStopping, "state", lambda self, step: StopState())
+    with pytest.raises(RunFailed, match=r"schedule \d+ of seed 0 failed"):
+        simulate(200, 0)
 
 
 class Recorder:

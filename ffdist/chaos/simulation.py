@@ -43,6 +43,7 @@ from ffdist.pipeline.source import NegativePlan
 from ffdist.pipeline.stage import layer_name
 from ffdist.tracking.outbox import OUTBOX, Outbox, Point
 from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.early_stopping import EarlyStopping
 from ffdist.training.loop import Loop
 from ffdist.training.metrics import Metrics, is_learned
 from ffdist.training.prepare import Prepared
@@ -149,13 +150,14 @@ def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]
     with closing(_Tracker(folder, injector, server)) as tracker:
         recoveries = Recoveries(MAX_DRIVERS, 1e9)
         metrics = Metrics(config.tracking.log_every_minibatches, BATCH_SIZE, tracker.log_metrics)
+        stopping = EarlyStopping(config, prepared)
         checkpointer = Checkpointer(
-            config, prepared, checkpoints, metrics, run_id="simulated", runner="serial", say=lambda text: None
+            config, prepared, checkpoints, metrics, stopping, run_id="simulated", runner="serial", say=lambda text: None
         )
-        loop = Loop(config, prepared, checkpointer, recoveries, [metrics])
+        loop = Loop(config, prepared, checkpointer, stopping, recoveries, [metrics])
         pipelines = (_make_pipeline(config, prepared, folder, injector) for _ in count())
         loop.run(pipelines, start, should_stop)
-        if loop.stopped:
+        if loop.interrupted:
             return None
         tracker.send()
         _, state = checkpoints.read(checkpoints.names()[-1])

@@ -58,6 +58,19 @@ class FileInfo(_StrictModel):
     num_bytes: int
 
 
+class StopState(_StrictModel):
+    """State of early stopping."""
+
+    lowest_error: float | None = None
+    """Lowest validation error so far."""
+    validations_since: int = 0
+    """Number of validations since that one."""
+    request: str | None = None
+    """Why a callback requested that the run ends at the next validation."""
+    reason: str | None = None
+    """Why the run ends at this checkpoint."""
+
+
 class Manifest(_StrictModel):
     """Description of a checkpoint."""
 
@@ -73,6 +86,8 @@ class Manifest(_StrictModel):
     best_checkpoint: CheckpointName | None
     """Best checkpoint on validation so far."""
     best_error: float | None
+    stop: StopState = StopState()
+    """State of early stopping; missing in checkpoints of earlier versions."""
     train_s: float
     """Training time so far."""
     mlflow_run_id: str

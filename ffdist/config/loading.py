@@ -41,6 +41,8 @@ USUAL_NAMES = {
     "training.validation_samples": ("num_validation", "val_samples", "val_size", "val_split", "validation_split"),
     "training.validate_every_epochs": ("check_val_every_n_epoch", "eval_every", "eval_interval", "evaluate_every"),
     "training.weight_decay": ("l2", "wd"),
+    "training.stop.patience": ("early_stopping", "early_stopping_patience"),
+    "training.callbacks": ("callback", "hooks"),
     "model.layers": ("architecture", "dims", "hidden", "hidden_size", "hidden_sizes", "layer_sizes", "units", "width"),
     "data.name": ("dataset", "data_set"),
     "data.path": ("data_dir", "data_folder", "data_path", "dataset_path"),
@@ -205,7 +207,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             rule = detail["msg"].removeprefix("Value error, ")
             yield f"{name}: {rule}" if section else rule  # errors of a whole section name their keys
         else:
-            key = ".".join(name.split(".")[: 1 if name.startswith("seed") else 2])
+            key = next((key for key, _ in Config.settings() if f"{name}.".startswith(f"{key}.")), name)
             rule = detail["msg"][0].lower() + detail["msg"][1:]
             if new_value := RENAMED_VALUES.get(key, {}).get(str(detail["input"])):
                 rule += f" ({detail['input']} was renamed to {new_value})"
@@ -216,8 +218,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
 
 def setting_names() -> list[str]:
     """Returns the names of all settings, such as `training.epochs`."""
-    top = [name for name in Config.model_fields if name not in SECTIONS]
-    return top + [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+    return [key for key, _ in Config.settings()]
 
 
 def find_setting(name: str) -> str:

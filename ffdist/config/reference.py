@@ -66,12 +66,13 @@ def _layer_table(spec: type[LayerSpec]) -> str:
 
 def setting_rows(section: str = "") -> list[tuple[str, ...]]:
     """Returns a row of `COLUMNS` for each setting of a section; of none of them by default."""
-    fields = SECTIONS[section].model_fields if section else Config.model_fields
+    if section:
+        settings = list(SECTIONS[section].settings(f"{section}."))
+    else:
+        settings = [(name, field) for name, field in Config.model_fields.items() if name not in SECTIONS]
     rows: list[tuple[str, ...]] = []
-    for name, field in fields.items():
-        if name in SECTIONS and not section:
-            continue
-        key, text = f"{section}.{name}".removeprefix("."), " ".join((field.description or "").split())
+    for key, field in settings:
+        text = " ".join((field.description or "").split())
         affects_weights = "no" if key.startswith(NEUTRAL_SETTINGS) else "yes"
         rows.append((f"`{key}`", _values(field.annotation, field.metadata), _default(field), affects_weights, text))
     return rows

@@ -1,6 +1,8 @@
 """The schema of a configuration: typed sections, validated before a run starts."""
 
 import re
+from functools import reduce
+from operator import getitem
 from typing import Annotated, Any
 
 import yaml
@@ -20,7 +22,7 @@ from ffdist.config.sections import (
 )
 
 NEUTRAL_SETTINGS = (
-    *("pipeline.", "tracking.", "checkpoint.", "reference.", "data.root", "training.validate_every_epochs"),
+    *("pipeline.", "tracking.", "checkpoint.", "reference.", "data.root"),
     *("negatives.actors", "negatives.prefetch_chunks", "negatives.store"),
 )
 """Prefixes of the settings that do not affect the weights."""
@@ -87,7 +89,8 @@ class Config(Section):
 
     def by_backpropagation(self) -> "Config":
         """Returns the configuration of the baseline: all parameters are trained with the settings of the readout."""
-        names = {"epochs", "batch_size", "precision", "validation_samples", "validate_every_epochs", "momentum", "loss"}
+        names = {"epochs", "batch_size", "precision", "momentum", "loss"}
+        names |= {"validation_samples", "validate_every_epochs", "stop", "callbacks"}
         readout = {"readout_learning_rate", "readout_weight_decay"}
         training = Training(
             **self.training.model_dump(include=names | readout),
@@ -121,12 +124,9 @@ class Config(Section):
         allow no `overwrite`.
         """
         sections = self.model_dump(mode="json")
-        seed = sections.pop("seed")
         if self.data.label == "auto":
             sections["data"]["label"] = "overwrite"
-        return {"seed": seed} | {
-            f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
-        }
+        return {key: reduce(getitem, key.split("."), sections) for key, _ in self.settings()}
 
     def to_yaml(self) -> str:
         """Returns the configuration as YAML, including defaults."""

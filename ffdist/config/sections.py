@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
@@ -16,6 +17,7 @@ from pydantic import (
     PlainValidator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from ffdist.ff import MAX_CLASSES as MAX_CLASSES
 from ffdist.ff.specs import MAX_VALUE, LayerSpec, layer_entry, parse_layer
@@ -101,6 +103,15 @@ class Section(BaseModel):
     """A section of the configuration. Unknown keys are errors, and values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def settings(cls, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+        """Yields the key and the description of each setting, including those of nested sections (`stop.patience`)."""
+        for name, field in cls.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                yield from field.annotation.settings(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", field
 
 
 class Data(Section):
@@ -244,6 +255,24 @@ class Negatives(Section):
         return self
 
 
+class Stop(Section):
+    """Comparison of validations: choice of the best checkpoint, and early stopping."""
+
+    metric: Literal["error", "readout_error", "balanced_error"] = "error"
+    """Validation error that is compared, and that chooses the best checkpoint. `error`: by goodness, or by the readout
+    if no label is tried. `balanced_error`: the mean over the classes of the fraction of their samples that are
+    predicted wrong, for classes of different sizes."""
+    patience: Count | None = None
+    """Number of validations in a row without a new lowest error after which the run ends. Default: no limit."""
+    target: Fraction | None = None
+    """Error, in [0, 1), at which the run ends: as soon as a validation has at most this one. Default: none."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the run may end before all its epochs are done."""
+        return self.patience is not None or self.target is not None
+
+
 class Training(Section):
     """Training of the layers and the readout. Defaults are those of the paper's released code."""
 
@@ -255,11 +284,16 @@ class Training(Section):
     """Data type of the layers' matrix products. Goodness, parameters and updates are float32. `auto`: bfloat16 if it is
     at least 1.5 times as fast as float32 on all devices of the run. This is measured once before the run starts, and
     recorded."""
-    validation_samples: Annotated[int, Number, Field(ge=0)] = 0
+    validation_samples: Annotated[int, Number, Field(ge=0)] | Literal["auto"] = "auto"
     """Number of training samples to hold out for validation, chosen by the seed; less than the size of the training
-    set. 0: no validation."""
+    set. 0: no validation. `auto`: a tenth of them, at most 10,000, or none if that would be fewer than 100."""
     validate_every_epochs: Count = 5
     """Number of epochs between validations. The last epoch is always validated."""
+    stop: Stop = Stop()
+    """Comparison of validations: choice of the best checkpoint, and early stopping."""
+    callbacks: list[str] = []
+    """Custom callbacks, each `package.module:Class`, which log metrics and may end the run at a validation. A resumed
+    run may have others."""
     objective: str = "goodness"
     """Objective of the layers. `goodness`: high goodness of positive and low goodness of negative samples."""
     loss: Literal["logistic", "margin", "symmetric"] = "logistic"
@@ -291,6 +325,15 @@ class Training(Section):
     """Momentum of `hinton`, `sgd` and the readout, and the first of the `betas` of `adam` and `adamw`, in [0, 1)."""
     peer_normalization: NotNegative = 0.03
     """Strength of the regularization that pulls each unit's mean activity towards the mean of its layer. 0: none."""
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> "Training":
+        if self.stop.is_active and self.schedule == "greedy":
+            raise ValueError(
+                f"training.stop would end training.schedule=greedy before all layers are trained (patience: "
+                f"{self.stop.patience}, target: {self.stop.target}); set both to null, or schedule to simultaneous"
+            )
+        return self
 
 
 class Pipeline(Section):

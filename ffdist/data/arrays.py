@@ -16,7 +16,7 @@ from ffdist.data.images import Sample
 from ffdist.data.listing import SPLIT_NAMES
 from ffdist.data.readers import Encoded, LabelCheck, Origin, Splits, check_classes, read_encoded
 from ffdist.errors import ConfigError
-from ffdist.ff.negatives import NegativesError, import_function
+from ffdist.ff.custom import import_custom
 from ffdist.storage.paths import kind_of, printable
 
 TEST_FRACTION = 0.2
@@ -78,7 +78,7 @@ def _read_arrays(arrays: dict[str, _Arrays], train: Any, config: Data, seed: int
             )
         if each.columns != first.columns:
             raise ConfigError(f"all splits must have the same columns in the same order ({split} differs from train)")
-        numbers = [by_name.get(label, label) if isinstance(label, str) else label for label in each.labels]
+        numbers: list[Any] = [by_name.get(label, label) if isinstance(label, str) else label for label in each.labels]
         check(numbers, f"{split} labels", 0)
         check.end_of_split(numbers)
         labels[split] = torch.tensor(numbers)[rows[split]]
@@ -126,10 +126,12 @@ def call_function(config: Data, *, seed: int) -> Any:
         ConfigError: It cannot be imported, takes other arguments, or fails.
     """
     try:
-        function = import_function(config.name)
-    except NegativesError as error:
-        raise ConfigError(f"data.name={config.name}: {error}") from error
-    signature = inspect.signature(function)
+        function = import_custom(config.name)
+        signature = inspect.signature(function)
+    except Exception as error:  # a custom module may raise anything
+        raise ConfigError(
+            f"data.name={config.name} cannot be imported as a function ({type(error).__name__}: {error})"
+        ) from error
     options = ({"seed": seed} if "seed" in signature.parameters else {}) | config.options
     try:
         signature.bind(**options)
@@ -227,7 +229,7 @@ def _stack(dataset: Any, split: str) -> tuple[Any, list[Any]]:
 def _to_array(values: Any) -> np.ndarray[Any, Any]:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     try:
         return np.asarray(values)
     except ValueError as error:  # lists of different lengths

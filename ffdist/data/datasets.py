@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ XOR_REPEATS = 250
 
 COPY_BYTES = 2**24
 """Size of the temporary buffer for moving training samples in memory."""
+MIN_VALIDATION, MAX_VALIDATION = 100, 10_000
+"""Limits of the number of samples that are held out by default; fewer would say little."""
 MAX_LISTED_CLASSES = 10
 """Maximum number of class names in a one-line description."""
 
@@ -129,14 +131,20 @@ class Dataset:
 
 
 def load_dataset(
-    config: Data, *, seed: int, validation_samples: int, data: Any = None, may_import: bool = False
+    config: Data,
+    *,
+    seed: int,
+    validation_samples: int | Literal["auto"],
+    data: Any = None,
+    may_import: bool = False,
 ) -> Dataset:
     """Reads a dataset into memory and validates it.
 
     Args:
         config: Name, location and options of the dataset.
         seed: Seed of the random split into training and validation samples.
-        validation_samples: Number of training samples to hold out for validation.
+        validation_samples: Number of training samples to hold out for validation; `auto`: the data's own validation
+            split, else a tenth of the training samples, at most 10,000, or none if that would be fewer than 100.
         data: Samples that are given in Python, in a form that `train` takes; by default, `config` names the dataset.
         may_import: Whether the configuration is the user's own, and not only found in the folder of a run or store.
             Such a folder must not cause imports, downloads from the Hub or the loading of pickles.
@@ -183,27 +191,33 @@ def _read(config: Data, seed: int, *, may_import: bool) -> Splits:
     return READERS.get(config.name, _torchvision)(config)
 
 
-def _with_validation(splits: Splits, seed: int, validation_samples: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _with_validation(
+    splits: Splits, seed: int, validation_samples: int | Literal["auto"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns samples `[N, D]` and labels of all splits: with the data's own validation split, or one held out.
 
     The samples of `splits` are moved, because a copy would double their memory.
     """
     samples = {split: splits.samples.pop(split).flatten(1) for split in list(splits.samples)}
     labels, num_samples = splits.labels, len(splits.labels["train"])
+    if validation_samples == 0:
+        samples.pop("validation", None)
     if "validation" in samples:
-        if validation_samples:
+        if validation_samples != "auto":
             raise ConfigError(
                 f"the data has its own validation split ({len(labels['validation']):,} samples), so no training "
                 f"samples are held out (training.validation_samples: {validation_samples}); leave it out"
             )
         order_of_splits = ("train", "validation", "test")
         return {split: samples[split] for split in order_of_splits}, {split: labels[split] for split in order_of_splits}
-    if validation_samples >= num_samples:
+    automatic = min(num_samples // 10, MAX_VALIDATION) if num_samples >= 10 * MIN_VALIDATION else 0
+    num_validation = automatic if validation_samples == "auto" else validation_samples
+    if num_validation >= num_samples:
         raise ConfigError(
             f"training.validation_samples must be smaller than the training set "
             f"(validation_samples: {validation_samples}, training samples: {num_samples})"
         )
-    train, validation = _hold_out(samples["train"], labels["train"], seed, validation_samples)
+    train, validation = _hold_out(samples["train"], labels["train"], seed, num_validation)
     return (
         {"train": train[0], "validation": validation[0], "test": samples["test"]},
         {"train": train[1], "validation": validation[1], "test": labels["test"]},

@@ -60,7 +60,7 @@ def decode(sample: Sample) -> Image.Image:
         ConfigError: The image cannot be decoded, has more than 8 bits per channel, or has transparent pixels.
     """
     try:
-        content = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
+        content: Any = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
         is_open = isinstance(content, Image.Image)
         image: Image.Image = content if is_open else Image.open(content, formats=_formats())
         image.load()

@@ -311,7 +311,7 @@ def _image_column(source: Source, types: dict[str, Any], setting: str | None, *,
 def _label_column(source: Source, setting: str | None, *, require: bool, are_numbers: bool) -> str | None:
     import pyarrow as pa
 
-    types, index = {field.name: field.type for field in source.schema}, _index_columns(source.schema)
+    types, index = {str(field.name): field.type for field in source.schema}, _index_columns(source.schema)
     candidates = [name for name in types if name.lower() in LABEL_COLUMNS]
     if require and not candidates:
         types_of_others = {name: _label_type(types[name]) for name in types if name not in index}

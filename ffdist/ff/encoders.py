@@ -219,7 +219,7 @@ class TableEncoder(Encoder):
         The sums are numpy's, in float64, because those of torch depend on the number of threads.
         """
         mean = samples.numpy().mean(0, dtype="float64")
-        squares = sum(((rows.numpy() - mean) ** 2).sum(0) for rows in samples.split(FIT_ROWS))
+        squares = sum(((rows.numpy() - mean) ** 2).sum(0) for rows in torch.split(samples, FIT_ROWS))
         deviation = torch.from_numpy(squares / len(samples)).sqrt()
         deviation[(samples == samples[0]).all(0)] = 0
         return {"mean": tuple(mean.tolist()), "deviation": tuple(deviation.tolist())}
@@ -258,7 +258,8 @@ class TableEncoder(Encoder):
             by_device[samples.device] = by_device[torch.device("cpu")].to(samples.device)
         mean, scale = by_device[samples.device]
         differences = (samples - mean).clamp(-MAX_FACTOR, MAX_FACTOR)
-        return (differences * scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+        values: Tensor = (differences * scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+        return values
 
 
 ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder, "table": TableEncoder}

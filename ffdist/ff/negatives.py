@@ -14,10 +14,8 @@ A custom kind is named `package.module:function` and has the same contract. It m
 import hashlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ffdist.ff import keyed
+from ffdist.ff.custom import import_custom
 
 MAX_NOISE_SAMPLES = 10_000
 """Largest number of samples that the mean and standard deviation of normal noise are computed from."""
@@ -197,7 +196,7 @@ def find_kind(name: str, options: dict[str, Any]) -> "partial[Tensor]":
     Raises:
         NegativesError: There is no such kind, or an option is unknown or missing.
     """
-    function = KINDS.get(name) or import_function(name)
+    function = KINDS.get(name) or _import(name)
     parameters = list(inspect.signature(function).parameters.values())[3:]
     known = {
         parameter.name: parameter.default for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD
@@ -220,28 +219,15 @@ def source_sha256(kind: "partial[Tensor]") -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
-def import_function(name: str) -> Callable[..., Any]:
-    """Imports `package.module:function`, from installed packages or the working directory.
-
-    Raises:
-        NegativesError: It cannot be imported.
-    """
-    module, colon, function = name.partition(":")
-    if not colon:
+def _import(name: str) -> Callable[..., Tensor]:
+    if ":" not in name:
         raise NegativesError(f"is none of {', '.join(KINDS)}, nor package.module:function")
-    folder = str(Path.cwd())
-    is_added = folder not in sys.path
-    if is_added:
-        sys.path.append(folder)  # after installed packages, which files of the same name must not replace
     try:
-        imported: Callable[..., Any] = getattr(import_module(module), function)
-        inspect.signature(imported)
+        kind: Callable[..., Tensor] = import_custom(name)
+        inspect.signature(kind)
     except Exception as error:  # a custom module may raise anything
         raise NegativesError(f"cannot be imported as a function ({type(error).__name__}: {error})") from error
-    finally:
-        if is_added and folder in sys.path:
-            sys.path.remove(folder)
-    return imported
+    return kind
 
 
 def make_checked(

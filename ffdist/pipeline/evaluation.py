@@ -1,11 +1,15 @@
 """The errors of a network on a split, by goodness, by readout, and per layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ffdist.ff.classify import confusion_matrix, error, total_goodness
 from ffdist.ff.network import Architecture
+
+MAX_WORST_CLASSES = 5
+"""Largest number of classes whose errors are printed."""
 
 
 class Evaluation(NamedTuple):
@@ -24,8 +28,24 @@ class Evaluation(NamedTuple):
 
     @property
     def chief_error(self) -> float:
-        """The error by goodness, else by the readout: what chooses the best checkpoint."""
+        """The error by goodness, else by the readout."""
         return self.readout_error if self.goodness_error is None else self.goodness_error
+
+    @property
+    def class_errors(self) -> list[float | None]:
+        """Fraction of the samples of each class that `confusion` counts as wrong; None for a class without samples."""
+        counts = zip(self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
+        return [(samples - correct) / samples if samples else None for correct, samples in counts]
+
+    @property
+    def balanced_error(self) -> float:
+        """Mean of `class_errors` over the classes with samples, so that all of them count equally."""
+        errors = [error for error in self.class_errors if error is not None]
+        return sum(errors) / len(errors)
+
+    def value(self, metric: str) -> float:
+        """Returns an error by its name in `training.stop.metric`; `error` is the chief error."""
+        return float(getattr(self, "chief_error" if metric == "error" else metric))
 
     def describe(self) -> str:
         """Returns the errors as text."""
@@ -36,6 +56,19 @@ def format_errors(goodness_error: float | None, readout_error: float) -> str:
     """Returns the errors as text; the goodness error is left out if it is None."""
     by_goodness = "" if goodness_error is None else f"{goodness_error:.2%} by goodness, "
     return f"{by_goodness}{readout_error:.2%} by readout"
+
+
+def format_class_errors(errors: Sequence[float | None], names: Sequence[str]) -> str:
+    """Returns the classes with the largest errors as text that follows another; empty if there is no error.
+
+    Args:
+        errors: Error of each class; None for a class without samples.
+        names: Names of the classes; may be empty.
+    """
+    wrong = [(error, label) for label, error in enumerate(errors) if error]
+    worst = sorted(wrong, key=lambda pair: -pair[0])[:MAX_WORST_CLASSES]
+    texts = [f"{names[label] if names else label} {error:.2%}" for error, label in worst]
+    return f"; worst classes: {', '.join(texts)}" if texts else ""
 
 
 def evaluate(goodness: Tensor, readout_labels: Tensor, labels: Tensor, architecture: Architecture) -> Evaluation:

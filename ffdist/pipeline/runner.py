@@ -126,7 +126,7 @@ class Runner:
 
         A snapshot is yielded when all results before it have arrived; it is written while the following commands run.
         The next snapshot is submitted after that, so a caller that waits until one is written before it takes another
-        has at most two unwritten.
+        has at most two unwritten. A caller may leave the results of the last commands, which are executed all the same.
 
         Args:
             commands: The next one is requested when it can be submitted, and not before.
@@ -135,6 +135,7 @@ class Runner:
         chunks = (command for command in upcoming if isinstance(command, Train))
         num_chunks = 1 + self.blueprint.negatives.prefetch_chunks
         in_flight = self._in_flight
+        in_flight.clear()  # a caller has left the results of an earlier call
         for command in commands:
             if isinstance(command, Train):
                 self._request_negatives(islice(chunks, num_chunks))

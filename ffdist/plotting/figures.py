@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ffdist.config.schema import Config
 from ffdist.data.datasets import Dataset
+from ffdist.data.order import SampleOrder
 from ffdist.errors import as_warning
 from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.keyed import generator
@@ -69,6 +70,13 @@ def draw_plots(
             path,
         )
     functions["errors.png"] = lambda path: plots.plot_errors(test, path)
+    if "validation/readout_error" in history:
+        order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
+        epoch_samples = order.num_minibatches * order.batch_size
+        metric = config.training.stop.metric
+        functions["errors_over_time.png"] = lambda path: plots.plot_errors_over_time(
+            history, test, epoch_samples, metric, path
+        )
     if (filters := plots.first_filters(network)) is not None:
         functions["fields.png"] = lambda path: plots.plot_fields(filters, path)
     functions["confusion.png"] = lambda path: plots.plot_confusion(test.confusion, predictor, dataset.names, path)

@@ -162,6 +162,37 @@ def plot_errors(evaluation: Evaluation, path: Path) -> Path:
     return _save(figure, path)
 
 
+@_style()
+def plot_errors_over_time(history: History, test: Evaluation, epoch_samples: int, metric: str, path: Path) -> Path:
+    """Draws the validation errors over the epochs, the best checkpoint and the test errors, and returns the path.
+
+    Args:
+        history: All metrics of a run with a validation.
+        test: Evaluation on the test set.
+        epoch_samples: Number of samples in an epoch.
+        metric: Error that chooses the best checkpoint, as in `training.stop.metric`.
+        path: File to write.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    shown = {"goodness_error": "-", "readout_error": "--"} | ({} if metric == "error" else {metric: "-."})
+    curves = {name: history[f"validation/{name}"] for name in shown if f"validation/{name}" in history}
+    for index, (name, points) in enumerate(curves.items()):
+        color, label = _shade(index, 3), name.removesuffix("_error").replace("_", " ")
+        epochs, errors = zip(*((samples / epoch_samples, 100 * error) for samples, error in points), strict=True)
+        panel.plot(epochs, errors, shown[name], color=color, marker=".", label=f"validation, {label}")
+        error = getattr(test, name)
+        if error is not None:
+            panel.axhline(100 * error, color=color, linestyle=":", label=f"test, {label}: {error:.2%}")
+    chief = curves[next(iter(curves)) if metric == "error" else metric]
+    samples, best = min(chief, key=lambda point: point[1])  # the first one, as for checkpoints
+    label = f"best checkpoint: {best:.2%}"
+    panel.plot(samples / epoch_samples, 100 * best, "ko", markersize=10, fillstyle="none", label=label)
+    panel.set(xlabel="epochs", ylabel="error, %", title="validation errors; dotted: test errors", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
 def first_filters(network: Network) -> Tensor | None:
     """Returns the weights of the first layer as images `[units, channels, height, width]`; None if they are none."""
     layer, form = network.layers[0], network.architecture.encoder.form

@@ -14,6 +14,7 @@ from ffdist.data.inputs import Inputs, read_inputs, read_table_inputs, write_par
 from ffdist.errors import ConfigError
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.encoders import ImageEncoder, TableEncoder
+from ffdist.pipeline.evaluation import format_class_errors
 from ffdist.runs.run import Run
 
 MAX_LABELS, MAX_ROWS = 3, 100
@@ -49,8 +50,11 @@ def evaluate_on(
         _note(f"labels: {inputs.label_source}")
         samples, labels = inputs.samples, inputs.labels
     untrained = torch.isin(labels, torch.tensor(run.network.architecture.untrained, dtype=labels.dtype)).sum().item()
-    return f"test error {run.evaluate(samples, labels).describe()}, of {len(labels):,} samples" + (
-        f"; of classes without training samples, which count as wrong: {untrained:,}" if untrained else ""
+    result = run.evaluate(samples, labels)
+    return (
+        f"test error {result.describe()}, of {len(labels):,} samples"
+        + (f"; of classes without training samples, which count as wrong: {untrained:,}" if untrained else "")
+        + f"; balanced error {result.balanced_error:.2%}{format_class_errors(result.class_errors, run.class_names)}"
     )
 
 

@@ -6,16 +6,12 @@ from collections.abc import Container
 from statistics import median
 from typing import Any
 
-from ffdist.config.schema import NEUTRAL_SETTINGS, SECTIONS
+from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.console import Screen, is_interactive, print_rows
 from ffdist.ff.specs import parse_layer
 from ffdist.tracking.server import find_experiment, open_client
 
-DEFAULTS = {
-    f"{section}.{key}": str(setting.default)
-    for section, fields in SECTIONS.items()
-    for key, setting in fields.model_fields.items()
-}
+DEFAULTS = {key: str(field.default) for key, field in Config.settings()}
 """Default value of each parameter. Parameters at their default are ignored, so that runs of an earlier version, which
 lacked some of them, share a row with those of later versions."""
 TASK_PREFIXES = (
@@ -153,7 +149,7 @@ def _baseline(group: list[Any], groups: list[list[Any]]) -> str:
     all_params = [each[0].data.params for each in groups]
     group_params = group[0].data.params
     differences = [
-        f"{key.split('.')[1]} {group_params.get(key, DEFAULTS.get(key))}"
+        f"{key.partition('.')[2]} {group_params.get(key, DEFAULTS.get(key))}"
         for key in sorted({key for params in all_params for key in params if "." in key})
         if not key.startswith(NEUTRAL_SETTINGS)
         and len({params.get(key, DEFAULTS.get(key)) for params in all_params}) > 1

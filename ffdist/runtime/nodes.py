@@ -31,9 +31,9 @@ class NodeMonitor:
     def refresh(self) -> None:
         """Starts an actor on each node that has none."""
         own, names = ray.get_runtime_context().get_node_id(), dict[str, str]()
-        for node in alive_nodes():
-            host = node["NodeManagerHostname"]
-            names[node["NodeID"]] = f"{host}-{node['NodeID'][:6]}" if host in names.values() else host
+        for each in alive_nodes():
+            host, node = each["NodeManagerHostname"], each["NodeID"]
+            names[node] = f"{host}-{node[:6]}" if host in names.values() else host
         self._names = {node: name for node, name in names.items() if node != own}
         self._actors = {node: actor for node, actor in self._actors.items() if node in self._names}
         for node in self._names.keys() - self._actors:

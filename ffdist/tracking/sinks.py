@@ -46,7 +46,7 @@ class TensorBoardSink:
 
         path = path_in(folder, "tensorboard")
         shutil.rmtree(path, ignore_errors=True)
-        self._writer: Any = SummaryWriter(str(path))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(path))
 
     def add(self, points: Iterable[Point]) -> None:
         """Writes points."""

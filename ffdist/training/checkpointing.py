@@ -13,6 +13,7 @@ from ffdist.errors import ActorLost, RunFailed
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, SnapshotTaken
 from ffdist.pipeline.schedule import Snapshot
+from ffdist.training.early_stopping import EarlyStopping
 from ffdist.training.metrics import Metrics
 from ffdist.training.observer import Observer
 from ffdist.training.prepare import Prepared
@@ -52,6 +53,7 @@ class Checkpointer(Observer):
         prepared: Inputs of the run.
         checkpoints: Where they are kept.
         metrics: Metrics of the run; those that are not averaged yet are part of a checkpoint.
+        stopping: Early stopping of the run, whose state is part of a checkpoint.
         run_id: MLflow's id of the run.
         runner: Runner of the stages.
         say: Prints a line.
@@ -64,6 +66,7 @@ class Checkpointer(Observer):
         prepared: Prepared,
         checkpoints: Checkpoints,
         metrics: Metrics,
+        stopping: EarlyStopping,
         *,
         run_id: str,
         runner: str,
@@ -71,7 +74,8 @@ class Checkpointer(Observer):
         on_best: Callable[[Checkpoints, str], None] = lambda checkpoints, name: None,
     ) -> None:
         self._config, self._architecture, self.checkpoints = config, prepared.architecture, checkpoints
-        self._metrics, self._runner, self._say, self._on_best = metrics, runner, say, on_best
+        self._metrics, self._stopping, self._runner = metrics, stopping, runner
+        self._say, self._on_best = say, on_best
         validation_samples = len(prepared.dataset.labels["validation"])
         self._facts: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
@@ -110,7 +114,7 @@ class Checkpointer(Observer):
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
         """Remembers the validation error, which decides whether the next checkpoint is the best."""
         if split == "validation":
-            self._validated = step, evaluation.chief_error
+            self._validated = step, evaluation.value(self._config.training.stop.metric)
 
     @property
     def reported(self) -> str:
@@ -138,8 +142,8 @@ class Checkpointer(Observer):
         self._unwritten += 1
 
     def on_snapshot(self, taken: SnapshotTaken, train_s: float) -> None:
-        """Begins a checkpoint whose state was taken; `train_s` is the training time so far."""
-        self.complete(wait=True)
+        """Begins a checkpoint whose state was taken, after the one before; `train_s` is the training time so far."""
+        assert self._pending is None, "the checkpoint before must be completed first"
         snapshot = taken.snapshot
         name, error, best_before = checkpoint_name(snapshot.position), None, self.best
         if self._validated and self._validated[0] == snapshot.step and snapshot.position.minibatch == 0:
@@ -154,27 +158,31 @@ class Checkpointer(Observer):
             "validation_error": error,
             "best_checkpoint": self.best.name if self.best else None,
             "best_error": self.best.error if self.best else None,
+            "stop": self._stopping.state(snapshot.step),
         }
         position = {key: torch.tensor(value) for key, value in snapshot.position._asdict().items()}
         self._pending = _Pending(snapshot, taken.written, position | self._metrics.state(), facts, best_before)
 
-    def complete(self, *, wait: bool, required: bool = False) -> None:
+    def complete(self, *, wait: bool, required: bool = False) -> str | None:
         """Completes the pending checkpoint if its files are written. All updates before it were found finite.
 
         Args:
             wait: Whether to wait for the files.
             required: Whether the run stops if it cannot be completed. Otherwise remote storage may fail a few times.
 
+        Returns:
+            The path of the checkpoint; None if none was completed.
+
         Raises:
             RunFailed: A number of it is not finite, or it cannot be written.
         """
         if self._pending is None:
-            return
+            return None
         limit_s = sum(self._architecture.state_bytes) / MIN_WRITE_BYTES_PER_S
         limit_s += 0 if wait else self._config.pipeline.stall_timeout_s
         while (written := self._pending.written(time.monotonic() - self._taken_at > limit_s)) is None:
             if not wait:
-                return
+                return None
             time.sleep(POLL_S)
         pending, self._pending = self._pending, None
         self._unwritten -= 1
@@ -183,8 +191,10 @@ class Checkpointer(Observer):
                 f"{written.not_finite} is not finite after {pending.snapshot.step} minibatches; the run stopped, and "
                 f"{self.kept}; lower training.learning_rate in a new run"
             )
-        if self._publish(pending, written, required=required):
-            self._remove_old()
+        if not self._publish(pending, written, required=required):
+            return None
+        self._remove_old()
+        return self.checkpoints.path(self.last)
 
     def restart(self, start: Start, lost: ActorLost) -> Start:
         """Reports a failure, and returns where the run continues: at the last checkpoint, or where it started.
@@ -204,14 +214,22 @@ class Checkpointer(Observer):
             fix = "; resume it with --skip-damaged" if isinstance(error, DamagedCheckpoint) else ""
             raise RunFailed(f"{lost}, and the run cannot continue: {error}{fix}") from error
 
-    def restore_best(self, pipeline: Pipeline) -> None:
-        """Restores the best checkpoint, unless it is the last one, or damaged."""
-        try:
-            if self.best and self.best.name != self.last:
+    def restore_reported(self, pipeline: Pipeline, *, is_ahead: bool) -> None:
+        """Restores the checkpoint that the results belong to: the best one, or the last one if that is damaged.
+
+        Args:
+            pipeline: Pipeline of the run.
+            is_ahead: Whether its actors may have trained further than to the last checkpoint.
+        """
+        if self.best and (is_ahead or self.best.name != self.last):
+            try:
                 pipeline.restore(self.checkpoints.read(self.best.name)[1])
-        except DamagedCheckpoint as error:
-            self._say(f"warning: {error}; the figures are those of the last checkpoint instead of the best")
-            self.best = None
+                return
+            except DamagedCheckpoint as error:
+                self._say(f"warning: {error}; the figures are those of the last checkpoint instead of the best")
+                self.best = None
+        if is_ahead:
+            pipeline.restore(self.checkpoints.read(self.last)[1])
 
     def _publish(self, pending: _Pending, written: WriteResult, *, required: bool) -> bool:
         """Writes the manifest of a checkpoint, which makes it visible; returns whether that succeeded."""

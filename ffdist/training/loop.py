@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from ffdist.pipeline.schedule import (
     schedule,
 )
 from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.early_stopping import EarlyStopping
 from ffdist.training.observer import Observer
 from ffdist.training.prepare import Prepared
 from ffdist.training.recoveries import Recoveries
@@ -38,6 +40,7 @@ class Loop:
         config: Configuration of the run.
         prepared: Inputs of the run.
         checkpointer: Takes the checkpoints.
+        stopping: Ends the run early.
         recoveries: Records failures, and limits their number.
         observers: Receive all events, before the checkpointer.
     """
@@ -47,12 +50,15 @@ class Loop:
         config: Config,
         prepared: Prepared,
         checkpointer: Checkpointer,
+        stopping: EarlyStopping,
         recoveries: Recoveries,
         observers: Sequence[Observer],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
         self._architecture, self._checkpointer, self._recoveries = prepared.architecture, checkpointer, recoveries
-        self._observers = [recoveries, *observers, checkpointer]
+        self._observers = [recoveries, *observers, stopping, checkpointer]  # callbacks before early stopping
+        self.stopping = stopping
+        """Early stopping of the run."""
         self._block_size = evaluation_block(prepared.architecture)
         self._blocks: list[Evaluated] = []
         self.step = 0
@@ -61,8 +67,8 @@ class Loop:
         """Training time, without starts and evaluations."""
         self.test: Evaluation | None = None
         """Of the checkpoint that the results belong to, once the run is finished."""
-        self.stopped = False
-        """Whether the run ended because of a stop request."""
+        self.interrupted = False
+        """Whether the run ended because of a stop request, and can be resumed."""
 
     def run(
         self,
@@ -110,15 +116,20 @@ class Loop:
             pipeline.restore(start.state)
         for observer in self._observers:
             observer.on_restore(self.step)
-        chunk_size = pipeline.blueprint.chunk_size
-        commands = self._with_snapshots(self._schedule(chunk_size, start.position), start, should_stop)
-        self._process(pipeline.run(self._submitting(commands), self._schedule(chunk_size, start.position)))
-        if len(self._dataset.labels["validation"]) and not self.stopped:
-            self._checkpointer.restore_best(pipeline)
+        if not self.stopping.reason:  # else the run is resumed where it ended
+            chunk_size = pipeline.blueprint.chunk_size
+            commands = self._with_snapshots(self._schedule(chunk_size, start.position), start, should_stop)
+            self._process(pipeline.run(self._submitting(commands), self._schedule(chunk_size, start.position)))
+        if len(self._dataset.labels["validation"]) and not self.interrupted:
+            self._checkpointer.restore_reported(pipeline, is_ahead=bool(self.stopping.reason))
             self._process(pipeline.run(self._test_blocks(should_stop), ()))
 
     def _process(self, events: Iterator[Event]) -> None:
-        """Reports results, in their order."""
+        """Reports results, in their order.
+
+        If the run ends at a validation, the snapshot after it is the last result. Commands that were submitted after
+        the snapshot are still executed, but their results are ignored.
+        """
         since, before_s = time.perf_counter(), self.train_s
         for event in events:
             match event:
@@ -133,9 +144,22 @@ class Loop:
                         observer.on_block(block)
                     self._add_block(event)
                 case SnapshotTaken():
+                    self._complete_checkpoint(wait=True)
                     self._checkpointer.on_snapshot(event, self.train_s)
-            self._checkpointer.complete(wait=False)
-        self._checkpointer.complete(wait=True, required=True)
+                    if self.stopping.reason:
+                        break
+            self._complete_checkpoint(wait=False)
+        self._complete_checkpoint(wait=True, required=True)
+
+    def _complete_checkpoint(self, *, wait: bool, required: bool = False) -> None:
+        if path := self._checkpointer.complete(wait=wait, required=required):
+            for observer in self._observers:
+                observer.on_checkpoint(path)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """Reports the end of the run; `summary` has its results."""
+        for observer in self._observers:
+            observer.on_end(summary)
 
     def _add_block(self, evaluated: Evaluated) -> None:
         self._blocks.append(evaluated)
@@ -168,12 +192,17 @@ class Loop:
     def _with_snapshots(
         self, commands: Iterator[Command], start: Start, should_stop: Callable[[], bool]
     ) -> Iterator[Command]:
-        """Yields the schedule, and a snapshot where a checkpoint is due or a stop is requested."""
+        """Yields the schedule, and a snapshot where a checkpoint is due or a stop is requested.
+
+        If the run ends early, the schedule ends at the snapshot after the validation.
+        """
         position = start.position
         saved = position if start.manifest else None
         for command in commands:
-            if should_stop():
-                self.stopped = True
+            if self.stopping.reason and not (isinstance(command, Snapshot) and command.step == self.step):
+                return
+            if should_stop() and not isinstance(command, Snapshot):  # a validation ends with its snapshot
+                self.interrupted = True
                 if position != saved:
                     yield self._snapshot(position)
                 return
@@ -196,8 +225,8 @@ class Loop:
 
     def _test_blocks(self, should_stop: Callable[[], bool]) -> Iterator[Evaluate]:
         for block in evaluation("test", len(self._dataset.labels["test"]), self._block_size):
-            self.stopped = self.stopped or should_stop()
-            if self.stopped:
+            self.interrupted = self.interrupted or should_stop()
+            if self.interrupted:
                 return
             yield block
 
@@ -209,7 +238,7 @@ class Loop:
         finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
         if finite.all():
             return
-        self._checkpointer.complete(wait=True)  # its state was taken before
+        self._complete_checkpoint(wait=True)  # its state was taken before
         minibatch, part = (~finite).nonzero()[0].tolist()
         where = "the readout" if part == layers.shape[1] else f"layer {part + 1}"
         raise RunFailed(

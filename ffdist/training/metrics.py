@@ -1,7 +1,8 @@
 """Metrics of a run. Those of training and evaluation do not depend on how minibatches are grouped into chunks."""
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +13,59 @@ from ffdist.pipeline.runner import Pipeline, Trained
 from ffdist.training.observer import Observer
 from ffdist.training.resume import Start
 
+MAX_CLASS_METRICS, MAX_CLASS_NAME_LENGTH = 20, 100
+"""Largest number of classes whose errors are metrics, and of characters of a class in the name of a metric."""
+
 
 def is_learned(metric: str) -> bool:
     """Returns whether a metric depends on no clock, so that it is the same in every run of a configuration."""
     return metric.startswith(("layer_", "readout/", "validation/", "test/"))
+
+
+def average_metrics(layers: Tensor, readout: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Returns metrics of training by name, as means over minibatches, without those that were not measured.
+
+    Args:
+        layers: Values of each layer `[K, L, M]` in K minibatches.
+        readout: Loss and error of the readout `[K, 2]`.
+        names: Names of the M values.
+    """
+    stacked = layers.double()
+    means = stacked.mean(0)
+    means[:, -len(MEASURED) :] = stacked[:, :, -len(MEASURED) :].nanmean(0)  # once a point
+    metrics = {
+        f"layer_{layer}/{name}": value
+        for layer, values in enumerate(means.tolist(), 1)
+        for name, value in zip(names, values, strict=True)
+        if name not in MEASURED or value == value  # a last, partial point has none
+    }
+    return metrics | dict(zip(("readout/loss", "readout/error"), readout.double().mean(0).tolist(), strict=True))
+
+
+def error_metrics(split: str, evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, float]:
+    """Returns the errors on a split by name; those of the classes only for the test set, and if they are few.
+
+    Args:
+        split: Name of the split.
+        evaluation: The errors.
+        class_names: Names of the classes; may be empty.
+    """
+    metrics = {
+        f"{split}/readout_error": evaluation.readout_error,
+        f"{split}/balanced_error": evaluation.balanced_error,
+    }
+    if evaluation.goodness_error is not None:
+        metrics[f"{split}/goodness_error"] = evaluation.goodness_error
+    for layer, error in enumerate(evaluation.layer_errors or [], 1):
+        metrics[f"{split}/layer_{layer}_error"] = error
+    errors = evaluation.class_errors
+    if split != "test" or len(errors) > MAX_CLASS_METRICS:
+        return metrics
+    names = [re.sub(r"[^\w.\- ]", "_", name)[:MAX_CLASS_NAME_LENGTH] for name in class_names]  # as MLflow accepts
+    if len({name.casefold() for name in names}) < len(errors):  # without names, or equal ones
+        names = [str(label) for label in range(len(errors))]
+    classes = {f"test/class_{name}_error": error for name, error in zip(names, errors, strict=True)}
+    return metrics | {name: error for name, error in classes.items() if error is not None}
 
 
 class Metrics(Observer):
@@ -25,10 +75,20 @@ class Metrics(Observer):
         every: Number of minibatches that a logged value averages over.
         batch_size: Number of samples in a minibatch.
         log: Gets metrics by name, and the number of samples seen.
+        check: Gets the metrics of training as well.
+        class_names: Names of the classes; may be empty.
     """
 
-    def __init__(self, every: int, batch_size: int, log: Callable[[dict[str, float], int], None]) -> None:
+    def __init__(
+        self,
+        every: int,
+        batch_size: int,
+        log: Callable[[dict[str, float], int], None],
+        check: Callable[[dict[str, float], int], None] = lambda metrics, samples: None,
+        class_names: Sequence[str] = (),
+    ) -> None:
         self._every, self._batch_size, self._log = every, batch_size, log
+        self._check, self._class_names = check, class_names
         self._layers: list[Tensor] = []
         self._readout: list[Tensor] = []
 
@@ -58,21 +118,16 @@ class Metrics(Observer):
             self._readout.append(trained.readout.metrics[minibatch])
             done = chunk.step + minibatch + 1
             if done % self._every == 0:
-                self._log(self._averages() | self._speed(), done * self._batch_size)
+                self._log_averages(done)
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
         """Logs the errors."""
-        metrics = {f"{split}/readout_error": evaluation.readout_error}
-        if evaluation.goodness_error is not None:
-            metrics[f"{split}/goodness_error"] = evaluation.goodness_error
-        for layer, error in enumerate(evaluation.layer_errors or [], 1):
-            metrics[f"{split}/layer_{layer}_error"] = error
-        self._log(metrics, step * self._batch_size)
+        self._log(error_metrics(split, evaluation, self._class_names), step * self._batch_size)
 
     def finish(self, step: int) -> None:
         """Logs the minibatches at the end of the run that are fewer than a logged value averages over."""
         if self._layers:
-            self._log(self._averages() | self._speed(), step * self._batch_size)
+            self._log_averages(step)
 
     def state(self) -> dict[str, Tensor]:
         """Returns the values that are not averaged yet; times are not kept."""
@@ -80,19 +135,11 @@ class Metrics(Observer):
             return {}
         return {"layer_metrics": torch.stack(self._layers), "readout_metrics": torch.stack(self._readout)}
 
-    def _averages(self) -> dict[str, float]:
-        stacked = torch.stack(self._layers).double()
-        layers = stacked.mean(0)
-        layers[:, -len(MEASURED) :] = stacked[:, :, -len(MEASURED) :].nanmean(0)  # once a point
-        readout = torch.stack(self._readout).double().mean(0)
+    def _log_averages(self, step: int) -> None:
+        metrics = average_metrics(torch.stack(self._layers), torch.stack(self._readout), self._names)
         self._layers, self._readout = [], []
-        metrics = {
-            f"layer_{layer}/{name}": value
-            for layer, values in enumerate(layers.tolist(), 1)
-            for name, value in zip(self._names, values, strict=True)
-            if name not in MEASURED or value == value  # a last, partial point has none
-        }
-        return metrics | dict(zip(("readout/loss", "readout/error"), readout.tolist(), strict=True))
+        self._log(metrics | self._speed(), step * self._batch_size)
+        self._check(metrics, step * self._batch_size)
 
     def _speed(self) -> dict[str, float]:
         if not self._minibatches:  # a second point of one chunk: its times went with the first

@@ -1,5 +1,7 @@
 """Observers of a run: progress display, metrics, plots, checkpoints and recoveries."""
 
+from typing import Any
+
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, Trained
 from ffdist.pipeline.schedule import Evaluate
@@ -23,3 +25,9 @@ class Observer:
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
         """A whole split was evaluated, after `step` minibatches."""
+
+    def on_checkpoint(self, path: str) -> None:
+        """A checkpoint was completed; the training may have continued since its state was taken."""
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """The run has its results, which are not saved yet."""

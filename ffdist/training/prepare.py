@@ -37,13 +37,15 @@ def prepare(config: Config, data: Any = None) -> Prepared:
     Raises:
         ConfigError: A setting or an input is invalid.
     """
+    validation_samples, stop = config.training.validation_samples, config.training.stop
     dataset = load_dataset(
-        config.data,
-        seed=config.seed,
-        validation_samples=config.training.validation_samples,
-        data=data,
-        may_import=True,
+        config.data, seed=config.seed, validation_samples=validation_samples, data=data, may_import=True
     )
+    if stop.is_active and not len(dataset.labels["validation"]):
+        raise ConfigError(
+            f"training.stop needs a validation, but no samples are held out (training.validation_samples: "
+            f"{validation_samples}, training samples: {len(dataset.labels['train']):,}); set validation_samples"
+        )
     order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
     if not order.num_minibatches:
         raise ConfigError(

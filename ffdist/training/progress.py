@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ffdist.console import Screen, is_quiet
 from ffdist.data.order import SampleOrder
-from ffdist.pipeline.evaluation import Evaluation, format_errors
+from ffdist.pipeline.evaluation import Evaluation, format_class_errors, format_errors
 from ffdist.pipeline.runner import Trained
 from ffdist.pipeline.schedule import Evaluate
 from ffdist.training.observer import Observer
@@ -37,6 +37,7 @@ COLUMNS = {
 PLOTS = {
     "goodness.png": "how well each layer separates positive from negative data",
     "negatives.png": "the negatives that it was trained on",
+    "errors_over_time.png": "the validation error over the epochs",
     "fields.png": "the receptive fields of the first layer",
     "timeline.png": "when each actor computed and waited",
 }
@@ -157,9 +158,12 @@ def description(summary: dict[str, Any], folder: Path) -> str:
     """
     plots = [f"`{name}` shows {caption}" for name, caption in PLOTS.items() if (folder / name).is_file()]
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    classes = format_class_errors(summary["class_errors"], summary["class_names"])
     return (
         f"test error {format_errors(summary['test_goodness_error'], summary['test_readout_error'])}\n\n"
+        f"Balanced error, the mean over the classes: {summary['test_balanced_error']:.2%}{classes}.\n\n"
         + (f"{layers} by the goodness of each layer alone.\n\n" if layers else "")
+        + (f"Stopped early: {summary['stopped']}.\n\n" if summary["stopped"] else "")
         + f"Results, plots and model belong to the checkpoint {_checkpoint(summary)}.\n\n"
         + f"Artifacts: {', '.join(plots)}; `config.yaml` reproduces the run."
     )
@@ -186,6 +190,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         "test error": format_errors(summary["test_goodness_error"], summary["test_readout_error"]),
         "note": "goodness, which predicts the labels, is far worse than the readout; train longer" * is_worse,
         "each layer": layers and f"{layers} by goodness alone",
+        "stopped": summary["stopped"],
         "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{suffix}",
         "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),
         "precision": summary["precision"],

@@ -30,14 +30,16 @@ class Record:
     def __init__(self, tracker: Tracker, display: Display, folder: Path) -> None:
         self.tracker, self.display, self.folder = tracker, display, folder
 
-    def begin(self, config: Config, dataset: Dataset, start: Start, runner: str, init_from: Path | str | None) -> None:
+    def begin(
+        self, config: Config, dataset: Dataset, start: Start, options: dict[str, str], init_from: Path | str | None
+    ) -> None:
         """Begins or resumes the run. If MLflow refuses a new run, its folder is removed.
 
         Args:
             config: Configuration of the run.
             dataset: Dataset of the run.
             start: Where the run starts.
-            runner: Runner of the stages.
+            options: Parameters that are not part of the configuration, by name.
             init_from: Folder of the run whose weights are the initial weights, if any.
 
         Raises:
@@ -45,7 +47,7 @@ class Record:
         """
         manifest = start.manifest
         if not manifest:
-            parameters = config.flat() | {"data.label": dataset.encoder.label, "runner": runner}
+            parameters = config.flat() | {"data.label": dataset.encoder.label} | options
             parameters |= {"init_from": str(Path(init_from))} if init_from else {}
             try:
                 self.tracker.begin(self.folder, parameters)

@@ -75,7 +75,7 @@ class Reporter(Observer):
         recoveries: Recoveries,
         started: float,
     ) -> dict[str, Any]:
-        """Writes the summary of a finished run, and then plots, timeline and model; returns the summary.
+        """Reports the end of the run, writes its summary, and then plots, timeline and model; returns the summary.
 
         Args:
             loop: Of the run.
@@ -98,12 +98,15 @@ class Reporter(Observer):
             "test_goodness_error": test.goodness_error,
             "test_readout_error": test.readout_error,
             "test_fitted_readout_error": None,
+            "test_balanced_error": test.balanced_error,
+            "class_errors": test.class_errors,
             "layer_errors": test.layer_errors,
             "samples_per_s": samples / loop.train_s,
             "train_s": loop.train_s,
             "checkpoint": checkpointer.reported,
             "best_checkpoint": checkpoints.path(checkpointer.best.name) if checkpointer.best else None,
-            "epochs": self._config.num_epochs,
+            "epochs": loop.step // self._num_minibatches,
+            "stopped": loop.stopping.reason,
             "mlflow_run_id": self._tracker.run_id,
             "mlflow_tracking_uri": self._tracker.uri,
             "predicted_samples_per_s": session.placed.predicted_samples_per_s,
@@ -115,7 +118,8 @@ class Reporter(Observer):
             "recoveries": recoveries.recoveries,
         }
         network = network_of(self._architecture, state)
-        self._tracker.log_tags({"weights_sha256": summary["weights_sha256"]})
+        loop.end(summary)  # before the summary is saved: if a callback fails, the run can be resumed
+        self._tracker.log_tags({name: summary[name] for name in ("weights_sha256", "stopped") if summary[name]})
         self._tracker.log_metrics({"train_s": loop.train_s}, samples)
         self._tracker.note_end("FINISHED")
         Folder(str(self._folder), RunFailed).put(SUMMARY, json.dumps(summary, indent=2).encode())

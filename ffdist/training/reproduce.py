@@ -116,7 +116,7 @@ def _previous_runs(runs: Path) -> Iterator[tuple[Config, Path]]:
 
 def _find_previous(config: Config, candidates: list[tuple[Config, Path]], runs: Path) -> Run | Path | None:
     """Returns a finished run of a configuration, else the folder of one that can be resumed, if any."""
-    resumable = None
+    resumable, may_end_early = None, config.training.stop.is_active or config.training.callbacks
     for other, folder in candidates:
         if config.training.precision == "auto":  # the other run recorded the resolved precision
             other = other.with_precision("auto")
@@ -125,7 +125,11 @@ def _find_previous(config: Config, candidates: list[tuple[Config, Path]], runs: 
         try:
             if kind_of(folder / SUMMARY) != "file":
                 resumable = folder if checkpoints_of(config, folder).names() and not is_in_use(folder) else resumable
-            elif (run := Run.find(folder)).summary["mlflow_tracking_uri"] == tracking_uri(config.tracking, runs):
+                continue
+            run = Run.find(folder)
+            # Without these settings, a callback that is not part of the configuration ended a run early.
+            is_complete = may_end_early or not run.summary.get("stopped")
+            if is_complete and run.summary["mlflow_tracking_uri"] == tracking_uri(config.tracking, runs):
                 return run
         except (ConfigError, CheckpointError):  # damaged
             continue

@@ -215,7 +215,8 @@ def _check_same(config: Config, manifest: Manifest, folder: Path) -> list[str]:
     if config.training.precision == "auto":
         now["training.precision"] = then["training.precision"]
     changed = [key for key in now if now[key] != then[key]]
-    free = (*NEUTRAL_SETTINGS, "data.path")  # the samples themselves were compared
+    # The samples themselves were compared, and callbacks can only end a run.
+    free = (*NEUTRAL_SETTINGS, "data.path", "training.callbacks")
     wrong = [f"{key}: {then[key]} then, {now[key]} now" for key in changed if not key.startswith(free)]
     if wrong:
         raise ConfigError(

@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
@@ -21,8 +21,11 @@ from ffdist.signals import stop_requests
 from ffdist.storage.folder import Folder
 from ffdist.tracking.server import tracking_uri, ui_command
 from ffdist.tracking.tracker import Tracker
+from ffdist.training.callbacks import Callback, CallbackFailed, Callbacks, callback_name, load_callbacks
 from ffdist.training.checkpointing import Checkpointer
+from ffdist.training.early_stopping import EarlyStopping
 from ffdist.training.launch import RunnerName, machine
+from ffdist.training.layer_watch import LayerWatch
 from ffdist.training.loop import Loop
 from ffdist.training.metrics import Metrics
 from ffdist.training.node_metrics import NodeMetrics
@@ -39,7 +42,7 @@ MAX_NAME_BYTES = 200
 """Bytes of a run's name that its folder's name begins with; file systems take 255, with the time and a number."""
 
 
-def train(  # noqa: PLR0913, all but one have defaults
+def train(  # noqa: PLR0913, the one entry point
     config: Config | Path | str | dict[str, Any],
     *,
     data: Any = None,
@@ -51,6 +54,7 @@ def train(  # noqa: PLR0913, all but one have defaults
     skip_damaged: bool = False,
     init_from: Path | str | None = None,
     checkpoint: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Trains a network, evaluates it and keeps it.
 
@@ -73,6 +77,7 @@ def train(  # noqa: PLR0913, all but one have defaults
         skip_damaged: Whether to resume from an older checkpoint if the newest one is damaged.
         init_from: Folder of a run whose weights are the initial weights.
         checkpoint: Checkpoint of `init_from`: `best`, `last` or a name; by default the best one if there is one.
+        callbacks: Objects that follow the run, in addition to `training.callbacks`.
 
     Raises:
         ConfigError: A setting or an input is wrong; nothing was trained.
@@ -82,17 +87,16 @@ def train(  # noqa: PLR0913, all but one have defaults
     started, runs = time.time(), Path(runs)
     config, name = _read_config(config, runner, name, is_given=data is not None)
     uri = tracking_uri(config.tracking, runs)
+    options: dict[str, str] = {"runner": runner}
+    options |= {"callbacks": ", ".join(map(callback_name, callbacks))} if callbacks else {}
+    callbacks = load_callbacks(config.training.callbacks, callbacks)
     if config.checkpoint.uri:
         Folder(config.checkpoint.uri, ConfigError).check_writable()
     if runner == "ray":
         address = find_cluster(address)  # a wrong address is an error before the data is read
     with ExitStack() as stack:
         prepared = _prepare(config, runner, data)
-        start = Start({})
-        if resume is not None:
-            start = start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
-        elif init_from is not None:
-            start = start_from_weights(config, prepared.architecture, Path(init_from), checkpoint)
+        start = _find_start(config, prepared, resume, init_from, checkpoint, skip_damaged=skip_damaged)
         _make_folder(runs)
         tracker = Tracker(uri, config.tracking, runs=runs)  # a server that is away is an error before Ray starts
         in_driver = is_driver_enough(config, runner, address)
@@ -108,7 +112,7 @@ def train(  # noqa: PLR0913, all but one have defaults
         config, prepared = session.config, session.prepared
         tracker.wait_until_open()  # before anything is written
         record = Record(tracker, display, Path(resume) if resume is not None else _new_folder(runs, name or "run"))
-        record.begin(config, prepared.dataset, start, runner, init_from)
+        record.begin(config, prepared.dataset, start, options, init_from)
         if session.precision.reason and not start.precision:
             record.say(session.precision.reason, precision=session.precision.reason)
         record.say(f"data: {prepared.dataset.describe()}")
@@ -120,28 +124,33 @@ def train(  # noqa: PLR0913, all but one have defaults
         if start.manifest:
             recoveries.begin("the driver; resumed", start.step, started)
             recoveries.mark("placed")
-        metrics = Metrics(config.tracking.log_every_minibatches, prepared.order.batch_size, record.log)
-        reporter = Reporter(config, prepared, record)
+        metrics = Metrics(
+            config.tracking.log_every_minibatches,
+            prepared.order.batch_size,
+            record.log,
+            LayerWatch(config, prepared.order, record.say).check,
+            prepared.dataset.names,
+        )
+        reporter, stopping = Reporter(config, prepared, record), EarlyStopping(config, prepared)
         checkpointer = Checkpointer(
             config,
             prepared,
             checkpoints,
             metrics,
+            stopping,
             run_id=tracker.run_id,
             runner=runner,
             say=record.say,
             on_best=reporter.log_best,
         )
-        loop = Loop(
-            config,
-            prepared,
-            checkpointer,
-            recoveries,
-            [metrics, display, reporter, NodeMetrics(tracker, runner, config.training.batch_size)],
-        )
+        observers = [
+            *(metrics, display, reporter, NodeMetrics(tracker, runner, config.training.batch_size)),
+            Callbacks(callbacks, config, prepared, record, stopping),
+        ]
+        loop = Loop(config, prepared, checkpointer, stopping, recoveries, observers)
         with _resumable(record.folder, prepared):
             loop.run(session.pipelines(record, recoveries, checkpoints.folder, should_stop), start, should_stop)
-            if loop.stopped:
+            if loop.interrupted:
                 raise KeyboardInterrupt(f"stopped; resume with: {resume_command(record.folder)}")
             metrics.finish(loop.step)
             summary = reporter.finish(loop, checkpointer, session, recoveries, started)
@@ -203,6 +212,23 @@ def _read_config(
     return config.by_backpropagation() if runner == "backpropagation" else config, config.tracking.name or name
 
 
+def _find_start(
+    config: Config,
+    prepared: Prepared,
+    resume: Path | str | None,
+    init_from: Path | str | None,
+    checkpoint: str | None,
+    *,
+    skip_damaged: bool,
+) -> Start:
+    """Returns where a run starts; for the arguments see `train`."""
+    if resume is not None:
+        return start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
+    if init_from is not None:
+        return start_from_weights(config, prepared.architecture, Path(init_from), checkpoint)
+    return Start({})
+
+
 def _prepare(config: Config, runner: RunnerName, data: Any) -> Prepared:
     prepared = prepare(config, data)
     if runner != "backpropagation":
@@ -225,8 +251,8 @@ def _resumable(folder: Path, prepared: Prepared) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error) as error:  # a disk is full or gone
         raise RunFailed(f"{error}; resume with: {fix}") from error
-    except ClusterStopped as error:
-        raise ClusterStopped(f"{error}; resume with: {fix}") from error
+    except (ClusterStopped, CallbackFailed) as error:
+        raise type(error)(f"{error}; resume with: {fix}") from error
     except NegativesError as error:
         raise RunFailed(f"negatives.kind={prepared.negatives.kind}: {error}") from error
 
