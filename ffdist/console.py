@@ -4,12 +4,15 @@ import csv
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 from rich import progress
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ffdist.errors import ConfigError
 
 Item = TypeVar("Item")
 _is_quiet = False
@@ -56,14 +59,31 @@ def print_rows(rows: Sequence[Mapping[str, Any]], form: str | None = None) -> No
         form: `csv` or `json`; by default a table on a terminal, and tab-separated values with a header elsewhere.
     """
     screen, columns = Screen(highlight=False), list(rows[0]) if rows else []
-    if form == "json":
-        print(json.dumps(rows, indent=2), file=screen.file)
-        return
-    if form == "csv" or not is_interactive(screen):
-        writer = csv.writer(screen.file, "excel" if form else "excel-tab", lineterminator="\n")
-        writer.writerows([columns, *(row.values() for row in rows)])
+    if form or not is_interactive(screen):
+        _write(rows, screen.file, form)
         return
     table = Table(*map(escape, columns), box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(escape(f"{value:,}" if isinstance(value, int) else str(value)) for value in row.values()))
     screen.print(table)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, form: str) -> None:
+    """Writes rows with equal columns to a file, as `csv` or `json`.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    try:
+        with path.open("w") as file:
+            _write(rows, file, form)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error}); name another file") from error
+
+
+def _write(rows: Sequence[Mapping[str, Any]], file: IO[str], form: str | None) -> None:
+    if form == "json":
+        print(json.dumps(rows, indent=2), file=file)
+        return
+    writer = csv.writer(file, "excel" if form else "excel-tab", lineterminator="\n")
+    writer.writerows([list(rows[0]) if rows else [], *(row.values() for row in rows)])

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset, random_split
 from ffdist import ConfigError, Run, load_config, train
 from ffdist.config.sections import Data
 from ffdist.data.datasets import load_dataset
+from ffdist.data.order import split as split_indices
 from ffdist.training.offline_negatives import fill_store, show_store
 from ffdist.training.prepare import prepare
 
@@ -33,7 +34,7 @@ def make_labels(count=40, classes=2):
     return np.arange(count) % classes
 
 
-def load(data, seed=0, validation_samples=0, **settings):
+def load(data, seed=0, validation_samples="auto", **settings):
     config = Data(**{"name": "arrays"} | settings)
     return load_dataset(config, seed=seed, validation_samples=validation_samples, data=data)
 
@@ -115,6 +116,14 @@ def test_a_dict_gives_the_splits():
     own = load(parts | {"validation": (make_images(4), make_labels(4))})
     assert list(own.labels) == ["train", "validation", "test"]
     assert own.samples["validation"].tolist() == make_images(4).reshape(4, -1).tolist()
+
+
+def test_a_class_whose_samples_are_all_held_out_for_validation_still_counts():
+    (row,) = split_indices(0, 20, 1)[1].tolist()
+    labels = make_labels(20)
+    labels[row] = 2
+    part = make_images(20), labels
+    assert load({"train": part, "test": part}, validation_samples=1).untrained == (2,)
 
 
 def test_the_data_of_the_user_is_never_modified():
@@ -213,11 +222,11 @@ def test_npz_files_of_keras_and_medmnist_are_read(keys, tmp_path):
     arrays = {key.format(split): array for split, part in parts.items() for key, array in zip(keys, part, strict=True)}
     np.savez(tmp_path / "small.npz", **arrays)
     config = Data(name="npz", path=tmp_path / "small.npz")
-    dataset = load_dataset(config, seed=0, validation_samples=0)
+    dataset = load_dataset(config, seed=0, validation_samples="auto")
     assert [dataset.sha256(split) for split in ("train", "test")] == [load(parts).sha256(split) for split in parts]
     val = {key.format("val"): array for key, array in zip(keys, parts["test"], strict=True)}
     np.savez(tmp_path / "small.npz", **arrays, **val)
-    assert len(load_dataset(config, seed=0, validation_samples=0).labels["validation"]) == 6
+    assert len(load_dataset(config, seed=0, validation_samples="auto").labels["validation"]) == 6
 
 
 def test_invalid_npz_files_are_rejected_and_never_unpickled(tmp_path):
@@ -231,17 +240,17 @@ def test_invalid_npz_files_are_rejected_and_never_unpickled(tmp_path):
     for content in (b"", b"PK\x03\x04", pickle.dumps(Bomb())):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"bad\.npz cannot be read as an \.npz file"):
-            load_dataset(config, seed=0, validation_samples=0)
+            load_dataset(config, seed=0, validation_samples="auto")
     arrays = {"x_train": make_images(), "y_train": np.array([Bomb()] * 40), "x_test": make_images()}
     np.savez(path, **arrays, y_test=make_labels())
     with pytest.raises(ConfigError, match=r"bad\.npz cannot be read.*without Python objects"):
-        load_dataset(config, seed=0, validation_samples=0)
+        load_dataset(config, seed=0, validation_samples="auto")
     assert not path.with_suffix(".ran").exists()
     np.savez(path, images=make_images(), labels=make_labels())
     with pytest.raises(ConfigError, match=r"must have the arrays x_train.*\(arrays: images, labels\)"):
-        load_dataset(config, seed=0, validation_samples=0)
+        load_dataset(config, seed=0, validation_samples="auto")
     with pytest.raises(ConfigError, match=r"data\.path must be an \.npz file"):
-        load_dataset(Data(name="npz", path=tmp_path), seed=0, validation_samples=0)
+        load_dataset(Data(name="npz", path=tmp_path), seed=0, validation_samples="auto")
 
 
 def some_images(count, seed):
@@ -261,7 +270,7 @@ def test_a_function_gets_its_options_and_the_seed():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nowhere:load", {}, r"data\.name=nowhere:load: cannot be imported as a function .*nowhere"),
+        ("nowhere:load", {}, r"data\.name=nowhere:load cannot be imported as a function .*nowhere"),
         ("test_arrays:nothing", {}, "cannot be imported"),
         ("test_arrays:some_images", {}, r"do not fit .*\(count, seed\) \(missing a required argument: 'count'\)"),
         ("test_arrays:some_images", {"count": 9, "size": 1}, "unexpected keyword argument 'size'"),
@@ -272,7 +281,7 @@ def test_a_function_gets_its_options_and_the_seed():
 def test_errors_of_a_function_name_it(name, options, message):
     config = Data(name=name, options=options)
     with pytest.raises(ConfigError, match=message):
-        load_dataset(config, seed=0, validation_samples=0, may_import=True)
+        load_dataset(config, seed=0, validation_samples="auto", may_import=True)
 
 
 def test_the_folder_of_a_run_causes_no_imports(tmp_path, monkeypatch):
@@ -327,9 +336,7 @@ def test_the_dataset_of_a_run_with_arrays_has_to_be_given_again(tmp_path):
     data = some_images(40, 0)
     run = train(CONFIG, data=data, runner="serial", runs=tmp_path)
     assert len(run.dataset.labels["test"]) == 8
-    with pytest.raises(
-        ConfigError, match=r"train\(\.\.\., resume=RUN, data=\.\.\.\).*run\.evaluate\(samples, labels\)"
-    ):
+    with pytest.raises(ConfigError, match=r"resume\(RUN, data=\.\.\.\).*run\.evaluate\(samples, labels\)"):
         Run.find(run.folder).dataset  # noqa: B018
     with pytest.raises(ConfigError, match="stands for samples that are given in Python"):
         train(run.config, runner="serial", runs=tmp_path)
@@ -353,6 +360,7 @@ def test_a_run_with_arrays_is_resumed_with_the_same_data_only(tmp_path):
     assert resumed.summary["weights_sha256"] == expected
 
 
+@pytest.mark.slow  # tables and images have such tests, too
 def test_serial_and_pipelined_runs_on_arrays_are_equal(ray_start_4_cpus, tmp_path):
     data = some_images(60, 0)
     digests = {

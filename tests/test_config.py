@@ -143,7 +143,7 @@ def test_single_layer_is_used_for_prediction():
         (["training.stop.patience=0"], r"training\.stop\.patience \(0\): .*greater than or equal to 1"),
         (["training.stop.target=1"], r"training\.stop\.target \(1\): .*less than 1"),
         (["training.stop.metric=loss"], r"training\.stop\.metric \('loss'\): .*'balanced_error'"),
-        (["training.stop.patients=3"], r"unknown key training\.stop\.patients; did you mean patience\?"),
+        (["training.stop.patients=3"], r"unknown key training\.stop\.patients; did you mean training.stop.patience\?"),
         (["training.stop=5"], r"training\.stop \(5\): "),
         (
             ["training.stop.patience=5", "training.schedule=greedy"],
@@ -174,7 +174,7 @@ def test_old_name_of_a_value_is_rejected_with_the_new_name():
 
 
 def test_error_of_an_unknown_configuration_lists_the_shipped_ones():
-    with pytest.raises(ConfigError, match=r"given: digit; shipped: cifar10, digits.*did you mean digits"):
+    with pytest.raises(ConfigError, match=r"given: digit; shipped: breast_cancer, .*digits.*did you mean digits"):
         load_config("digit")
 
 
@@ -226,7 +226,7 @@ def test_home_folder_is_expanded_if_the_user_exists():
 @pytest.mark.parametrize(
     ("section", "key", "expected"),
     [
-        (Data, "label", {*LABELS, "none"}),
+        (Data, "label", {*LABELS, "none", "auto"}),
         (Model, "goodness", {sign + goodness for goodness in GOODNESS for sign in ("", MINUS)}),
         (Model, "normalization", NORMALIZATIONS),
         (Training, "loss", LOSSES),

@@ -38,7 +38,7 @@ def color_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def load(path, validation_samples=0, **settings) -> Dataset:
+def load(path, validation_samples="auto", **settings) -> Dataset:
     data = Data(**({"name": "parquet", "path": path} | settings))
     return load_dataset(data, seed=0, validation_samples=validation_samples)
 
@@ -561,7 +561,7 @@ def test_mnist_is_read_from_torchvision_layout(mnist_root):
 
 @pytest.mark.skipif("FFDIST_CIFAR10" not in os.environ, reason="FFDIST_CIFAR10 names no folder of Parquet files")
 def test_cifar10_is_read_from_custom_parquet_files():
-    dataset = load(Path(os.environ["FFDIST_CIFAR10"]))
+    dataset = load(Path(os.environ["FFDIST_CIFAR10"]), validation_samples=0)
     assert dataset.shape == (3, 32, 32)
     assert len(dataset.samples["train"]) == 50_000
     mean = dataset.samples["train"].view(-1, 3, 1024).double().mean((0, 2)) / 255

@@ -208,7 +208,8 @@ def test_failed_plot_is_reported_and_the_others_are_drawn(run, tmp_path, monkeyp
 def test_run_finishes_if_all_plots_fail(tmp_path, monkeypatch, capsys):
     for plot in PLOTS:
         monkeypatch.setattr(f"ffdist.plotting.plots.plot_{plot}", fail_to_plot)
-    run = train(CONFIG | {"training": {"epochs": 1, "validation_samples": 0}}, runner="serial", runs=tmp_path)
+    settings = {"training": {"epochs": 1, "validation_samples": 0}, "tracking": {"flush_timeout_s": 250}}
+    run = train(CONFIG | settings, runner="serial", runs=tmp_path)  # other tests may keep the CPU busy
     output = capsys.readouterr().out
     assert output.count("warning: ") == output.count(".png could not be drawn (TypeError: set_text") == len(PLOTS)
     assert Run.find(run.folder).summary == run.summary

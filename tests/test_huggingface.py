@@ -13,7 +13,7 @@ from ffdist.data.datasets import load_dataset
 
 
 def load(path, **settings):
-    return load_dataset(Data(name="huggingface", path=path, **settings), seed=0, validation_samples=0)
+    return load_dataset(Data(name="huggingface", path=path, **settings), seed=0, validation_samples="auto")
 
 
 def make_png(shade):
@@ -72,7 +72,10 @@ def test_errors_of_datasets_that_cannot_be_used_name_the_fix(datasets, tmp_path,
         ConfigError, match=r"nobody/nothing cannot be loaded as a dataset .*name of a dataset on the Hub"
     ):
         load_dataset(
-            Data(name="huggingface", options={"path": "nobody/nothing"}), seed=0, validation_samples=0, may_import=True
+            Data(name="huggingface", options={"path": "nobody/nothing"}),
+            seed=0,
+            validation_samples="auto",
+            may_import=True,
         )
 
 

@@ -118,7 +118,9 @@ def test_interrupted_run_is_resumed(tmp_path, ffdist):
 def test_all_configurations_are_checked_before_training(tmp_path, ffdist, names, message):
     write_config(tmp_path, "labelled")
     (tmp_path / "broken.yaml").write_text("data: {name: parquet}\nmodel: {layers: [9]}\n")
-    (tmp_path / "large.yaml").write_text("data: {name: digits}\nmodel: {layers: [9]}\ntraining: {batch_size: 9999}\n")
+    (tmp_path / "large.yaml").write_text(
+        "data: {name: digits}\nmodel: {layers: [9]}\ntraining: {batch_size: 9999, validation_samples: 0}\n"
+    )
     assert message in ffdist("reproduce", *names, code=2)
     assert not (tmp_path / "runs").exists()
 

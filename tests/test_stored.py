@@ -15,6 +15,7 @@ from ffdist.runs.readout import fit_readout
 OVERRIDES = [
     *("training.epochs=4", "model.layers=[60,40]", "training.validation_samples=300"),
     *("training.validate_every_epochs=1", "tracking.register=digits", "tracking.artifacts=[model, checkpoints]"),
+    "tracking.flush_timeout_s=250",
 ]
 
 
@@ -32,7 +33,9 @@ def client(run):
 def elsewhere(run, tmp_path_factory):
     """Another runs folder, whose tracking store has the run; the run's folder is on another machine."""
     runs = tmp_path_factory.mktemp("elsewhere") / "runs"
-    shutil.copytree(run.folder.parent, runs, ignore=lambda _, names: [each for each in names if "digits-" in each])
+    shutil.copytree(
+        run.folder.parent, runs, ignore=lambda _, names: [each for each in names if each == run.folder.name]
+    )
     return runs
 
 

@@ -33,6 +33,7 @@ from ffdist.tracking.server import TRAINING_VIEW, default_uri, tracking_uri
 from ffdist.tracking.tracker import Tracker
 
 SHORT = ["digits", "training.epochs=1", "model.layers=[9]", "training.validation_samples=100", "--runner", "serial"]
+SHORT += ["tracking.flush_timeout_s=250"]  # other tests may keep the CPU busy
 
 
 @pytest.fixture(scope="module")

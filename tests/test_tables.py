@@ -27,7 +27,7 @@ SHORT = ["model.layers=[20, 16]", "training.epochs=4", "training.precision=float
 TRAIN = "height,width,kind\n1.5,2,a\n2.5,4,b\n3.5,9,a\n4.5,1,b\n"
 
 
-def load(path, validation_samples=0, **settings):
+def load(path, validation_samples="auto", **settings):
     config = Data(**{"name": "csv", "path": path} | settings)
     return load_dataset(config, seed=0, validation_samples=validation_samples)
 
@@ -42,10 +42,11 @@ def make_encoder(samples, **settings):
 
 
 def test_columns_of_the_training_set_have_mean_0_and_deviation_1():
-    samples = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1.0, 1e8]) + 7
+    samples = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    samples = samples * torch.tensor([1e-6, 1.0, 1e8]) + torch.tensor([0.0, 7.0, 7e8])
     values = make_encoder(samples).values(samples).double()
-    torch.testing.assert_close(values.mean(0), torch.zeros(3).double(), rtol=0, atol=1e-2)
-    torch.testing.assert_close(values.std(0, correction=0)[1:], torch.ones(2).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(values.mean(0), torch.zeros(3).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(values.std(0, correction=0), torch.ones(3).double(), rtol=0, atol=1e-5)
 
 
 def test_statistics_do_not_depend_on_the_number_of_threads():
@@ -68,6 +69,7 @@ def test_constant_columns_become_0_and_no_value_is_infinite():
         assert encoder.values(other).isfinite().all()
         assert encoder.rows(other, torch.zeros(len(other), 2)).square().sum(1).isfinite().all()
     assert encoder.values(torch.tensor([[huge, 0.0, 0.0]]))[0, 0] == 0
+    assert encoder.values(samples)[:, 1].tolist() == pytest.approx([-(1.5**0.5), 1.5**0.5, 0])
 
 
 def test_encoders_of_tables_survive_a_file():
@@ -133,7 +135,8 @@ def test_parquet_tables_of_numbers_are_read_alike(tmp_path):
         ({"train": "1,2\n3,4\n"}, {}, "first line must hold names of columns"),
         ({"train": "a,kind\n1,x,3\n"}, {}, r"train\.csv cannot be read as CSV: .*; write it again"),
         ({"train": ""}, {}, r"train\.csv cannot be read as CSV"),
-        ({"train": "a,kind\n"}, {}, "."),
+        ({"train": "a,kind\n"}, {}, "the train split is empty"),
+        ({"test": "height,width,kind\n"}, {}, "the test split is empty"),
         ({"test": "height,kind\n1,a\n"}, {}, r"must have the same columns \(only in one: \['width'\]\)"),
         ({"test": "height,width,kind\n1,2,c\n"}, {}, r"test\.csv, row 0: a label must be one of .*label: 'c'"),
         ({}, {"image_size": (2, 2)}, r"data\.image_size is for images .*leave it out"),
@@ -143,7 +146,7 @@ def test_parquet_tables_of_numbers_are_read_alike(tmp_path):
     ],
 )
 def test_errors_of_tables_state_rule_value_and_fix(files, settings, message, tmp_path):
-    write_csv(tmp_path, **files)
+    write_csv(tmp_path, **{"test": files.get("train", TRAIN)} | files)
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, **settings)
 
@@ -234,7 +237,7 @@ def test_breast_cancer_is_a_table_with_a_fixed_test_set():
     }
     assert (dataset.names, dataset.facts["features"][0]) == (("malignant", "benign"), "mean radius")
     assert torch.bincount(dataset.labels["test"]).tolist() == [42, 72]
-    other = load_dataset(Data(name="breast_cancer"), seed=1, validation_samples=0)
+    other = load_dataset(Data(name="breast_cancer"), seed=1, validation_samples="auto")
     assert dataset.sha256("test") == other.sha256("test")
     assert dataset.encoder.mean != other.encoder.mean  # the validation samples are not part of it
 
@@ -248,14 +251,14 @@ def test_covertype_is_read_from_the_files_of_scikit_learn(tmp_path):
     for suffix in ("samples", "targets"):
         (tmp_path / "covertype" / suffix).write_bytes((tmp_path / "covertype" / f"{suffix}_py3").read_bytes())
     config = Data(name="covertype", root=tmp_path)
-    dataset = load_dataset(config, seed=0, validation_samples=0, may_import=True)
+    dataset = load_dataset(config, seed=0, validation_samples="auto", may_import=True)
     assert [len(labels) for labels in dataset.labels.values()] == [11_340, 3_780, 880]
     assert dataset.samples["test"][0].tolist() == values[15_120].tolist()
     assert (dataset.names[6], dataset.labels["train"][6].item()) == ("Krummholz", 6)
     with pytest.raises(ConfigError, match=r"own validation split .*training\.validation_samples: 9.*leave it out"):
         load_dataset(config, seed=0, validation_samples=9, may_import=True)
     with pytest.raises(ConfigError, match="loading of pickles"):
-        load_dataset(config, seed=0, validation_samples=0)
+        load_dataset(config, seed=0, validation_samples="auto")
 
 
 def test_error_of_a_failed_download_of_covertype_names_the_fix(tmp_path, monkeypatch):
@@ -265,7 +268,7 @@ def test_error_of_a_failed_download_of_covertype_names_the_fix(tmp_path, monkeyp
     monkeypatch.setattr("sklearn.datasets._base.urlretrieve", fail)
     monkeypatch.setattr("sklearn.datasets._base.time.sleep", lambda seconds: None)
     with pytest.raises(ConfigError, match=r"could not be downloaded.*set data\.root or FFDIST_DATA.*network"):
-        load_dataset(Data(name="covertype", root=tmp_path), seed=0, validation_samples=0, may_import=True)
+        load_dataset(Data(name="covertype", root=tmp_path), seed=0, validation_samples="auto", may_import=True)
 
 
 @pytest.mark.parametrize("settings", [(), ("data.label=none", "negatives.kind=permuted")])
@@ -311,7 +314,7 @@ def test_files_with_the_columns_of_training_are_evaluated_and_predicted(run, tmp
         error = sum(a != b for a, b in zip(expected, labels, strict=True)) / 5
         assert f"test error {error:.2%} by goodness" in ffdist("evaluate", run.folder, "--data", name)
         assert "of 5 samples" in evaluate_on(run, tmp_path / name, label_column="label")
-    with pytest.raises(ConfigError, match="must contain a label for every sample: in a column nothing"):
+    with pytest.raises(ConfigError, match=r"must have the column nothing \(labels are in: column label, class names"):
         evaluate_on(Run.find(run.folder), tmp_path / "rows.csv", label_column="nothing")
 
 
@@ -347,12 +350,13 @@ def test_exported_and_served_networks_standardize_their_inputs(run, tmp_path):
     network = load_network(tmp_path / "exported")
     assert network.architecture.encoder == run.network.architecture.encoder
     assert torch.equal(network.predict(samples).goodness, expected.goodness)
-    program = torch.export.load(tmp_path / "exported" / "readout.pt2").module()
-    torch.testing.assert_close(program(samples).softmax(1), expected.probabilities)
+    label, probability, _ = torch.export.load(tmp_path / "exported" / "classifier.pt2").module()(samples)
+    assert torch.equal(label, expected.label)
+    torch.testing.assert_close(probability, expected.probabilities)
     onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(tmp_path / "exported" / "readout.onnx")
-    (logits,) = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits).softmax(1), expected.probabilities, rtol=1e-3, atol=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "exported" / "classifier.onnx")
+    _, probability, _ = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
+    torch.testing.assert_close(torch.from_numpy(probability), expected.probabilities, rtol=1e-3, atol=1e-4)
     served = mlflow.pyfunc.load_model(str(next((tmp_path / "exported").glob("*/MLmodel")).parent))
     result = served.predict(np.array(values.tolist()))
     assert result["name"].tolist() == [run.class_names[label] for label in expected.label]

@@ -114,7 +114,8 @@ def test_runs_in_an_active_run_are_nested_under_it(tmp_path):
         "print(parent.info.run_id)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    parent = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout.split()[-1]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=True)
+    parent = process.stdout.split()[-1]  # MLflow keeps the artifacts of its experiments in the working folder
     client = MlflowClient(f"sqlite:///{tmp_path}/store.db")
     experiment = client.get_experiment_by_name("sweep")
     children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")

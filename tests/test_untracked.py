@@ -8,7 +8,9 @@ import pytest
 
 from ffdist import ConfigError, Run, load_config, train
 from ffdist.runs.readout import fit_readout
+from ffdist.training.checkpointing import Checkpointer
 
+COMPLETE = Checkpointer.complete
 OVERRIDES = ["training.epochs=2", "model.layers=[20,10]", "tracking.log_every_minibatches=7"]
 
 
@@ -50,7 +52,7 @@ def test_untracked_run_resumes_bitwise_and_only_untracked(untracked, tmp_path):
     runs = tmp_path / "runs"
     config = load_config("digits", [*OVERRIDES, "tracking.uri=none", "checkpoint.every_minibatches=10"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ffdist.training.checkpointing.Checkpointer.complete", _stop_after(30))
+        patch.setattr(Checkpointer, "complete", stop_at_a_checkpoint)
         with pytest.raises(KeyboardInterrupt):
             train(config, runner="serial", runs=runs)
     (folder,) = runs.iterdir()
@@ -61,18 +63,10 @@ def test_untracked_run_resumes_bitwise_and_only_untracked(untracked, tmp_path):
     assert resumed.metrics["layer_1/loss"] == untracked.metrics["layer_1/loss"]
 
 
-def _stop_after(calls: int):
-    from ffdist.training.checkpointing import Checkpointer
-
-    complete, count = Checkpointer.complete, []
-
-    def stop(self, **options):
-        complete(self, **options)
-        count.append(1)
-        if len(count) > calls and self.last:
-            raise KeyboardInterrupt
-
-    return stop
+def stop_at_a_checkpoint(checkpointer, **options):
+    COMPLETE(checkpointer, **options)
+    if checkpointer.last:
+        raise KeyboardInterrupt
 
 
 def test_commands_that_need_mlflow_say_so(ffdist_in, tmp_path, monkeypatch):

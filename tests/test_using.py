@@ -30,8 +30,9 @@ from ffdist.runs.export import export_network
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    config = load_config("digits", ["training.epochs=12", "model.layers=[200,200]", "tracking.register=digits-net"])
-    return train(config, runner="serial", runs=tmp_path_factory.mktemp("runs"))
+    overrides = ["training.epochs=12", "model.layers=[200,200]"]
+    overrides += ["tracking.register=digits-net", "tracking.flush_timeout_s=250"]
+    return train(load_config("digits", overrides), runner="serial", runs=tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("layers", [(5, 4), (Local(grid=2, stride=2, field=3, units=4), 6)])

@@ -26,6 +26,7 @@ from ffdist.pipeline.schedule import Position
 from ffdist.runs.results import results_table
 from ffdist.runtime.access import private_ray
 from ffdist.tracking.server import open_client
+from ffdist.tracking.sync import sync
 from ffdist.training.metrics import is_learned
 from ffdist.training.prepare import prepare
 from ffdist.training.recoveries import Recovery
@@ -269,6 +270,8 @@ def _phase_durations(injected_at: float, recovery: Recovery) -> dict[str, float]
 def _read_result(training: Training, cluster: LocalCluster) -> RunResult:
     summary = training.summary()
     run_id = summary["mlflow_run_id"]
+    for _ in sync([training.folder], cluster.uri, training.runs):  # as a user does if a busy machine was too slow
+        pass
     with open_client(cluster.uri) as client:
         histories = {
             name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))

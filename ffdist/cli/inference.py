@@ -15,6 +15,8 @@ from ffdist.cli.options import (
     runs_option,
 )
 
+image_column_option = click.option("--image-column", help="Column of images in tables. Default: that of training.")
+
 
 @command()
 @run_argument
@@ -22,11 +24,15 @@ from ffdist.cli.options import (
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Labeled images to evaluate on: a Parquet file, a folder of them, or a folder with one folder per class.",
+    help="Labeled samples: a Parquet or CSV file, a folder of them, or a folder with one folder of images per class.",
 )
+@image_column_option
+@click.option("--label-column", help="Column of labels in tables. Default: that of training, or else label.")
 @checkpoint_option
 @runs_option
-def evaluate(run: str, overrides: tuple[str, ...], data: Path | None, checkpoint: str | None, runs: Path) -> None:
+def evaluate(
+    run: str, overrides: tuple[str, ...], data: Path | None, checkpoint: str | None, runs: Path, **columns: str | None
+) -> None:
     """Print the errors of a run.
 
     RUN, the folder or MLflow run id of a finished run, is evaluated on its test set or on --data. If the run's data has
@@ -35,29 +41,40 @@ def evaluate(run: str, overrides: tuple[str, ...], data: Path | None, checkpoint
     with report_errors():
         from ffdist.runs.inference import evaluate_on
 
-        click.echo(evaluate_on(find_finished_run(run, runs, checkpoint, overrides), data))
+        click.echo(evaluate_on(find_finished_run(run, runs, checkpoint, overrides), data, **columns))
 
 
 @command()
 @run_argument
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Parquet file for all predictions."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File for the predictions: .parquet, .json or .csv (without the probability and goodness of all labels).",
 )
+@image_column_option
 @checkpoint_option
 @runs_option
-def predict(run: str, inputs: tuple[Path, ...], output: Path | None, checkpoint: str | None, runs: Path) -> None:
-    """Predict the labels of images.
+def predict(
+    run: str,
+    inputs: tuple[Path, ...],
+    output: Path | None,
+    image_column: str | None,
+    checkpoint: str | None,
+    runs: Path,
+) -> None:
+    """Predict the labels of samples.
 
-    RUN is the folder or MLflow run id of a finished run. INPUT is an image, a Parquet file, or a folder of either. The
-    probability and goodness of each label are printed. If the output is not a terminal, the label, probability and
-    goodness of each image are printed as tab-separated values.
+    RUN is the folder or MLflow run id of a finished run. INPUT is an image, a Parquet or CSV file, or a folder of them.
+    The probability and goodness of each label are printed. If the output is not a terminal, the label, probability and
+    goodness of each sample are printed as tab-separated values.
     """
     with report_errors():
         check_writable("--output", output)
         from ffdist.runs.inference import predict_files
 
-        predict_files(find_finished_run(run, runs, checkpoint), inputs, output)
+        predict_files(find_finished_run(run, runs, checkpoint), inputs, output, image_column=image_column)
 
 
 @command()

@@ -65,9 +65,7 @@ format_option = click.option(
     type=click.Choice(["csv", "json"]),
     help="Format of the output. Default: a table on a terminal, and tab-separated values elsewhere.",
 )
-uri_option = click.option(
-    "--uri", envvar="MLFLOW_TRACKING_URI", help="MLflow tracking URI. Default: MLFLOW_TRACKING_URI."
-)
+uri_option = click.option("--uri", help="MLflow tracking URI. Default: MLFLOW_TRACKING_URI.")
 checkpoint_option = click.option(
     "--checkpoint",
     metavar="best|last|NAME",
@@ -102,7 +100,8 @@ def report_errors(interrupted_text: str = "interrupted") -> Iterator[None]:
             if sys.stdout:
                 sys.stdout.flush()
         except BaseException as error:
-            if click.get_current_context().meta.get(DEBUG):
+            context = click.get_current_context(silent=True)
+            if context and context.meta.get(DEBUG):
                 traceback.print_exc()
             if isinstance(error, ConfigError):
                 raise InvalidInput(str(error)) from error

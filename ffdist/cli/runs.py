@@ -21,7 +21,7 @@ from ffdist.console import print_rows
 from ffdist.errors import ConfigError, RunFailed
 
 experiment_option = click.option(
-    "--experiment", default=Tracking().experiment, show_default=True, help="MLflow experiment."
+    "--experiment", help="MLflow experiment. Default: that of MLflow's variables, or else ffdist."
 )
 
 
@@ -110,7 +110,7 @@ def sync(run: str | None, runs: Path) -> None:
 @uri_option
 @experiment_option
 @format_option
-def results(runs: Path, uri: str | None, experiment: str, form: str | None) -> None:
+def results(runs: Path, uri: str | None, experiment: str | None, form: str | None) -> None:
     """Print a table of results.
 
     It has a row for each configuration with finished runs at --uri, or else in the runs folder's database. The table is
@@ -120,7 +120,9 @@ def results(runs: Path, uri: str | None, experiment: str, form: str | None) -> N
         from ffdist.runs.results import finished_runs, print_results, result_rows
         from ffdist.tracking.server import default_uri, tracking_uri
 
-        uri = tracking_uri(Tracking(uri=uri), runs)
+        if uri:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+        uri = tracking_uri(Tracking(), runs)
         finished = finished_runs(find_database(runs) if uri == default_uri(runs) else uri, experiment)
         print_results(result_rows(finished), form)
 
@@ -129,7 +131,7 @@ def results(runs: Path, uri: str | None, experiment: str, form: str | None) -> N
 @runs_option
 @experiment_option
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port, if it is free.")
-def ui(runs: Path, experiment: str, port: int) -> None:
+def ui(runs: Path, experiment: str | None, port: int) -> None:
     """Serve the MLflow UI.
 
     It shows the runs folder's database on localhost. The address of the runs is printed.

@@ -154,8 +154,8 @@ def load_dataset(
     """
     splits = read_given(data, config, seed=seed) if data is not None else _read(config, seed, may_import=may_import)
     shape = splits.samples["train"].shape[1:]
+    names, classes = splits.names, config.classes or len(splits.names) or int(splits.labels["train"].max()) + 1
     samples, labels = _with_validation(splits, seed, validation_samples)
-    names, classes = splits.names, config.classes or len(splits.names) or int(labels["train"].max()) + 1
     settings = {**splits.encoder_settings, **ENCODERS[splits.encoder].fit(samples["train"])}
     dataset = Dataset(
         samples,
@@ -178,7 +178,7 @@ def _read(config: Data, seed: int, *, may_import: bool) -> Splits:
     if config.name == ARRAYS:
         raise ConfigError(
             "data.name=arrays stands for samples that are given in Python, and no file has them: use train(..., "
-            "data=...), train(..., resume=RUN, data=...) or, for a finished run, run.evaluate(samples, labels)"
+            "data=...), resume(RUN, data=...) or, for a finished run, run.evaluate(samples, labels)"
         )
     has_pickles = config.name == "covertype" and config.root is not None
     if not may_import and (config.is_function or config.is_remote or has_pickles):
@@ -210,8 +210,7 @@ def _with_validation(
             )
         order_of_splits = ("train", "validation", "test")
         return {split: samples[split] for split in order_of_splits}, {split: labels[split] for split in order_of_splits}
-    automatic = min(num_samples // 10, MAX_VALIDATION) if num_samples >= 10 * MIN_VALIDATION else 0
-    num_validation = automatic if validation_samples == "auto" else validation_samples
+    num_validation = _default_validation(num_samples) if validation_samples == "auto" else validation_samples
     if num_validation >= num_samples:
         raise ConfigError(
             f"training.validation_samples must be smaller than the training set "
@@ -222,6 +221,12 @@ def _with_validation(
         {"train": train[0], "validation": validation[0], "test": samples["test"]},
         {"train": train[1], "validation": validation[1], "test": labels["test"]},
     )
+
+
+def _default_validation(num_samples: int) -> int:
+    """Returns the number of training samples that are held out by default."""
+    tenth = num_samples // 10
+    return min(tenth, MAX_VALIDATION) if tenth >= MIN_VALIDATION else 0
 
 
 def _hold_out(

@@ -124,6 +124,8 @@ def read_tables(config: Data, sources: Mapping[str, Sequence[Source]], origin: O
     Raises:
         ConfigError: A table or sample is invalid. The message names the table and row.
     """
+    for split, each in sources.items():
+        _check_not_empty(sum(source.num_rows for source in each), split, config, origin)
     tables = {split: [open_table(source, config) for source in each] for split, each in sources.items()}
     check_same_columns(tables)
     first = tables["train"][0]
@@ -149,7 +151,6 @@ def _read_numbers(config: Data, tables: dict[str, list[Table]], names: list[str]
     check, samples, labels = LabelCheck(config, names), {}, {}
     for split, split_tables in tables.items():
         num_rows, numbers, done = sum(table.source.num_rows for table in split_tables), list[int](), 0
-        _check_not_empty(num_rows, split, config, origin)
         shape = torch.Size((num_rows, len(origin.features)))
         _check_fits(shape.numel() * torch.float32.itemsize)
         samples[split] = torch.empty(shape)

@@ -145,7 +145,7 @@ def open_table(
         selected = ()
     if duplicates := [name for name in (image, label, *selected) if schema.names.count(name) > 1]:
         raise ConfigError(
-            f"{source.location}: the columns that are read must have unique names ({duplicates[0]}: "
+            f"{source.location}: the selected columns must have unique names ({duplicates[0]}: "
             f"{schema.names.count(duplicates[0])} columns); rename or remove the others"
         )
     label_type = _label_type(types[label]) if label is not None else ""

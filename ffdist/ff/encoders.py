@@ -193,8 +193,9 @@ class ImageEncoder(Encoder):
 
 FIT_ROWS = 4096
 """Number of rows whose float64 copy is in memory at once when a table encoder is fitted."""
-MAX_FACTOR = 1e30
-"""Largest difference from a mean, and largest reciprocal of a deviation. Larger float32 numbers could overflow."""
+MAX_SCALE = 1e30
+"""Largest reciprocal of a deviation, so that it is a float32 number."""
+MAX_FLOAT = torch.finfo(torch.float32).max
 MAX_DEVIATIONS = 1e6
 """Largest standardized value. Larger ones are clamped, because the square of an outlier could overflow."""
 
@@ -243,7 +244,7 @@ class TableEncoder(Encoder):
         moments = torch.tensor([self.mean, self.deviation], dtype=torch.float64)
         if not (moments.isfinite().all() and (moments[1] >= 0).all()):
             raise ValueError("mean and deviation must be finite, and no deviation negative")
-        scale = moments[1].reciprocal().clamp(max=MAX_FACTOR)
+        scale = moments[1].reciprocal().clamp(max=MAX_SCALE)
         moments = torch.stack((moments[0], torch.where(moments[1] > 0, scale, 0))).to(torch.float32)
         object.__setattr__(self, "_moments", {torch.device("cpu"): moments})  # no field: it follows from the others
 
@@ -257,7 +258,7 @@ class TableEncoder(Encoder):
         if samples.device not in by_device:  # copied once: a CUDA graph cannot copy from host memory
             by_device[samples.device] = by_device[torch.device("cpu")].to(samples.device)
         mean, scale = by_device[samples.device]
-        differences = (samples - mean).clamp(-MAX_FACTOR, MAX_FACTOR)
+        differences = (samples - mean).clamp(-MAX_FLOAT, MAX_FLOAT)  # infinity times the scale 0 would be NaN
         values: Tensor = (differences * scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         return values
 

@@ -39,6 +39,7 @@ MAX_CHUNKS, FIRST_CHUNK = 14, 4
 MAX_NAME_LENGTH = 20
 GOODNESS_LINES: dict[str, Any] = {"positive": "-", "negative": "--"}
 """Line styles of the goodness of positive and negative samples."""
+ERROR_TICKS = (0, 1, 2, 5, 10, 20, 50, 100)
 SPAN_COLORS = {"compute": ("#2a6f97", "#89c2d9"), "wait": ("#eeeeee",), "wait for negatives": ("#333333",)}
 """Colors of the timeline's spans, by activity; successive chunks take turns."""
 
@@ -188,7 +189,9 @@ def plot_errors_over_time(history: History, test: Evaluation, epoch_samples: int
     samples, best = min(chief, key=lambda point: point[1])  # the first one, as for checkpoints
     label = f"best checkpoint: {best:.2%}"
     panel.plot(samples / epoch_samples, 100 * best, "ko", markersize=10, fillstyle="none", label=label)
-    panel.set(xlabel="epochs", ylabel="error, %", title="validation errors; dotted: test errors", ylim=(0, None))
+    panel.set_yscale("symlog", linthresh=1, linscale=0.3)  # shows small errors as well, and 0
+    panel.set_yticks(ERROR_TICKS, map(str, ERROR_TICKS))
+    panel.set(xlabel="epochs", ylabel="error, %", title="validation errors; dotted: test errors", ylim=(0, 100))
     figure.legend(loc="outside lower center", ncols=3)
     return _save(figure, path)
 

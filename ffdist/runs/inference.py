@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ffdist.console import Screen, is_interactive, print_rows
+from ffdist.console import Screen, is_interactive, print_rows, write_rows
 from ffdist.data.inputs import Inputs, read_inputs, read_table_inputs, write_parquet
 from ffdist.errors import ConfigError
 from ffdist.ff.classify import total_goodness
@@ -47,6 +47,8 @@ def evaluate_on(
                 f"classes have names), or as one folder per class and nothing else (classes: {classes}; "
                 f"{inputs.label_problem})"
             )
+        if label_column is not None and f"column {label_column}," not in inputs.label_source:
+            raise ConfigError(f"{data} must have the column {label_column} (labels are in: {inputs.label_source})")
         _note(f"labels: {inputs.label_source}")
         samples, labels = inputs.samples, inputs.labels
     untrained = torch.isin(labels, torch.tensor(run.network.architecture.untrained, dtype=labels.dtype)).sum().item()
@@ -64,14 +66,16 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None, *, image_co
     Args:
         run: The run.
         inputs: Image files, Parquet files, CSV files and folders.
-        to: Parquet file to write, with the columns `input`, `name` (if the classes have names), `label` (its number;
-            predicted by goodness, or by the readout if no label is shown), `probability` and `goodness` (of every
-            label; goodness is summed over the predicting layers).
+        to: `.parquet` or `.json` file to write, with the columns `input`, `name` (if the classes have names), `label`
+            (its number; predicted by goodness, or by the readout if no label is shown), `probability` and `goodness`
+            (of every label; goodness is summed over the predicting layers). A `.csv` file has the printed rows.
         image_column: Column of images in tables; by default that of training.
 
     Raises:
         ConfigError: The samples cannot be read, or do not fit the network.
     """
+    if to and to.suffix.lower() not in (".csv", ".json", ".parquet"):
+        raise ConfigError(f"--output must end in .parquet, .json or .csv (given: {to}); rename it")
     samples = _read(run, inputs, image_column)
     prediction = run.predict(samples.samples)
     goodness = total_goodness(prediction.goodness, run.network.architecture.predict_from)
@@ -80,16 +84,23 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None, *, image_co
     if names:
         columns["name"] = [names[label] for label in labels]
     columns["label"] = labels
-    if to:
-        write_parquet(columns | {"probability": probability, "goodness": goodness.tolist()}, to)
+    index, of_all = prediction.label.unsqueeze(1), {"probability": probability, "goodness": goodness.tolist()}
+    of_label = {"probability": prediction.probabilities.gather(1, index).squeeze(1).tolist()}
+    if goodness.shape[1]:
+        of_label["goodness"] = goodness.gather(1, index).squeeze(1).tolist()
+    if to and to.suffix.lower() == ".parquet":
+        write_parquet(columns | of_all, to)
+    elif to:
+        form = to.suffix.lower()[1:]
+        write_rows(_rows(columns | (of_label if form == "csv" else of_all)), to, form)
     if is_interactive(Screen()):
         _show(columns, probability, goodness, names)
-        return
-    index = prediction.label.unsqueeze(1)
-    columns["probability"] = prediction.probabilities.gather(1, index).squeeze(1).tolist()
-    if goodness.shape[1]:
-        columns["goodness"] = goodness.gather(1, index).squeeze(1).tolist()
-    print_rows([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+    else:
+        print_rows(_rows(columns | of_label))
+
+
+def _rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _show(

@@ -63,6 +63,9 @@ class Outbox:
     def __init__(self, path: Path, limit_bytes: int, *, is_sent: bool = True) -> None:
         self._max_pending, self._lock, self._is_sent = limit_bytes // POINT_BYTES, threading.Lock(), is_sent
         self.has_dropped_points = False
+        self.programs: dict[str, Path] = {}
+        """Programs that this process has exported, by the name of a network's folder. Those in a folder that may come
+        from another person could hold code, so they are never uploaded."""
         self.folder = path.parent
         """Folder of the run."""
         _check_files(path)

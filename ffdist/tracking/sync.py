@@ -88,7 +88,7 @@ def send_status(client: Any, outbox: Outbox, run_id: str) -> None:
 
 
 def send_calls(client: Any, outbox: Outbox, run_id: str, uri: str, *, uploads: bool = True) -> None:
-    """Makes all pending calls in order.
+    """Makes all pending calls in order, those of models last, because exporting a network takes seconds.
 
     A call with a temporary error stays pending and blocks only later calls of its group: tags keep their order, and a
     model is registered after its upload. A failed artifact moves behind the others, so that each of them is tried.
@@ -106,7 +106,7 @@ def send_calls(client: Any, outbox: Outbox, run_id: str, uri: str, *, uploads: b
     """
     failure: Exception | None = None
     blocked = set[str]() if uploads else set(UPLOAD_GROUPS.values())
-    for call in outbox.calls():
+    for call in sorted(outbox.calls(), key=_is_model):
         group = UPLOAD_GROUPS.get(call.kind, call.kind)
         if group in blocked:
             continue
@@ -124,6 +124,10 @@ def send_calls(client: Any, outbox: Outbox, run_id: str, uri: str, *, uploads: b
                 outbox.postpone(call)
     if failure:
         raise failure
+
+
+def _is_model(call: Call) -> bool:
+    return UPLOAD_GROUPS.get(call.kind) == "model"
 
 
 def rejection_reason(error: Exception, client: Any, run_id: str) -> str:
@@ -310,9 +314,10 @@ def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any
     model_id = _model_id(client, run_id, outbox, MODEL if is_final else f"{MODEL} {checkpoint}", checkpoint)
     location = client.get_logged_model(model_id).artifact_location
     with TemporaryDirectory() as temporary:
-        path, program = Path(temporary) / NAME, Path(temporary) / PROGRAM
+        path, program = Path(temporary) / NAME, outbox.programs.get(folder.name) or Path(temporary) / PROGRAM
         try:
-            export_in_subprocess(folder, program)
+            if folder.name not in outbox.programs:
+                export_in_subprocess(folder, program)
         except ValueError as error:
             raise RejectedUpload(str(error)) from error
         mlflow_model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)

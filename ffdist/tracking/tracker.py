@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -23,7 +24,9 @@ from torch import Tensor
 from ffdist.config.loading import CONFIG
 from ffdist.config.sections import NO_TRACKING, Tracking
 from ffdist.errors import ClusterStopped, ConfigError
+from ffdist.export.ffdist_served_model import PROGRAM
 from ffdist.export.network import save_network
+from ffdist.export.program import save_program
 from ffdist.ff.network import Network
 from ffdist.storage.files import file_in, path_in
 from ffdist.tracking import sync
@@ -74,6 +77,7 @@ class Tracker:
         self.is_on, self._parent_id = uri != NO_TRACKING, active_run_id(uri)
         """Whether the run is tracked by MLflow, and id of its parent run or empty."""
         self._release_lock, self._num_users = threading.Lock(), 2  # this object and its thread use the outbox
+        self._programs: TemporaryDirectory[str] | None = None
         self._config, self._runs = config, runs
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
@@ -130,6 +134,8 @@ class Tracker:
             if self._outbox and not self._num_users:
                 self._outbox.close()
                 self._lock.release()
+                if self._programs:
+                    self._programs.cleanup()
 
     def begin(self, folder: Path, parameters: dict[str, Any]) -> None:
         """Waits for the store to open, creates the MLflow run, and then the outbox in the run's folder.
@@ -278,6 +284,11 @@ class Tracker:
         folder.mkdir(exist_ok=True)
         save_network(network, folder, class_names)
         shutil.copyfile(file_in(self._folder, CONFIG), folder / CONFIG)
+        if is_final and self._outbox:  # nothing is trained any more, so another process is not needed
+            self._programs = TemporaryDirectory(prefix="ffdist-", ignore_cleanup_errors=True)
+            program = Path(self._programs.name) / PROGRAM
+            save_program(network, class_names, program)
+            self._outbox.programs[folder.name] = program
         content = {"folder": folder.name, "example": example.tolist(), "checkpoint": checkpoint, "step": step}
         self._queue_call("model", content | {"evaluations": evaluations})
         if is_final and self._config.register:

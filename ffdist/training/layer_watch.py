@@ -9,8 +9,9 @@ from ffdist.data.order import SampleOrder
 
 MIN_ACTIVE_FRACTION, CHANCE_ERROR = 0.01, 0.49
 """A layer has failed if fewer of its activations are not zero, or if its pairwise error is no better than chance."""
-NUM_POINTS = 2
-"""Number of logged points in a row at chance, after the first epoch of the layer, that are needed for a warning."""
+NUM_POINTS, MIN_MINIBATCHES = 2, 200
+"""Number of logged points in a row at chance that are needed for a warning, and of minibatches before them, because
+upper layers start late."""
 
 
 class LayerWatch:
@@ -24,9 +25,10 @@ class LayerWatch:
 
     def __init__(self, config: Config, order: SampleOrder, warn: Callable[..., Any]) -> None:
         self._config, self._warn = config, warn
-        self._epoch_samples = order.num_minibatches * order.batch_size
+        epoch_samples = order.num_minibatches * order.batch_size
+        self._late_samples = max(epoch_samples, MIN_MINIBATCHES * order.batch_size)
         epochs = config.training.epochs if config.training.schedule == "greedy" else 0
-        self._starts = [layer * epochs * self._epoch_samples for layer in range(len(config.model.layers))]
+        self._starts = [layer * epochs * epoch_samples for layer in range(len(config.model.layers))]
         self._num_at_chance = defaultdict[int, int](int)  # points in a row, by layer
         self._warned, self._last = set[int](), 0
 
@@ -38,11 +40,11 @@ class LayerWatch:
         for layer, start in enumerate(self._starts, 1):
             if layer in self._warned or samples <= start:
                 continue
-            if text := self._problem(layer, metrics, is_first_epoch=samples - start <= self._epoch_samples):
+            if text := self._problem(layer, metrics, is_late=samples - start > self._late_samples):
                 self._warned.add(layer)
                 self._warn(f"warning: layer {layer} {text}", **{f"layer_{layer}_warning": text})
 
-    def _problem(self, layer: int, metrics: dict[str, float], *, is_first_epoch: bool) -> str | None:
+    def _problem(self, layer: int, metrics: dict[str, float], *, is_late: bool) -> str | None:
         learning_rate = self._config.training.learning_rate
         active = metrics.get(f"layer_{layer}/active_fraction")  # missing in a short point, and after backpropagation
         if active is not None and active < MIN_ACTIVE_FRACTION:
@@ -52,7 +54,8 @@ class LayerWatch:
                 f"({self._config.training.peer_normalization:g})"
             )
         error = metrics.get(f"layer_{layer}/pairwise_error")  # other objectives have none
-        at_chance = error is not None and error >= CHANCE_ERROR and not is_first_epoch
+        is_paired = self._config.negatives.kind != "noise"  # which is not made from a sample, so 0.5 is not chance
+        at_chance = error is not None and error >= CHANCE_ERROR and is_paired and is_late
         self._num_at_chance[layer] = self._num_at_chance[layer] + 1 if at_chance else 0
         if self._num_at_chance[layer] < NUM_POINTS:
             return None

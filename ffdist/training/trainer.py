@@ -162,6 +162,8 @@ def resume(
     run: Path | str,
     overrides: Iterable[str] = (),
     *,
+    data: Any = None,
+    callbacks: Sequence[Callback] = (),
     runner: RunnerName | None = None,
     address: str | None = "local",
     runs: Path | str = "runs",
@@ -172,6 +174,8 @@ def resume(
     Args:
         run: Folder or MLflow run id of the run.
         overrides: `section.key=value` strings, of settings that do not affect the weights.
+        data: The same samples as before, if they were given to `train`.
+        callbacks: See `train`.
         runner: By default that of the run.
         address: See `train`.
         runs: Runs folder to search for an id.
@@ -185,6 +189,8 @@ def resume(
     interrupted = find_interrupted(run, Path(runs), overrides)
     return train(
         interrupted.config,
+        data=data,
+        callbacks=callbacks,
         runner=runner or interrupted.runner,
         address=address,
         runs=interrupted.runs,
