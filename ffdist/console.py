@@ -64,7 +64,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], form: str | None = None) -> No
         return
     table = Table(*map(escape, columns), box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*(escape(f"{value:,}" if isinstance(value, int) else str(value)) for value in row.values()))
+        table.add_row(*(escape(f"{value:,}" if type(value) is int else str(value)) for value in row.values()))
     screen.print(table)
 
 

@@ -381,6 +381,7 @@ def test_stop_saves_a_checkpoint_marks_the_run_as_killed_and_leaves_no_process(t
     assert run.data.metrics["layer_1/loss"] > 0
 
 
+@pytest.mark.slow  # other signals are tested, too
 def test_closed_terminal_marks_the_run_as_killed(tmp_path):
     """The command has its own shell, so that both the shell and the kernel send SIGHUP, and its own Ray cluster."""
     pid, terminal = pty.fork()

@@ -111,9 +111,8 @@ def test_comparison_has_the_settings_that_differ_and_the_results(runs_folder, ff
     assert rows["test_goodness_error"][str(stopped)] is None
 
 
-def test_removed_run_is_deleted_in_mlflow_and_can_be_restored_there(runs_folder, tmp_path, ffdist):
-    shutil.copytree(runs_folder / "runs", tmp_path / "runs")
-    (folder,) = (tmp_path / "runs").glob("finished_1-*")
+def test_removed_run_is_deleted_in_mlflow_and_can_be_restored_there(tmp_path, ffdist):
+    folder = train(load_config("digits", SHORT), runner="serial", runs=tmp_path / "runs").folder
     run_id = Run.find(folder).summary["mlflow_run_id"]
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     ffdist("rm", folder, code=1)  # the question is not answered
@@ -276,3 +275,51 @@ def test_shell_completes_configurations_settings_and_runs(runs_folder, ffdist_in
     assert "training.epochs=" in complete("train digits training.")
     assert any(name.startswith("runs/finished_0-") for name in complete("evaluate runs/fin"))
     assert complete("config s") == ["show"]
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("data={name: 'os:system', options: {command: 'touch code-ran'}}", "data.name, data.options"),
+        ("negatives={kind: 'custom:negatives'}", "negatives.kind"),
+        ("training.callbacks=['custom:Callback']", "training.callbacks"),
+        ("tracking.uri=http://127.0.0.1:9", "tracking.uri"),
+    ],
+)
+def test_resuming_imports_no_code_and_calls_no_server_that_only_the_folder_names(
+    override, name, runs_folder, tmp_path, ffdist
+):
+    shutil.copytree(next((runs_folder / "runs").glob("stopped-*")), tmp_path / "stopped")
+    (tmp_path / "custom.py").write_text("open('code-ran', 'w')")
+    config = load_config(str(tmp_path / "stopped" / "config.yaml"), [override])
+    (tmp_path / "stopped" / "config.yaml").write_text(config.to_yaml())
+    error = ffdist("resume", "stopped", code=2)
+    assert f"names code to import or a tracking server ({name}); if you trust it, repeat that: ffdist resume" in error
+    assert not (tmp_path / "code-ran").exists()
+    command = shlex.split(error.rpartition("repeat that: ")[2])
+    assert "names code to import" not in ffdist(*command[1:], code=2)  # another error: it is a different run now
+    assert (tmp_path / "code-ran").exists() == (name != "tracking.uri")
+
+
+def test_interrupted_run_with_a_tracking_server_prints_a_command_that_repeats_it(tmp_path, ffdist):
+    uri = f"sqlite:///{tmp_path}/other.db"
+    message = stop_training(load_config("digits", [*LONG, f"tracking.uri={uri}"]), tmp_path / "runs", runner="serial")
+    words = shlex.split(message.removeprefix("stopped; resume with: "))
+    assert words[3:] == [f"tracking.uri={uri}"]
+    assert "weights_sha256" in ffdist(*words[1:])
+
+
+def test_copy_of_a_run_is_removed_without_its_mlflow_run(runs_folder, tmp_path, ffdist):
+    shutil.copytree(runs_folder / "runs", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").glob("finished_0-*")
+    run_id = Run.find(folder).summary["mlflow_run_id"]
+    assert "its MLflow run" in ffdist("rm", folder, "--yes")  # its folder is the original one
+    assert not folder.exists()
+    assert MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").get_run(run_id).info.lifecycle_stage == "active"
+
+
+def test_predictions_do_not_replace_their_input(tmp_path, runs_folder, ffdist):
+    (tmp_path / "birds.csv").write_text("a,b\n1,2\n")
+    (folder,) = (runs_folder / "runs").glob("finished_0-*")
+    assert "--output must not replace an input" in ffdist("predict", folder, "birds.csv", "-o", "birds.csv", code=2)
+    assert (tmp_path / "birds.csv").read_text() == "a,b\n1,2\n"

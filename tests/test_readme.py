@@ -111,7 +111,7 @@ def database(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(line, marks=[pytest.mark.slow] * line.startswith("python"))
+        pytest.param(line, marks=[pytest.mark.slow] * (line.startswith("python") or "pipeline." in line))
         for line in TRAINING
         if "store" not in line
     ],
@@ -224,6 +224,7 @@ def test_python_examples(tmp_path, monkeypatch):
     assert (predicted == data.labels["test"]).double().mean() > 0.9
 
 
+@pytest.mark.slow  # test_tracker has nested runs, too
 def test_a_sweep_in_a_notebook(tmp_path):
     (example,) = re.findall(r"```python\n(import mlflow.*?)```", TEXT, re.S)
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=250)

@@ -271,7 +271,9 @@ def test_error_of_a_failed_download_of_covertype_names_the_fix(tmp_path, monkeyp
         load_dataset(Data(name="covertype", root=tmp_path), seed=0, validation_samples="auto", may_import=True)
 
 
-@pytest.mark.parametrize("settings", [(), ("data.label=none", "negatives.kind=permuted")])
+@pytest.mark.parametrize(
+    "settings", [(), pytest.param(("data.label=none", "negatives.kind=permuted"), marks=pytest.mark.slow)]
+)
 def test_serial_and_pipelined_runs_on_a_table_are_equal(ray_start_4_cpus, settings, tmp_path):
     config = load_config("breast_cancer", [*SHORT, *settings])
     runs = [train(config, runner=runner, address=None, runs=tmp_path) for runner in ("serial", "ray")]

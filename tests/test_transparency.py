@@ -242,7 +242,10 @@ def sharded_dataset() -> Dataset:
     return Dataset(images, labels, ImageEncoder((3, 4, 4), 2))
 
 
-@pytest.mark.parametrize("kind", ["hard_label", "hybrid", f"{__name__}:permute_pixels"])
+@pytest.mark.parametrize(
+    "kind",
+    ["hard_label", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hybrid", f"{__name__}:permute_pixels"))],
+)
 def test_shards_that_span_chunks_change_no_bit(ray_start_4_cpus, sharded_dataset, kind, tmp_path):
     """Several actors prefetch consecutive shards, and a second run reads them from a store."""
     from ffdist.runtime.placement import Placement, reserve

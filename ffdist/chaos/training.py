@@ -63,6 +63,7 @@ class Training:
     def __init__(self, arguments: list[str], runs: Path, address: str) -> None:
         self.runs, self.log = runs, runs / "driver.log"
         self._summary = runs / "summary.json"
+        self._confirmed = [each for each in arguments if each.startswith("tracking.uri=")]
         self._options = ["--address", address, "--runs", str(runs), "--summary", str(self._summary)]
         runs.mkdir(parents=True)
         self._start("train", *arguments)
@@ -75,7 +76,7 @@ class Training:
 
     def resume(self, *options: str) -> None:
         """Starts a driver that resumes the run."""
-        self._start("resume", str(self.folder), *options)
+        self._start("resume", str(self.folder), *self._confirmed, *options)
 
     @property
     def folder(self) -> Path:

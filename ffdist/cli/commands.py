@@ -38,7 +38,7 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             setting = find_setting(error.option_name.lstrip("-"))
-            if setting and any(parameter.nargs == -1 for parameter in self.params):
+            if setting and any(parameter.name in ("arguments", "overrides") for parameter in self.params):
                 hint = f"Settings are written without dashes: {setting}=VALUE."
                 raise click.UsageError(f"{error.format_message()} {hint}", ctx) from error
             raise

@@ -71,7 +71,7 @@ def rm(folders: tuple[str, ...], runs: Path, yes: bool) -> None:
         from ffdist.runs.folder import find_run
         from ffdist.runs.listing import remove_run
 
-        run_folders = [find_run(name, runs) for name in folders]
+        run_folders = list(dict.fromkeys(find_run(name, runs) for name in folders))
         if not yes:
             click.confirm(f"remove {', '.join(map(str, run_folders))} with all files?", abort=True, err=True)
         for folder in run_folders:

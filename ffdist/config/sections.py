@@ -380,7 +380,7 @@ class Checkpoint(Section):
     """Folder, or its URI, in which each run gets a folder of checkpoints. Default: the run's own folder."""
 
 
-OWN_TAGS = ("cluster", "decided", "folder", "precision", "resumed", "weights_sha256")
+OWN_TAGS = ("cluster", "decided", "folder", "precision", "resumed", "stopped", "weights_sha256")
 """Tags that ffdist sets."""
 FREE_MLFLOW_TAGS = ("mlflow.note.content", "mlflow.source.")
 """MLflow's own tags that users may set: the description, and the source."""

@@ -155,6 +155,9 @@ def load_dataset(
     splits = read_given(data, config, seed=seed) if data is not None else _read(config, seed, may_import=may_import)
     shape = splits.samples["train"].shape[1:]
     names, classes = splits.names, config.classes or len(splits.names) or int(splits.labels["train"].max()) + 1
+    if "validation" in splits.samples and validation_samples == 0:
+        note = "the data's own validation split is not used, because of training.validation_samples=0"
+        splits = splits._replace(origin=splits.origin._replace(notes=(*splits.origin.notes, note)))
     samples, labels = _with_validation(splits, seed, validation_samples)
     settings = {**splits.encoder_settings, **ENCODERS[splits.encoder].fit(samples["train"])}
     dataset = Dataset(

@@ -371,7 +371,7 @@ def _describe_column(name: str, types: dict[str, Any]) -> str:
 
 def _index_columns(schema: Any) -> set[str]:
     """Returns the names of the columns that hold a pandas index, such as row numbers."""
-    index = {name for name in schema.names if name.startswith("__index_level_")}
+    index = {name for name in schema.names if name.startswith("__index_level_") or name in ("", "Unnamed: 0")}
     with suppress(ValueError, LookupError, TypeError):  # without pandas metadata
         index |= {name for name in json.loads(schema.metadata[b"pandas"])["index_columns"] if isinstance(name, str)}
     return index

@@ -1,5 +1,6 @@
 """The folder of a run: its configuration, checkpoints and network."""
 
+import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from ffdist.checkpoint.checkpoints import CheckpointError, Checkpoints, DamagedC
 from ffdist.config.loading import CONFIG as CONFIG
 from ffdist.config.loading import load_config
 from ffdist.config.schema import Config
-from ffdist.config.sections import ARRAYS, Tracking
+from ffdist.config.sections import ARRAYS, NO_TRACKING, Tracking
 from ffdist.data.datasets import Dataset
 from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE
@@ -110,9 +111,28 @@ def checkpoints_at(uri: str, folder: Path) -> Checkpoints:
     return Checkpoints(Folder(uri, CheckpointError, folder.resolve().name))
 
 
-def resume_command(folder: Path) -> str:
-    """Returns the command that resumes a run."""
-    return f"ffdist resume {shlex.quote(str(folder))}"
+def unconfirmed_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings of a run that name code to import, or a tracking server.
+
+    The folder of a run may come from another person, so they are used only if the user repeats them.
+    """
+    data, uri = config.data, config.tracking.uri
+    imports = data.is_function or data.is_remote or (data.name == "covertype" and data.root is not None)
+    settings = {
+        "data.name": data.name if imports else None,
+        "data.options": data.options or None if imports else None,
+        "negatives.kind": config.negatives.kind if ":" in config.negatives.kind else None,
+        "training.callbacks": config.training.callbacks or None,
+        "tracking.uri": None if uri in (NO_TRACKING, os.environ.get("MLFLOW_TRACKING_URI")) else uri,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def resume_command(folder: Path, config: Config | None) -> str:
+    """Returns the command that resumes a run, with the settings that have to be repeated."""
+    settings = unconfirmed_settings(config) if config else {}
+    texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    return shlex.join(["ffdist", "resume", str(folder), *texts])
 
 
 def is_in_use(folder: Path) -> bool:

@@ -76,6 +76,8 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None, *, image_co
     """
     if to and to.suffix.lower() not in (".csv", ".json", ".parquet"):
         raise ConfigError(f"--output must end in .parquet, .json or .csv (given: {to}); rename it")
+    if to and any(each.exists() and to.exists() and to.samefile(each) for each in inputs):
+        raise ConfigError(f"--output must not replace an input ({to}); name another file")
     samples = _read(run, inputs, image_column)
     prediction = run.predict(samples.samples)
     goodness = total_goodness(prediction.goodness, run.network.architecture.predict_from)

@@ -36,10 +36,12 @@ def _row(folder: Path) -> dict[str, Any]:
         "goodness error": "",
         "readout error": "",
         "note": Outbox.fact_of(folder / OUTBOX, REASON) or "" if status == "failed" else "",
-        "resume with": "" if status in ("finished", "running") else resume_command(folder),
+        "resume with": "",
     }
     try:
         config = config_of(folder)
+        if status not in ("finished", "running"):
+            row["resume with"] = resume_command(folder, config)
         if status == "finished":
             summary = _summary(folder)
             row["goodness error"], row["readout error"] = summary["test_goodness_error"], summary["test_readout_error"]
@@ -61,7 +63,8 @@ def _status(folder: Path) -> str:
         return "finished"
     if kind_of(folder / LOCK) and is_in_use(folder):
         return "running"
-    return (Outbox.fact_of(folder / OUTBOX, STATUS) or "killed").lower()
+    status = (Outbox.fact_of(folder / OUTBOX, STATUS) or "killed").lower()
+    return "killed" if status == "finished" else status  # its process died before it wrote the summary
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -89,7 +92,9 @@ def compare_runs(names: Sequence[str], runs: Path) -> list[dict[str, Any]]:
         values = [summary.get(key) for summary in summaries]
         rows.append({"": key} | {name: _cell(key, value) for name, value in zip(columns, values, strict=True)})
     digests = [summary.get("weights_sha256", "") for summary in summaries]
-    rows.append({"": "weights_sha256"} | {name: digest[:12] for name, digest in zip(columns, digests, strict=True)})
+    rows.append(
+        {"": "weights_sha256"} | {name: str(digest)[:12] for name, digest in zip(columns, digests, strict=True)}
+    )
     return rows
 
 
@@ -133,6 +138,9 @@ def remove_run(folder: Path, runs: Path) -> str:
     try:
         if run_id:
             with open_client(trusted_uri(folder, uri, run_id, runs)) as client:
+                tracked_folder = client.get_run(run_id).data.tags.get("folder")
+                if tracked_folder != str(folder.resolve()):  # a copy, or the folder of another person
+                    raise ConfigError(f"it is of the folder {tracked_folder}")
                 client.delete_run(run_id)
             text += f"; `mlflow runs restore --run-id {run_id}` restores its metrics"
     except ConfigError as error:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,10 @@ class Run:
         if is_model(folder):
             return ModelRun.of(folder, checkpoint)
         if kind_of(folder / SUMMARY) != "file":
-            raise ConfigError(f"{folder} is not finished; resume it with `{resume_command(folder)}`")
+            config = None
+            with suppress(ConfigError):
+                config = config_of(folder)
+            raise ConfigError(f"{folder} is not finished; resume it with `{resume_command(folder, config)}`")
         with _explain_read_errors(folder / SUMMARY) as path:
             return cls(folder, _check_summary(read_json(folder, path.name)), checkpoint, overrides)
 
@@ -200,19 +204,24 @@ class Run:
 
     def _to_tensor(self, samples: Any) -> Tensor:
         if hasattr(samples, "to_numpy"):
-            if missing := [name for name in self.features if name not in samples]:
+            columns = {str(name): name for name in getattr(samples, "columns", ())}
+            if missing := [name for name in self.features if name not in columns]:
                 raise ConfigError(
                     f"samples must have the columns that the network was trained on (missing: "
                     f"{', '.join(missing[:10])})"
                 )
-            samples = (samples[self.features] if self.features else samples).to_numpy()
+            samples = samples[[columns[name] for name in self.features]] if self.features else samples
+            try:
+                samples = samples.to_numpy("float32" if self.features else None)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"samples must be numbers ({error}); convert the others") from error
         return torch.as_tensor(samples)
 
     def _to_class_numbers(self, labels: Any) -> Tensor:
         """Returns labels as numbers; class names become their numbers."""
         values = [] if isinstance(labels, Tensor) else list(labels)
         if not any(isinstance(value, str) for value in values):
-            return torch.as_tensor(labels)
+            return torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels))
         numbers = {name: number for number, name in enumerate(self.class_names)}
         if unknown := [value for value in values if value not in numbers]:
             raise ConfigError(

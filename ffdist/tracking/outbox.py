@@ -104,13 +104,13 @@ class Outbox:
         """Returns the oldest pending points, at most `limit`."""
         query = "select name, value, timestamp, step from points where not sent order by timestamp, step, name limit ?"
         with self._lock:
-            return [Point(*row) for row in self._database.execute(query, (limit,))]
+            return [_point(*row) for row in self._database.execute(query, (limit,))]
 
     def points_at(self, step: int, prefix: str) -> list[Point]:
         """Returns the points of the metrics with a prefix at a step."""
         query = "select name, value, timestamp, step from points where step = ? and substr(name, 1, ?) = ?"
         with self._lock:
-            return [Point(*row) for row in self._database.execute(query, (step, len(prefix), prefix))]
+            return [_point(*row) for row in self._database.execute(query, (step, len(prefix), prefix))]
 
     def points_after(self, steps: dict[str, int]) -> Iterator[list[Point]]:
         """Yields the points of each metric after its step in `steps`; all points of a metric that is not in it."""
@@ -268,6 +268,10 @@ class Outbox:
                     f"delete from points where (name, step) in (select name, step from ({numbered}) where k % 2 = 0)"
                 )
             self._num_pending = self._count()
+
+
+def _point(name: str, value: float | None, timestamp: int, step: int) -> Point:
+    return Point(name, math.nan if value is None else value, timestamp, step)  # SQLite stores NaN as null
 
 
 def _open_readonly(path: Path) -> closing[sqlite3.Connection]:

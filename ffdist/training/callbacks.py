@@ -78,7 +78,10 @@ class ActiveRun:
 
         Raises:
             ConfigError: The run has no validation, or a greedy schedule.
+            TypeError: The reason is not a text.
         """
+        if not isinstance(reason, str) or not reason:
+            raise TypeError(f"the reason must be a text that is not empty (given: {reason!r})")
         self._request_stop(reason, self.step)
 
 

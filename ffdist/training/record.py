@@ -55,11 +55,13 @@ class Record:
                 with suppress(OSError):  # it is not empty if another process uses it
                     self.folder.rmdir()
                 raise
-        has_moved = manifest and parse_config(manifest.config, str(self.folder)).data != config.data
+        before = parse_config(manifest.config, str(self.folder)) if manifest else config
+        if manifest:
+            self.tracker.resume(self.folder, manifest.mlflow_run_id)
+        has_moved = (before.data, before.checkpoint) != (config.data, config.checkpoint)
         if has_moved or not (self.folder / CONFIG).is_file():  # the folder may be lost, and its checkpoints elsewhere
             Folder(str(self.folder), RunFailed).put(CONFIG, config.to_yaml().encode())
         if manifest:
-            self.tracker.resume(self.folder, manifest.mlflow_run_id)
             self.tracker.log_tags({"resumed": "; ".join(start.remarks)})
         else:
             if init_from:

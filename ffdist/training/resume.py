@@ -27,6 +27,8 @@ from ffdist.runs.folder import (
     find_checkpoint,
     find_run,
     is_model,
+    resume_command,
+    unconfirmed_settings,
 )
 from ffdist.storage.paths import kind_of
 from ffdist.training.prepare import Prepared
@@ -85,7 +87,8 @@ def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ())
         overrides: `section.key=value` strings; with `checkpoint.uri` if the folder is lost.
 
     Raises:
-        ConfigError: There is no such run, or its configuration is damaged.
+        ConfigError: There is no such run, it is finished, its configuration is damaged, or it names code or a server
+            that no override repeats.
     """
     overrides = tuple(overrides)
     uri = dict(each.partition("=")[::2] for each in overrides).get("checkpoint.uri")
@@ -103,6 +106,14 @@ def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ())
                 f"{folder} is lost, and {checkpoints.folder.path()} has no complete checkpoint; train the run again"
             )
         config = parse_with_overrides(manifest.config, checkpoints.folder.path(), overrides)
+    if kind_of(folder / SUMMARY) == "file":
+        raise ConfigError(f"{folder} is finished; train it further as a new run, with --init-from {quote(str(folder))}")
+    given = {each.partition("=")[0] for each in overrides}
+    if unconfirmed := [key for key in unconfirmed_settings(config) if key not in given]:
+        raise ConfigError(
+            f"{folder} may come from another person, and names code to import or a tracking server "
+            f"({', '.join(unconfirmed)}); if you trust it, repeat that: {resume_command(folder, config)}"
+        )
     provenance = manifest.provenance if manifest else {}
     if provenance.get("algorithm") == BACKPROPAGATION:
         return Interrupted(config, folder, runs, "backpropagation")

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from ffdist.config.loading import find_config, load_config, load_for_arrays, parse_config
 from ffdist.config.schema import Config
+from ffdist.config.sections import ARRAYS
 from ffdist.errors import ClusterStopped, ConfigError, RunFailed
 from ffdist.ff.negatives import NegativesError
 from ffdist.runs.folder import checkpoints_of, resume_command
@@ -148,10 +149,10 @@ def train(  # noqa: PLR0913, the one entry point
             Callbacks(callbacks, config, prepared, record, stopping),
         ]
         loop = Loop(config, prepared, checkpointer, stopping, recoveries, observers)
-        with _resumable(record.folder, prepared):
+        with _resumable(record.folder, config, prepared, has_callbacks="callbacks" in options) as fix:
             loop.run(session.pipelines(record, recoveries, checkpoints.folder, should_stop), start, should_stop)
             if loop.interrupted:
-                raise KeyboardInterrupt(f"stopped; resume with: {resume_command(record.folder)}")
+                raise KeyboardInterrupt(f"stopped; resume with: {fix}")
             metrics.finish(loop.step)
             summary = reporter.finish(loop, checkpointer, session, recoveries, started)
     record.display.print(closing_text(summary, record.folder, look=ui_command(uri, tracker.experiment, runs)))
@@ -250,11 +251,14 @@ def _finished_run(run: Run, config: Config, prepared: Prepared, data: Any) -> Ru
 
 
 @contextmanager
-def _resumable(folder: Path, prepared: Prepared) -> Iterator[None]:
-    """Adds to errors how the run is resumed."""
-    fix = resume_command(folder)
+def _resumable(folder: Path, config: Config, prepared: Prepared, *, has_callbacks: bool) -> Iterator[str]:
+    """Adds to errors how the run is resumed: in Python, if samples or callbacks were given there; yields the same."""
+    has_data = config.data.name == ARRAYS
+    fix = resume_command(folder, config)
+    if has_data or has_callbacks:
+        fix = f"ffdist.resume({str(folder)!r}{', data=...' * has_data}{', callbacks=...' * has_callbacks})"
     try:
-        yield
+        yield fix
     except (OSError, sqlite3.Error) as error:  # a disk is full or gone
         raise RunFailed(f"{error}; resume with: {fix}") from error
     except (ClusterStopped, CallbackFailed) as error:
