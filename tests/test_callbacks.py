@@ -120,7 +120,7 @@ class LogOnce(Callback):
 )
 def test_invalid_metric_of_a_callback_ends_the_run_and_names_it(metrics, message, tmp_path):
     with pytest.raises(
-        RunFailed, match=rf"^callback test_callbacks:LogOnce failed in on_evaluation \(.*{message}.*ffdist resume"
+        RunFailed, match=rf"^callback test_callbacks:LogOnce failed in on_evaluation \(.*{message}.*ffdist\.resume"
     ):
         train(make_config(), runner="serial", runs=tmp_path, callbacks=[LogOnce(metrics)])
 

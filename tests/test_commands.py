@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import chdir
@@ -291,6 +292,7 @@ def test_resuming_imports_no_code_and_calls_no_server_that_only_the_folder_names
 ):
     shutil.copytree(next((runs_folder / "runs").glob("stopped-*")), tmp_path / "stopped")
     (tmp_path / "custom.py").write_text("open('code-ran', 'w')")
+    sys.modules.pop("custom", None)
     config = load_config(str(tmp_path / "stopped" / "config.yaml"), [override])
     (tmp_path / "stopped" / "config.yaml").write_text(config.to_yaml())
     error = ffdist("resume", "stopped", code=2)
