@@ -9,7 +9,7 @@ import click
 from ffdist.cli.commands import Group
 from ffdist.cli.options import config_argument, format_option, load, report_errors
 from ffdist.config.loading import find_config, load_config, shipped_configs
-from ffdist.config.reference import setting_rows
+from ffdist.config.reference import COLUMNS, setting_rows
 from ffdist.config.schema import SECTIONS
 from ffdist.console import print_rows
 from ffdist.errors import ConfigError
@@ -69,8 +69,7 @@ def keys(section: str | None, form: str | None) -> None:
         if section is not None and section not in SECTIONS:
             raise ConfigError(f"SECTION must be one of {', '.join(SECTIONS)} (given: {section})")
         rows = [row for name in ([section] if section else ["", *SECTIONS]) for row in setting_rows(name)]
-        columns = ("setting", "values", "default", "affects weights", "description")
-        print_rows([dict(zip(columns, (cell.replace("`", "") for cell in row), strict=True)) for row in rows], form)
+        print_rows([dict(zip(COLUMNS, (cell.replace("`", "") for cell in row), strict=True)) for row in rows], form)
 
 
 @config.command()

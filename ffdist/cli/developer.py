@@ -1,15 +1,20 @@
 """Commands for developers: fault injection and benchmarks."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from ffdist.cli.commands import Group, command
-from ffdist.cli.options import RUN_INTERRUPTED, check_writable, config_argument, load, report_errors, runs_option
+from ffdist.cli.options import (
+    RUN_INTERRUPTED,
+    check_writable,
+    config_argument,
+    load,
+    report_errors,
+    runs_option,
+    write_json,
+)
 from ffdist.errors import ConfigError, RunFailed
 
 json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Output file.")
@@ -59,14 +64,14 @@ def chaos(
                 f"{outcome.schedules:,} schedules with {outcome.faults:,} faults in {outcome.seconds:.0f} s: all "
                 f"results equal those without faults"
             )
-            _write(path, outcome._asdict())
+            write_json(path, outcome._asdict())
             return
         from ffdist.chaos.campaign import Campaign, print_report
 
         config = load(arguments)[0]
         report = Campaign(arguments, config, faults=faults, kinds=kinds, seed=seed, minutes=minutes).run()
         print_report(report)
-        _write(path, {"rows": report.rows(), "faults": [fault._asdict() for fault in report.faults]})
+        write_json(path, {"rows": report.rows(), "faults": [fault._asdict() for fault in report.faults]})
         if failures := report.failures():
             raise RunFailed(f"{len(failures)} failures: {'; '.join(failures)}")
 
@@ -91,7 +96,7 @@ def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path
             check_device(device)
         except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for an unknown device
             raise ConfigError(f"--device: {error}") from error
-        _write(path, print_steps(measure_steps(device, units=units, batches=batch)))
+        write_json(path, print_steps(measure_steps(device, units=units, batches=batch)))
 
 
 @bench.command()
@@ -108,7 +113,7 @@ def pipeline(arguments: tuple[str, ...], seconds: float, path: Path | None) -> N
 
         figures = measure_pipeline(config, seconds, lambda text: click.echo(text, err=True))
         print_figures(figures)
-        _write(path, figures)
+        write_json(path, figures)
 
 
 @bench.command()
@@ -129,7 +134,7 @@ def growth(arguments: tuple[str, ...], units: int, seconds: float, path: Path | 
             configs[f"{layers}_layers_{stages}_stages"] = load((FIXED_CHUNK_SIZE, *arguments, *sizes))[0]
         figures = measure_growth(configs, seconds, lambda text: click.echo(text, err=True))
         print_figures(figures)
-        _write(path, figures)
+        write_json(path, figures)
 
 
 @bench.command()
@@ -147,14 +152,9 @@ def convergence(arguments: tuple[str, ...], error: float, runs: Path, path: Path
 
         figures = measure_convergence(config, error, runs=runs, name=name)
         print_figures(figures)
-        _write(path, figures)
+        write_json(path, figures)
         if not figures["reached"]:
             raise RunFailed(
                 f"the test error must be at most --error (test error: {figures['test_error']:.2%}, --error {error:g}); "
                 f"set training.epochs higher"
             )
-
-
-def _write(path: Path | None, figures: Mapping[str, Any]) -> None:
-    if path:
-        path.write_text(json.dumps(figures, indent=2) + "\n")

@@ -2,13 +2,14 @@
 
 import errno
 import io
+import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -164,6 +165,12 @@ def check_writable(option: str, path: Path | None) -> None:
             target.unlink()
     except OSError as error:
         raise ConfigError(f"{option} must be a file that can be written ({path}: {error.strerror})") from error
+
+
+def write_json(path: Path | None, values: Mapping[str, Any]) -> None:
+    """Writes values to the file of an option, if it is given."""
+    if path:
+        path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def find_finished_run(name: str, runs: Path, checkpoint: str | None, overrides: tuple[str, ...] = ()) -> "Run":

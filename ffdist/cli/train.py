@@ -1,6 +1,5 @@
 """Commands that train."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ffdist.cli.options import (
     report_errors,
     run_argument,
     runs_option,
+    write_json,
 )
 from ffdist.errors import ConfigError, RunFailed
 
@@ -135,7 +135,7 @@ def resume(
             resume=interrupted.folder,
             skip_damaged=skip_damaged,
         )
-        _write(summary, result.summary)
+        write_json(summary, result.summary)
 
 
 @command()
@@ -215,7 +215,7 @@ def _train(
             checkpoint=checkpoint,
             **options,
         )
-        _write(summary, run.summary)
+        write_json(summary, run.summary)
 
 
 def _keep_memory(runner: str) -> None:
@@ -223,8 +223,3 @@ def _keep_memory(runner: str) -> None:
         from ffdist.pipeline.runner import keep_memory
 
         keep_memory()
-
-
-def _write(path: Path | None, summary: dict[str, Any]) -> None:
-    if path:
-        path.write_text(json.dumps(summary, indent=2) + "\n")

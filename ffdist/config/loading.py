@@ -34,7 +34,7 @@ RENAMED_VALUES = {"training.optimizer": {"release": "hinton"}}
 USUAL_NAMES = {
     "training.batch_size": ("batch", "bs", "minibatch_size", "train_batch_size", "per_device_train_batch_size"),
     "training.epochs": ("epoch", "max_epochs", "n_epochs", "num_epochs", "num_train_epochs"),
-    "training.learning_rate": ("lr", "alpha_lr", "eta", "step_size"),
+    "training.learning_rate": ("lr", "eta", "step_size"),
     "training.momentum": ("beta", "beta1", "beta_1", "betas"),
     "training.optimizer": ("opt", "optim"),
     "training.precision": ("amp", "bf16", "dtype", "fp16", "fp32", "mixed_precision"),

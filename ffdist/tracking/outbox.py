@@ -121,7 +121,7 @@ class Outbox:
             with self._lock:
                 rows = self._database.execute(query, (name, steps.get(name, -1))).fetchall()
             if rows:
-                yield [Point(*row) for row in rows]
+                yield [_point(*row) for row in rows]
 
     @property
     def num_pending(self) -> int:

@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import logging
-import math
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
@@ -115,7 +114,6 @@ class Sinks:
             is_last = self._closing.wait(FLUSH_INTERVAL_S)
             for points in self._outbox.points_after(steps):
                 steps[points[-1].name] = points[-1].step
-                points = [point._replace(value=math.nan if point.value is None else point.value) for point in points]
                 for sink in sinks:
                     sink.add(points)
             for sink in sinks:

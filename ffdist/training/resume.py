@@ -106,8 +106,7 @@ def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ())
                 f"{folder} is lost, and {checkpoints.folder.path()} has no complete checkpoint; train the run again"
             )
         config = parse_with_overrides(manifest.config, checkpoints.folder.path(), overrides)
-    if kind_of(folder / SUMMARY) == "file":
-        raise ConfigError(f"{folder} is finished; train it further as a new run, with --init-from {quote(str(folder))}")
+    _check_unfinished(folder)
     given = {each.partition("=")[0] for each in overrides}
     if unconfirmed := [key for key in unconfirmed_settings(config) if key not in given]:
         raise ConfigError(
@@ -118,6 +117,11 @@ def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ())
     if provenance.get("algorithm") == BACKPROPAGATION:
         return Interrupted(config, folder, runs, "backpropagation")
     return Interrupted(config, folder, runs, "serial" if provenance.get("runner") == "serial" else "ray")
+
+
+def _check_unfinished(folder: Path) -> None:
+    if kind_of(folder / SUMMARY) == "file":
+        raise ConfigError(f"{folder} is finished; train it further as a new run, with --init-from {quote(str(folder))}")
 
 
 def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, skip_damaged: bool) -> Start:
@@ -132,8 +136,7 @@ def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, s
     Raises:
         ConfigError: The run is finished, has another configuration or dataset, or has no checkpoint or a damaged one.
     """
-    if kind_of(folder / SUMMARY) == "file":
-        raise ConfigError(f"{folder} is finished; train it further as a new run, with --init-from {quote(str(folder))}")
+    _check_unfinished(folder)
     if is_model(folder):
         raise ConfigError(
             f"{folder} is only a model, without the checkpoints of its run; start a new run from its weights with "
