@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset, TensorDataset, random_split
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 from ffdist import ConfigError, Run, load_config, train
 from ffdist.config.sections import Data
@@ -152,7 +153,17 @@ def test_the_data_of_the_user_is_never_modified():
         ((np.zeros(40), make_labels()), r"train: float64 \[40\]"),
         ((np.array([["a"]] * 40), make_labels()), "or a table, numbers"),
         (([[1, 2], [3]], [0, 1]), "lists of equal lengths"),
-        ((make_images(), make_labels() / 2), r"labels must be integers or strings \(given: float64\)"),
+        ((make_images(), make_labels() / 2), r"labels must all be integers, or all be strings \(given: float\)"),
+        ((make_images(), np.array(["a", 1] * 20, object)), r"all be strings \(given: int and str\)"),
+        ((make_images(), ["a", np.nan] * 20), r"all be strings \(given: float and str\)"),
+        (
+            {"train": ([Image.new("L", (2, 3))] * 4, [0, 1] * 2), "test": (np.zeros((4, 6)), [0, 1] * 2)},
+            r"all must hold rows of tables \(test: a table\)",
+        ),
+        (([Image.new("L", (3, 3))] * 9, make_labels(8)), r"a label for each input \(inputs: 9, labels: 8\)"),
+        (Pictures(4, labels=(torch.eye(2)[0], torch.eye(2)[1])), r"train\[0\]: a label must be one .*shape: \[2\]"),
+        (Pictures(30, labels=("a", 1)), r"train\[1\]: a label must be one of the classes .*'1', classes: a"),
+        (Subset(Pictures(4), [0, 9]), r"train\[1\] cannot be read \(IndexError: list index out of range\)"),
         ((make_images(), np.eye(2)[make_labels()]), r"of shape \[N\] \(given: \[40, 2\]\); convert one-hot"),
         ((make_images(), make_labels() - 1), r"train labels, row 0: a label must be an integer from 0 .*-1"),
         ((make_images(), make_labels() * 300), "train labels, row 1: .*below 256"),
@@ -203,6 +214,63 @@ def test_datasets_of_pillow_images_are_read_like_image_files():
         load({"train": Pictures(4), "test": Pictures(4, size=(9, 9))})
     with pytest.raises(ConfigError, match=r"train\[0\]: images must have 8 bits per channel \(mode: F\)"):
         load(Pictures(20, "F"))
+
+
+def test_lists_of_pillow_images_are_decoded_like_files():
+    """A palette becomes colors, and the orientation of a photograph is applied."""
+    upright = Image.fromarray(make_images(1, (6, 5))[0])
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn it by 270 degrees
+    turned.info["exif"] = exif.tobytes()
+    dataset = load({"train": ([upright, turned], ["b", "a"]), "test": ([upright], ["a"])})
+    assert (dataset.shape, dataset.names, dataset.labels["train"].tolist()) == ((1, 6, 5), ("a", "b"), [1, 0])
+    assert torch.equal(*dataset.samples["train"])
+    palette = Image.new("P", (5, 6), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 0])
+    colors = load({"train": ([palette] * 2, [0, 1]), "test": ([palette], [0])}).samples["train"]
+    assert colors[0].view(3, 30)[:, 0].tolist() == [200, 100, 0]
+    mixed = load({"train": ([palette] * 2, [0, 1]), "test": (make_images(3, (6, 5, 3)), [0, 1, 0])})
+    assert torch.equal(mixed.samples["train"], colors)
+    assert mixed.samples["test"].tolist() == make_images(3, (6, 5, 3)).transpose(0, 3, 1, 2).reshape(3, -1).tolist()
+
+
+def test_arrays_of_images_are_resized_to_the_configured_size(tmp_path):
+    for shape in ((6, 4), (6, 4, 3)):
+        images = make_images(40, shape)
+        dataset = load((images, make_labels()), image_size=(3, 2))
+        assert dataset.shape == (3 if len(shape) == 3 else 1, 3, 2)
+        pictures = load(([Image.fromarray(image) for image in images], make_labels()), image_size=(3, 2))
+        assert pictures.sha256("train") == dataset.sha256("train")
+    assert load((images, make_labels()), image_size=(6, 4)).sha256("test") == load((images, make_labels())).sha256(
+        "test"
+    )
+    part = {"x": images, "y": make_labels()}
+    np.savez(tmp_path / "a.npz", **{f"{key}_{split}": part[key] for key in part for split in ("train", "test")})
+    config = Data(name="npz", path=tmp_path / "a.npz", image_size=(3, 2))
+    assert load_dataset(config, seed=0, validation_samples=0).shape == (3, 3, 2)
+
+
+@pytest.mark.parametrize("key", ["image_column", "label_column"])
+def test_columns_are_settings_of_tables_in_files_only(key):
+    for name in ("arrays", "test_arrays:some_images"):
+        with pytest.raises(ValidationError, match=rf"data\.{key} is for tables in files \(parquet, csv, huggingface\)"):
+            Data(**{"name": name, key: "a"})
+
+
+def test_settings_of_the_data_are_checked_when_samples_are_given_in_python(tmp_path):
+    data = some_images(40, 0)
+    for section, message in (
+        ({"name": "digits", "jiter": 1}, r"unknown key data\.jiter; did you mean data\.jitter"),
+        ({"jiter": 1}, r"unknown key data\.jiter"),
+        ({"path": str(tmp_path)}, r"data\.name=arrays takes no data\.path"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(CONFIG | {"data": section}, data=data, runner="serial", runs=tmp_path)
+    config = {"name": "parquet", "path": str(tmp_path), "label_column": "kind", "classes": 5, "image_size": [3, 3]}
+    run = train(CONFIG | {"data": config}, data=data, runner="serial", runs=tmp_path)
+    assert (run.config.data.path, run.config.data.label_column, run.summary["classes"]) == (None, None, 5)
+    assert run.network.architecture.encoder.shape == (1, 3, 3)
 
 
 def test_torchvision_datasets_are_read(mnist_root):
@@ -301,15 +369,18 @@ def test_the_folder_of_a_run_causes_no_imports(tmp_path, monkeypatch):
             Run.find(run.folder).dataset  # noqa: B018
 
 
-def test_a_store_of_negatives_causes_no_imports(tmp_path, monkeypatch):
+def test_a_store_of_negatives_causes_no_imports(tmp_path, monkeypatch, capsys):
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     fill_store(load_config("digits", ["training.epochs=1", "model.layers=[9]", "negatives.store=store"]))
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     manifest["config"]["data"] = {"name": "evil:load"}
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="must not cause imports"):
-        show_store("store", tmp_path / "negatives.png")
+    show_store("store", tmp_path / "negatives.png")  # the shards are checked without the samples
+    errors = capsys.readouterr().err
+    assert "the training samples are not compared (data.name: evil:load)" in errors
+    assert "all checksums match" in errors
+    assert not (tmp_path / "negatives.png").exists()
 
 
 def test_a_configuration_needs_no_data_section_and_keeps_how_labels_are_shown(tmp_path):

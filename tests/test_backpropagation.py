@@ -10,7 +10,7 @@ import ffdist.ff.specs
 from ffdist import ConfigError, load_config, load_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
-from ffdist.export.network import save_network
+from ffdist.export.network import Names, save_network
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
 from ffdist.ff.specs import Local
@@ -111,7 +111,7 @@ def test_run_is_tracked_evaluated_and_exported_like_any_other(tmp_path):
     assert not any("goodness" in path.name for path in [*run.folder.glob("*.png"), *run.plot(tmp_path / "again")])
     evaluation = run.evaluate(dataset.samples["test"], dataset.labels["test"])
     assert (evaluation.goodness_error, evaluation.readout_error) == (None, pytest.approx(error, abs=1.5 / 360))
-    save_network(network, tmp_path)
+    save_network(network, tmp_path, Names())
     loaded = load_network(tmp_path).predict(dataset.samples["test"])
     assert (loaded.goodness.shape[-1], (loaded.label != dataset.labels["test"]).double().mean().item()) == (0, error)
 
@@ -121,7 +121,7 @@ def test_baseline_is_resumed_only_with_its_own_algorithm(tmp_path):
     config = config.by_backpropagation()
     run = train(config, runner="backpropagation", runs=tmp_path)
     (run.folder / "summary.json").unlink()
-    with pytest.raises(ConfigError, match="resumed with its own algorithm, backpropagation; `ffdist baseline`"):
+    with pytest.raises(ConfigError, match=r"own algorithm, backpropagation \(given: Forward-Forward\); leave out"):
         train(config, runner="serial", runs=tmp_path, resume=run.folder)
     resumed = train(config, runner="backpropagation", runs=tmp_path, resume=run.folder)
     assert resumed.summary["weights_sha256"] == run.summary["weights_sha256"]

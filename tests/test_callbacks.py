@@ -258,16 +258,27 @@ def test_invalid_callback_is_an_error_before_anything_starts(name, message, modu
     assert not (tmp_path / "runs").exists()
 
 
+class StopsAtACheckpoint(Callback):
+    def on_checkpoint(self, run, path):
+        run.stop("saved")
+
+
+def test_stop_when_a_checkpoint_is_complete_is_refused_because_that_time_depends_on_the_machine(tmp_path):
+    with pytest.raises(RunFailed, match=r"failed in on_checkpoint .*depends on the machine; call stop in on_chunk"):
+        train(make_config(), runner="serial", runs=tmp_path, callbacks=[StopsAtACheckpoint()])
+
+
 def test_class_in_place_of_an_object_is_an_error():
     with pytest.raises(ConfigError, match=r"an object of a subclass of ffdist\.Callback .*Recorder"):
         load_callbacks([], [Recorder])
 
 
-def test_resumed_run_may_have_other_callbacks(module, reference, tmp_path):
+def test_resumed_run_may_have_other_callbacks(module, reference, tmp_path, capsys):
     with pytest.raises(RunFailed):
         train(make_config(), runner="serial", runs=tmp_path, callbacks=[Broken("on_evaluation")])
     (config_file,) = tmp_path.glob("*/config.yaml")
     config = make_config(f"training.callbacks=['{module}:Named']")
     run = train(config, runner="serial", runs=tmp_path, resume=config_file.parent)
+    assert "the run was started with the callbacks test_callbacks:Broken; give them" in capsys.readouterr().out
     assert run.summary["weights_sha256"] == reference.summary["weights_sha256"]
     assert run.metrics["named/epoch"]

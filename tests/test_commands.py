@@ -236,7 +236,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runner, tmp_path, ffdist):
         assert text in output
     assert not ray.is_initialized()
     assert not list(tmp_path.iterdir())
-    assert "batch_size: 5000" in ffdist("train", "digits", "--dry-run", "training.batch_size=5000", code=2)
+    for arguments, message in (
+        (["training.batch_size=5000"], "batch_size: 5000"),
+        (["training.callbacks=['nowhere:Callback']"], "training.callbacks: nowhere:Callback must be"),
+        (["--init-from", "nowhere"], "(given: nowhere)"),
+        (["--checkpoint", "best"], "--checkpoint needs --init-from"),
+    ):
+        assert message in ffdist("train", "digits", "--dry-run", "--runner", runner, *arguments, code=2)
 
 
 def test_quiet_command_prints_only_results(tmp_path, ffdist):

@@ -103,7 +103,7 @@ def test_image_size_resizes_images(color_folder):
     [
         ([b"no image"], [0], r"train-9\.parquet, row 0: the image cannot be decoded .* begin with b'no image'"),
         ([make_png(0)[:40]], [0], r"train-9\.parquet, row 0: the image cannot be decoded"),
-        ([None], [0], r"row 0: an image must be encoded bytes \(image: null\)"),
+        ([None], [0], r"row 0: an image must be encoded bytes \(path: None, bytes: null\); remove the row"),
         (
             [make_png((1, 1, 1)), make_png((1, 1, 1), size=(9, 9))],
             [0, 1],

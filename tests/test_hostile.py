@@ -21,7 +21,7 @@ from PIL import Image
 from ffdist import Run, load_network
 from ffdist.checkpoint.checkpoints import digest
 from ffdist.cli import main
-from ffdist.export.network import save_network
+from ffdist.export.network import Names, save_network
 from ffdist.tracking.server import default_uri
 
 SHORT = ["training.epochs=1", "model.layers=[20,10]"]
@@ -367,7 +367,7 @@ HARMLESS = {  # accepted, or created again
 
 def export_network() -> None:
     Path("network").mkdir(exist_ok=True)
-    save_network(Run.find("finished").network, Path("network"))  # the files that `load_network` reads
+    save_network(Run.find("finished").network, Path("network"), Names())  # the files that `load_network` reads
 
 
 def assert_refused(command: list[str] | None, case: str) -> None:

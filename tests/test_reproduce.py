@@ -61,6 +61,8 @@ def test_errors_are_compared_with_paper_and_target_and_finished_runs_are_reused(
     assert row["target"] == "0.01%, missed"
     assert "2 seeds" in row["by goodness"]
     assert "a target was missed by labelled" in output
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")  # finished runs stay where they are
+    assert parse_table(ffdist(*reproduce, "labelled.yaml", code=1))[0]["by goodness"] == labelled["by goodness"]
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     for run in client.search_runs(["1"]):
         client.delete_run(run.info.run_id)

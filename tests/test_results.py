@@ -5,7 +5,7 @@ from ffdist.runs.results import result_rows, results_table
 LOCAL = "[{'kind': 'local', 'grid': 4, 'stride': 6, 'field': 10, 'units': 128}, 500]"
 
 
-def make_run(name, seed, goodness, readout, *, train_s=60.0, **changes):
+def make_run(name, seed, goodness, readout, *, train_s=60.0, tags=(), **changes):
     params = {
         "seed": str(seed),
         "runner": "ray",
@@ -20,7 +20,9 @@ def make_run(name, seed, goodness, readout, *, train_s=60.0, **changes):
     } | {key.replace("__", "."): value for key, value in changes.items()}
     metrics = {"test/goodness_error": goodness, "test/readout_error": readout, "train_s": train_s}
     metrics = {key: value for key, value in metrics.items() if value is not None}
-    return SimpleNamespace(info=SimpleNamespace(run_name=name), data=SimpleNamespace(params=params, metrics=metrics))
+    return SimpleNamespace(
+        info=SimpleNamespace(run_name=name), data=SimpleNamespace(params=params, metrics=metrics, tags=dict(tags))
+    )
 
 
 def make_rows(*runs):
@@ -157,3 +159,9 @@ def test_baselines_with_different_settings_are_shown_in_one_cell():
         ),
     )
     assert row["backprop"] == "10.00% (readout_learning_rate 0.1); 1.00% (readout_learning_rate 0.01)"
+
+
+def test_epochs_of_runs_that_stopped_early_are_an_upper_bound():
+    runs = [make_run("a", 0, 0.02, 0.03), make_run("a", 1, 0.02, 0.03, tags={"stopped": "at epoch 7"})]
+    assert [row["epochs"] for row in make_rows(*runs)] == ["up to 40"]
+    assert [row["epochs"] for row in make_rows(runs[0])] == ["40"]

@@ -86,7 +86,9 @@ def test_every_new_best_checkpoint_is_a_model_in_order_of_its_error(run, client)
     assert [steps[model.model_id] for model in found] == expected[::-1]
 
 
-@pytest.mark.parametrize("uri", ["runs:/{run}", "models:/digits/1", "models:/digits@good", "models:/{model}"])
+@pytest.mark.parametrize(
+    "uri", ["runs:/{run}", "runs:/{run}/model", "models:/digits/1", "models:/digits@good", "models:/{model}"]
+)
 def test_uri_names_the_run_that_made_the_model(run, client, uri):
     client.set_registered_model_alias("digits", "good", "1")
     model_id = models_of(client, run)["model"].model_id

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import joblib
 import mlflow
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from sklearn.datasets import load_breast_cancer
 
@@ -360,8 +363,32 @@ def test_exported_and_served_networks_standardize_their_inputs(run, tmp_path):
     _, probability, _ = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
     torch.testing.assert_close(torch.from_numpy(probability), expected.probabilities, rtol=1e-3, atol=1e-4)
     served = mlflow.pyfunc.load_model(str(next((tmp_path / "exported").glob("*/MLmodel")).parent))
-    result = served.predict(np.array(values.tolist()))
-    assert result["name"].tolist() == [run.class_names[label] for label in expected.label]
+    names = [run.class_names[label] for label in expected.label]
+    assert served.predict(np.array(values.tolist()))["name"].tolist() == names
+    frame = pd.DataFrame(values.numpy(), columns=run.features).assign(other="text")
+    for samples in (frame[frame.columns[::-1]], {name: frame[name].to_numpy() for name in reversed(frame.columns)}):
+        assert served.predict(samples)["name"].tolist() == names
+    whole = pd.DataFrame({"sample": [np.array(row) for row in values.tolist()]})
+    for samples in (pd.DataFrame(values.numpy()), frame[run.features].set_axis(map(str, range(30)), axis=1), whole):
+        assert served.predict(samples)["name"].tolist() == names  # without names of columns, by position
+    with pytest.raises(MlflowException, match=r"columns that the network was trained on \(missing: mean radius\)"):
+        served.predict(frame.drop(columns="mean radius"))
+
+
+def test_a_model_without_its_run_knows_the_names_of_the_columns(run, tmp_path, ffdist_in):
+    runs = tmp_path / "runs"
+    shutil.copytree(run.folder.parent, runs, ignore=shutil.ignore_patterns(run.folder.name))
+    values, _ = write_rows(tmp_path)
+    model = Run.find(f"runs:/{run.summary['mlflow_run_id']}/model", runs)
+    assert (model.features, model.class_names) == (run.features, run.class_names)
+    expected = run.predict(values).label.tolist()
+    frame = pd.DataFrame(values, columns=run.features)
+    assert model.predict(frame[frame.columns[::-1]]).label.tolist() == expected
+    uri = f"runs:/{run.summary['mlflow_run_id']}"
+    ffdist_in(tmp_path, "predict", uri, "rows.csv", "--output", "out.json", "--runs", runs)
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["label"] for row in rows] == expected
+    assert "of 5 samples" in ffdist_in(tmp_path, "evaluate", uri, "--data", "rows.parquet", "--runs", runs)
 
 
 def test_networks_for_arrays_without_names_read_no_files(tmp_path):

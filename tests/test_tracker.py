@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from ffdist.config.sections import Tracking
 from ffdist.errors import ConfigError
+from ffdist.export.network import Names
 from ffdist.ff.network import Network
 from ffdist.tracking import tracker as tracker_module
 from ffdist.tracking.outbox import OUTBOX, Outbox
@@ -98,6 +99,11 @@ def test_run_of_the_environment_is_continued_once(shared_runs, tmp_path, monkeyp
             pytest.raises(ConfigError, match=rf"MLFLOW_RUN_ID.*a run that has not ended.*{problem}.*unset it"),
         ):
             tracker.begin(tmp_path / problem, {})
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)  # the job is started again, and resumes its run
+    with Tracker(default_uri(shared_runs), settings, runs=shared_runs, is_new=False) as tracker:
+        tracker.resume(tmp_path / "1", given)
+    assert (tracker.run_id, tracker.experiment) == (given, "of the job")
+    assert "MLFLOW_RUN_ID" not in os.environ
 
 
 def test_runs_in_an_active_run_are_nested_under_it(tmp_path):
@@ -244,7 +250,7 @@ def test_server_outage_does_not_delay_logging_and_uploads_follow_after_restart(
             tracker.log_tags({"kind": "test"})
             network = Network(image_architecture((1, 2, 2), 3, (5, 4)))
             example = torch.zeros(4, dtype=torch.uint8)
-            tracker.log_model(network, (), example, checkpoint="0001-000000", step=7, evaluations={})
+            tracker.log_model(network, Names(), example, checkpoint="0001-000000", step=7, evaluations={})
         assert f"not everything was tracked at {uri}" in caplog.text
         assert f"`ffdist sync '{folder}'`" in caplog.text
         servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))

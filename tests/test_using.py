@@ -20,7 +20,7 @@ from PIL import Image
 
 from ffdist import load_config, load_network, train
 from ffdist.cli import main
-from ffdist.export.network import save_network
+from ffdist.export.network import Names, save_network
 from ffdist.export.program import save_program
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.network import Network
@@ -43,14 +43,14 @@ def test_saved_network_gives_the_same_predictions(layers, label, tmp_path):
     for parameter in network.parameters():  # so that the seed alone does not determine the weights
         parameter.data += torch.randn_like(parameter)
     network.load_state_dict(network.state_dict())
-    save_network(network, tmp_path)
+    save_network(network, tmp_path, Names())
     images = torch.randint(256, (7, 36), dtype=torch.uint8)
     for expected, actual in zip(network.predict(images), load_network(tmp_path).predict(images), strict=True):
         assert torch.equal(expected, actual)
     (tmp_path / "network.json").write_text("{}")
     with pytest.raises(ValueError, match="no network that can be read"):
         load_network(tmp_path)
-    save_network(network, tmp_path)
+    save_network(network, tmp_path, Names())
     weights = tmp_path / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="is too small for its architecture"):
@@ -123,7 +123,7 @@ def test_every_kind_of_network_is_served_as_it_predicts(overrides, tmp_path):
 def test_classes_without_samples_are_never_predicted_by_an_exported_program(tmp_path):
     network = Network(image_architecture((1, 6, 6), 4, (9, 8), label="append", untrained=(1, 3)))
     samples = torch.randint(256, (50, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    save_program(network.requires_grad_(False), ("a", "b", "c", "d"), tmp_path / "classifier.pt2")
+    save_program(network.requires_grad_(False), Names(("a", "b", "c", "d")), tmp_path / "classifier.pt2")
     label, _, goodness = run_classifier(tmp_path / "classifier.pt2", samples.view(50, 1, 6, 6))
     assert torch.equal(label, network.predict(samples).label)
     assert set(label.tolist()) == {0, 2}

@@ -5,13 +5,14 @@ right calls in the right order. They run in this process, one call at a time. A 
 where an actor dies or hangs, and at which call or write the driver dies; another driver then resumes the run.
 """
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,8 +54,12 @@ from ffdist.training.resume import Start, start_from_checkpoint
 NUM_LAYERS, PREDICTION_DELAY, NUM_TRAINING, NUM_HELD_OUT = 3, 5, 15, 3
 MAX_FAULTS, MAX_DRIVERS = 6, 50
 """Limits of a schedule."""
+EARLY_EVERY = 4
+"""One of so many schedules stops early."""
+MAX_ERROR = 0.999
+"""Validation error that every evaluation but the worst reaches."""
 MEMORY_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # faster than a disk
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "data": {"name": "digits", "label": "append"},
     "model": {"layers": [2] * NUM_LAYERS},
     "negatives": {"kind": "hard_label", "prediction_delay": PREDICTION_DELAY},
@@ -88,11 +93,13 @@ def simulate(schedules: int, seed: int) -> Outcome:
     Raises:
         RunFailed: Faults stopped a run or changed its result; the message has the command that reproduces it.
     """
-    reference, _ = run_schedule(seed, max_faults=0)
+    references = [run_schedule(seed, max_faults=0, stops_early=stops_early)[0] for stops_early in (False, True)]
     start, num_faults = time.perf_counter(), 0
     for number in track(range(schedules), "simulating"):
         try:
-            result, faults = run_schedule(seed * 1_000_000 + number, max_faults=MAX_FAULTS)
+            stops_early = number % EARLY_EVERY == EARLY_EVERY - 1
+            result, faults = run_schedule(seed * 1_000_000 + number, max_faults=MAX_FAULTS, stops_early=stops_early)
+            reference = references[stops_early]
             differing = [field for field in RunResult._fields if getattr(result, field) != getattr(reference, field)]
             if differing:
                 raise RunFailed(f"{', '.join(differing)} differ after these faults: {'; '.join(faults)}")
@@ -105,8 +112,13 @@ def simulate(schedules: int, seed: int) -> Outcome:
     return Outcome(schedules, num_faults, time.perf_counter() - start)
 
 
-def run_schedule(seed: int, max_faults: int) -> tuple[RunResult, list[str]]:
+def run_schedule(seed: int, max_faults: int, *, stops_early: bool = False) -> tuple[RunResult, list[str]]:
     """Runs one driver after another until the run is completed.
+
+    Args:
+        seed: Seed of the faults.
+        max_faults: Largest number of faults.
+        stops_early: Whether the run ends at its first validation, after one of its epochs.
 
     Returns:
         The result of the run, and the injected faults.
@@ -120,7 +132,7 @@ def run_schedule(seed: int, max_faults: int) -> tuple[RunResult, list[str]]:
         try:
             for _ in range(MAX_DRIVERS):
                 try:
-                    result = _run_driver(folder, injector, server)
+                    result = _run_driver(folder, injector, server, stops_early=stops_early)
                 except DriverDied:
                     continue
                 if result:
@@ -130,7 +142,9 @@ def run_schedule(seed: int, max_faults: int) -> tuple[RunResult, list[str]]:
     raise RunFailed(f"not completed by {MAX_DRIVERS} drivers; faults: {'; '.join(injector.faults)}")
 
 
-def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]) -> RunResult | None:
+def _run_driver(
+    folder: Path, injector: FaultInjector, server: dict[Point, None], *, stops_early: bool
+) -> RunResult | None:
     """Starts or resumes the run; returns its result, or None if a stop was requested."""
     is_requested = False
 
@@ -140,7 +154,10 @@ def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]
         return is_requested
 
     chunk_size = injector.rng.randint(1, PREDICTION_DELAY)
-    config = parse_config(SETTINGS | {"pipeline": {"chunk_size": chunk_size}}, "simulation")
+    settings: dict[str, Any] = copy.deepcopy(SETTINGS) | {"pipeline": {"chunk_size": chunk_size}}
+    if stops_early:
+        settings["training"]["stop"] = {"target": MAX_ERROR}
+    config = parse_config(settings, "simulation")
     prepared = _prepare(config)
     checkpoints = Checkpoints(FaultyFolder(str(folder / "checkpoints"), injector, DriverDied))
     names = checkpoints.names()
@@ -152,7 +169,7 @@ def _run_driver(folder: Path, injector: FaultInjector, server: dict[Point, None]
         metrics = Metrics(config.tracking.log_every_minibatches, BATCH_SIZE, tracker.log_metrics)
         stopping = EarlyStopping(config, prepared)
         checkpointer = Checkpointer(
-            config, prepared, checkpoints, metrics, stopping, run_id="simulated", runner="serial", say=lambda text: None
+            config, prepared, checkpoints, metrics, stopping, run_id="simulated", provenance={}, say=lambda text: None
         )
         loop = Loop(config, prepared, checkpointer, stopping, recoveries, [metrics])
         pipelines = (_make_pipeline(config, prepared, folder, injector) for _ in count())

@@ -100,7 +100,8 @@ class Manifest(_StrictModel):
     config: dict[str, Any]
     """Resolved configuration."""
     provenance: dict[str, str | int | dict[str, str | int]]
-    """`algorithm`, and the hardware of each layer, the readout and each negative actor, which affects the last bits."""
+    """`algorithm`, `runner`, the names of `callbacks` that were given in Python, and the hardware of each layer, the
+    readout and each negative actor, which affects the last bits."""
     files: dict[FileName, FileInfo]
 
 

@@ -18,6 +18,7 @@ from ffdist.cli.options import (
     runs_option,
     write_json,
 )
+from ffdist.config.schema import Config
 from ffdist.errors import ConfigError, RunFailed
 
 RUN_OPTIONS = (
@@ -61,7 +62,7 @@ address_option = click.option(
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check CONFIG and its data, and print the plan, memory and time. Ray is not started.",
+    help="Check CONFIG, its data and callbacks, and print the plan, memory and time. Ray is not started.",
 )
 @click.pass_context
 def train(
@@ -82,7 +83,9 @@ def train(
         with report_errors():
             from ffdist.training.plan import plan
 
-            for name, text in plan(load(arguments)[0], runner).items():
+            config = load(arguments)[0]
+            source = _find_init_from(config, run["runs"], run["init_from"], run["checkpoint"])
+            for name, text in plan(config, runner, init_from=source, checkpoint=run["checkpoint"]).items():
                 click.echo(f"{name:<16}{text}")
         return
     _train(arguments, **run, runner=runner, address=address or default_address(context))
@@ -201,9 +204,7 @@ def _train(
     with report_errors(RUN_INTERRUPTED):
         check_writable("--summary", summary)
         config, name = load(arguments)
-        if checkpoint is not None and init_from is None:
-            raise ConfigError(f"--checkpoint needs --init-from RUN (--checkpoint {checkpoint}); add it")
-        from ffdist.runs.folder import find_run
+        source = _find_init_from(config, runs, init_from, checkpoint)
         from ffdist.training.trainer import train as run_training
 
         _keep_memory(options["runner"])
@@ -211,11 +212,22 @@ def _train(
             config,
             runs=runs,
             name=name,
-            init_from=None if init_from is None else find_run(init_from, runs, config.checkpoint.uri),
+            init_from=source,
             checkpoint=checkpoint,
             **options,
         )
         write_json(summary, run.summary)
+
+
+def _find_init_from(config: Config, runs: Path, init_from: str | None, checkpoint: str | None) -> Path | None:
+    """Returns the folder of the run that a run starts from, if any."""
+    if init_from is None:
+        if checkpoint is not None:
+            raise ConfigError(f"--checkpoint needs --init-from RUN (--checkpoint {checkpoint}); add it")
+        return None
+    from ffdist.runs.folder import find_run
+
+    return find_run(init_from, runs, config.checkpoint.uri)
 
 
 def _keep_memory(runner: str) -> None:

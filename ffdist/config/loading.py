@@ -62,8 +62,8 @@ USUAL_NAMES = {
     "seed": ("manual_seed", "random_seed", "random_state"),
 }
 """Names of settings in other trainers, by setting; they are used in hints only."""
-PRESENTATION = ("label", "label_scale", "subtract_mean", "jitter")
-"""Settings of the section `data` that do not depend on where samples come from."""
+LOCATION = ("name", "path", "options", "root", "image_column", "label_column")
+"""Settings of the section `data` that say where samples come from."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,7 +131,7 @@ def parse_with_overrides(tree: dict[str, Any], origin: str, overrides: Iterable[
 
 
 def load_for_arrays(config: Config | Path | str | dict[str, Any]) -> Config:
-    """Loads a configuration for samples that are given in Python: the dataset that it names, if any, is replaced.
+    """Loads a configuration for samples that are given in Python, which replace the dataset that it names, if any.
 
     Args:
         config: A configuration, its path, the name of a shipped one, or nested dicts.
@@ -145,8 +145,9 @@ def load_for_arrays(config: Config | Path | str | dict[str, Any]) -> Config:
     data = tree.get("data") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"data must be a section (given: {data!r})")
-    if data.get("name") != ARRAYS:
-        data = {key: data[key] for key in PRESENTATION if key in data}
+    if data.get("name", ARRAYS) != ARRAYS:
+        parse_config(tree, "config")  # settings that are left out must be valid, too
+        data = {key: value for key, value in data.items() if key not in LOCATION}
     return parse_config(tree | {"data": data | {"name": ARRAYS}}, "config")
 
 

@@ -13,13 +13,13 @@ from ffdist.config.sections import (
     Data,
     Model,
     Negatives,
-    Number,
     Pipeline,
     Reference,
     Section,
     Tracking,
     Training,
 )
+from ffdist.config.values import Number
 
 NEUTRAL_SETTINGS = (
     *("pipeline.", "tracking.", "checkpoint.", "reference.", "data.root"),

@@ -1,11 +1,8 @@
 """The sections of a configuration: type, default and description of each setting."""
 
-import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -19,67 +16,19 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from ffdist.config.values import (
+    Count,
+    Folder,
+    FolderUri,
+    Fraction,
+    NotNegative,
+    Number,
+    Positive,
+    Uri,
+    with_absolute_path,
+)
 from ffdist.ff import MAX_CLASSES as MAX_CLASSES
 from ffdist.ff.specs import MAX_VALUE, LayerSpec, layer_entry, parse_layer
-
-
-def _no_boolean(value: Any) -> Any:
-    """Rejects YAML's yes and no, which would be converted to 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError(f"a number is needed here, not {value}")
-    return value
-
-
-SECRET_WORDS = ("key", "token", "secret", "password", "pwd", "credential", "sig")
-"""Words in the names of query parameters that a URI must not have."""
-
-
-def reject_secrets(uri: str) -> str:
-    """Returns a URI, if it can be written to files and to MLflow.
-
-    Raises:
-        ValueError: The URI has a password or a key. The message does not repeat it.
-    """
-    parts = urlsplit(uri)
-    parameters = {name.lower() for name, _ in parse_qsl(parts.query)}
-    username = parts.scheme in ("http", "https") and parts.username  # it may be a token
-    if parts.password or username or any(word in name for name in parameters for word in SECRET_WORDS):
-        raise ValueError(
-            f"a URI must hold no password or key, because it is saved with the run (scheme: {parts.scheme}, host: "
-            f"{parts.hostname}); use environment variables, such as MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"
-        )
-    return uri
-
-
-Number = BeforeValidator(_no_boolean)
-Count = Annotated[int, Number, Field(ge=1, le=MAX_VALUE)]
-
-
-def _absolute(path: str) -> str:  # because saved paths are read in other working folders
-    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111, the latter raises
-
-
-NO_TRACKING = "none"
-"""Tracking URI that switches MLflow off."""
-
-
-def with_absolute_path(uri: str) -> str:
-    """Returns a tracking URI with an absolute path, because it is saved and read in other working folders."""
-    if uri == NO_TRACKING:
-        return uri
-    if uri.startswith("sqlite:///"):
-        return "sqlite:///" + _absolute(uri.removeprefix("sqlite:///"))
-    if uri.startswith("file:") and not uri.startswith("file:/"):
-        return Path(_absolute(uri.removeprefix("file:"))).as_uri()
-    return uri if ":" in uri or uri.startswith("databricks") else _absolute(uri)
-
-
-Uri = Annotated[str, AfterValidator(reject_secrets)]
-FolderUri = Annotated[Uri, AfterValidator(lambda uri: uri if "://" in uri else _absolute(uri))]
-Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
-Positive = Annotated[float, Number, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)]
-NotNegative = Annotated[float, Number, Field(ge=0, le=MAX_VALUE, allow_inf_nan=False)]
-Folder = Annotated[Path, AfterValidator(lambda path: Path(_absolute(str(path))))]
 
 Included = Literal["xor", "digits", "mnist", "fashion_mnist", "cifar10", "breast_cancer", "covertype"]
 Custom = Literal["parquet", "image_folder", "csv", "npz", "huggingface", "arrays"]
@@ -95,6 +44,8 @@ PATHS = {
     "huggingface": "a folder that save_to_disk wrote; or data.options.path, a name on the Hub",
 }
 """Meaning of `data.path`, by the `data.name` of custom datasets that need it."""
+TABLES = ("parquet", "csv", "huggingface")
+"""`data.name` of datasets with named columns of images and labels."""
 FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """A function as `package.module:function`."""
 
@@ -167,6 +118,12 @@ class Data(Section):
         """Whether it is a dataset on Hugging Face's Hub."""
         return self.name == "huggingface" and "path" in self.options
 
+    @property
+    def is_loadable(self) -> bool:
+        """Whether the samples can be loaded again without imports, downloads from the Hub and pickles."""
+        has_pickles = self.name == "covertype" and self.root is not None
+        return not (self.name == ARRAYS or self.is_function or self.is_remote or has_pickles)
+
     @model_validator(mode="after")
     def _check_path(self) -> "Data":
         if (self.path is None) == (self.name in PATHS and not self.is_remote):
@@ -174,8 +131,11 @@ class Data(Section):
             raise ValueError(f"data.name={self.name} {need}")
         is_custom = self.name in (*PATHS, ARRAYS) or self.is_function
         for key in ("image_column", "label_column", "image_size", "classes"):
-            if getattr(self, key) is not None and not is_custom:
-                raise ValueError(f"data.{key} is for custom datasets (data.name: {self.name}); leave it out")
+            is_allowed, noun = is_custom, "custom datasets"
+            if key.endswith("column"):
+                is_allowed, noun = self.name in TABLES, f"tables in files ({', '.join(TABLES)})"
+            if getattr(self, key) is not None and not is_allowed:
+                raise ValueError(f"data.{key} is for {noun} (data.name: {self.name}); leave it out")
         known = HUGGINGFACE_OPTIONS if self.is_remote else ()
         if not self.is_function and (unknown := [key for key in self.options if key not in known]):
             raise ValueError(

@@ -1,7 +1,8 @@
 """Datasets that are given in Python: arrays, tensors, torch datasets, and files of arrays."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from ffdist.storage.paths import kind_of, printable
 TEST_FRACTION = 0.2
 """Fraction of the samples that are held out as a test set if none is given."""
 HELD_OUT = "a fifth of the samples, stratified by class and chosen by the seed, is the test set"
+COPY_BYTES = 2**24
+"""Approximate size of the blocks in which inputs are copied."""
 NPZ_NAMES = {"train": "train", "validation": "val", "test": "test"}
 """Names of the splits in the names of the arrays of an .npz file."""
 
@@ -55,21 +58,27 @@ def read_given(data: Any, config: Data, *, seed: int) -> Splits:
             f"a dict of data must have the keys train, test and, optionally, validation (keys: "
             f"{', '.join(map(str, parts))})"
         )
-    parts = {split: parts[split] for split in SPLIT_NAMES if split in parts}
-    if all(_holds_images(part, split) for split, part in parts.items()):
-        splits = _read_images(parts, config)
-        return _hold_out_test(splits, seed) if len(parts) == 1 else splits
-    return _read_arrays({split: _to_arrays(part, split) for split, part in parts.items()}, parts["train"], config, seed)
+    parts = {split: _pair_images(parts[split], split) for split in SPLIT_NAMES if split in parts}
+    given = parts["train"]
+    arrays = {split: _to_arrays(part, split) for split, part in parts.items() if not _holds_images(part, split)}
+    if len(arrays) == len(parts) and not _must_resize(arrays, config):
+        return _read_arrays(arrays, given, config, seed)
+    for split, each in arrays.items():
+        if each.inputs.ndim != 4:
+            raise ConfigError(f"all splits must hold images, or all must hold rows of tables ({split}: a table)")
+        parts[split] = _Pairs(_Pictures(each.inputs), each.labels)
+    splits = _read_images(parts, given, config)
+    return _hold_out_test(splits, seed) if len(parts) == 1 else splits
 
 
 def _read_arrays(arrays: dict[str, _Arrays], train: Any, config: Data, seed: int) -> Splits:
     first, samples, labels = arrays["train"], {}, {}
     names, notes = _class_names(train, first.labels), tuple[str, ...]()
     check_classes(names, "the training labels", config)
-    rows: dict[str, Any] = dict.fromkeys(arrays, slice(None))
+    rows = {split: np.arange(len(each.inputs)) for split, each in arrays.items()}
     if len(arrays) == 1:
         arrays, rows, notes = {"train": first, "test": first}, _test_rows(first.labels, seed), (HELD_OUT,)
-    check, by_name = LabelCheck(config, names), {name: number for number, name in enumerate(names)}
+    check, to_class = LabelCheck(config, names), _class_numbers(names, first.labels[0])
     for split, each in arrays.items():
         if each.inputs.shape[1:] != first.inputs.shape[1:]:
             raise ConfigError(
@@ -78,7 +87,7 @@ def _read_arrays(arrays: dict[str, _Arrays], train: Any, config: Data, seed: int
             )
         if each.columns != first.columns:
             raise ConfigError(f"all splits must have the same columns in the same order ({split} differs from train)")
-        numbers: list[Any] = [by_name.get(label, label) if isinstance(label, str) else label for label in each.labels]
+        numbers = [to_class(label) for label in each.labels]
         check(numbers, f"{split} labels", 0)
         check.end_of_split(numbers)
         labels[split] = torch.tensor(numbers)[rows[split]]
@@ -143,6 +152,51 @@ def call_function(config: Data, *, seed: int) -> Any:
         raise ConfigError(f"data.name={config.name} raised {type(error).__name__}: {error}") from error
 
 
+class _Pairs(Dataset[tuple[Any, Any]]):
+    """Inputs and their labels."""
+
+    def __init__(self, inputs: Any, labels: Sequence[Any]) -> None:
+        self._inputs, self._labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self._inputs[index], self._labels[index]
+
+
+class _Pictures:
+    """Images `[N, C, H, W]` as a sequence of Pillow images."""
+
+    def __init__(self, images: np.ndarray[Any, Any]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        image = self._images[index]
+        return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def _must_resize(arrays: Mapping[str, _Arrays], config: Data) -> bool:
+    shapes = [each.inputs.shape for each in arrays.values()]
+    are_images = config.image_size is not None and all(len(shape) == 4 for shape in shapes)
+    return are_images and any(shape[2:] != config.image_size for shape in shapes)
+
+
+def _pair_images(part: Any, split: str) -> Any:
+    """Returns data as it is, or, of a list of Pillow images and their labels, a torch Dataset."""
+    if not isinstance(part, tuple | list) or len(part) != 2 or not isinstance(part[0], tuple | list):
+        return part
+    images, labels = part
+    if not any(isinstance(image, Image.Image) for image in images):
+        return part
+    labels = _to_labels(labels, split)
+    _check_lengths(len(images), len(labels), split)
+    return _Pairs(images, labels)
+
+
 def _holds_images(part: Any, split: str) -> bool:
     """Returns whether data is a torch Dataset of Pillow images."""
     if not isinstance(part, Dataset) or not hasattr(part, "__len__") or not len(part):
@@ -150,34 +204,59 @@ def _holds_images(part: Any, split: str) -> bool:
     return isinstance(_item(part, 0, split)[0], Image.Image)
 
 
-def _read_images(parts: Mapping[str, Any], config: Data) -> Splits:
-    """Reads torch datasets of Pillow images, such as torchvision's."""
+def _read_images(parts: Mapping[str, Any], given: Any, config: Data) -> Splits:
+    """Reads torch datasets of Pillow images, such as torchvision's; `given` is the training set as it was given."""
 
     def samples(dataset: Any, split: str) -> Iterator[Sample]:
         for index in range(len(dataset)):
             image, label = _item(dataset, index, split)
-            yield Sample(image, by_name.get(label, label) if isinstance(label, str) else label, f"{split}[{index}]")
+            yield Sample(image, to_class(label), f"{split}[{index}]")
 
     train = parts["train"]
     first_label = _item(train, 0, "train")[1]
     labels = [_item(train, index, "train")[1] for index in range(len(train))] if isinstance(first_label, str) else [0]
-    names = _class_names(train, labels)
+    names = _class_names(given, labels)
     check_classes(names, "the training labels", config)
-    by_name = {name: number for number, name in enumerate(names)}
+    to_class = _class_numbers(names, first_label)
     encoded = {split: Encoded(samples(part, split), len(part)) for split, part in parts.items()}
     return read_encoded(config, encoded, names, Origin())
 
 
 def _item(dataset: Any, index: int, split: str) -> tuple[Any, Any]:
     """Returns an input and its label, which may be an array or a tensor without dimensions."""
-    item = dataset[index]
+    try:
+        item = dataset[index]
+    except Exception as error:  # it may raise anything
+        raise ConfigError(f"{split}[{index}] cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(
             f"{split}[{index}]: the items of a torch Dataset must be pairs of an input and a label (given: "
             f"{type(item).__name__})"
         )
     label = item[1]
-    return item[0], label.item() if isinstance(label, np.generic | np.ndarray | Tensor) else label
+    if not isinstance(label, np.generic | np.ndarray | Tensor):
+        return item[0], label
+    if math.prod(label.shape) != 1:
+        raise ConfigError(
+            f"{split}[{index}]: a label must be one integer or string (shape: {list(label.shape)}); convert one-hot "
+            f"labels by argmax"
+        )
+    return item[0], label.item()
+
+
+def _class_numbers(names: Sequence[str], first_label: Any) -> Callable[[Any], Any]:
+    """Returns a function that converts a label to the number of its class; it returns unknown ones as they are.
+
+    All labels are names if the first one is.
+    """
+    by_name: dict[Any, int] = {name: number for number, name in enumerate(names)}
+    are_names = isinstance(first_label, str)
+
+    def to_class(label: Any) -> Any:
+        label = str(label) if are_names else label
+        return by_name.get(label, label) if isinstance(label, str) else label
+
+    return to_class
 
 
 def _class_names(part: Any, labels: list[Any]) -> list[str]:
@@ -200,11 +279,15 @@ def _to_arrays(part: Any, split: str) -> _Arrays:
     inputs, columns = part[0], tuple(map(str, getattr(part[0], "columns", ())))
     labels = _to_labels(part[1], split)
     array = _to_layout(_to_array(inputs), split)
-    if len(array) != len(labels) or not labels:
-        raise ConfigError(
-            f"the {split} data must have a label for each input (inputs: {len(array)}, labels: {len(labels)})"
-        )
+    _check_lengths(len(array), len(labels), split)
     return _Arrays(array, labels, columns)
+
+
+def _check_lengths(num_inputs: int, num_labels: int, split: str) -> None:
+    if num_inputs != num_labels or not num_labels:
+        raise ConfigError(
+            f"the {split} data must have a label for each input (inputs: {num_inputs}, labels: {num_labels})"
+        )
 
 
 def _stack(dataset: Any, split: str) -> tuple[Any, list[Any]]:
@@ -273,23 +356,30 @@ def _to_labels(values: Any, split: str) -> list[Any]:
     labels: list[Any] = array.tolist()
     if array.dtype.kind == "b":
         return [str(label) for label in labels]
-    if array.dtype.kind in "iuU" or (array.dtype.kind == "O" and all(type(label) in (str, int) for label in labels)):
+    types = {type(label) for label in labels}
+    if array.dtype.kind == "U" and isinstance(values, list | tuple):  # numpy converts numbers among strings
+        types = {str if isinstance(value, str) else type(value) for value in values}
+    if types == {str} or array.dtype.kind in "iu" or types == {int}:
         return labels
-    raise ConfigError(f"{split} labels must be integers or strings (given: {array.dtype}); convert them")
+    given = " and ".join(sorted(each.__name__ for each in types))
+    raise ConfigError(f"{split} labels must all be integers, or all be strings (given: {given}); convert them")
 
 
-def _copy(arrays: _Arrays, rows: Any, split: str) -> Tensor:
+def _copy(arrays: _Arrays, rows: np.ndarray[Any, Any], split: str) -> Tensor:
     """Returns rows of the inputs in memory of their own: uint8 images, or float32 rows of a table."""
-    inputs = arrays.inputs[rows]
+    inputs = arrays.inputs
+    copied = np.empty((len(rows), *inputs.shape[1:]), np.uint8 if inputs.ndim == 4 else np.float32)
+    block = max(1, COPY_BYTES // max(1, inputs[0].nbytes))
     with np.errstate(over="ignore"):  # found below
-        copied = np.array(inputs, np.uint8 if inputs.ndim == 4 else np.float32, order="C")
+        for start in range(0, len(rows), block):  # the selected rows of all would be another copy of the whole
+            copied[start : start + block] = inputs[rows[start : start + block]]
     if copied.ndim == 2 and not np.isfinite(copied).all():
         row, column = np.argwhere(~np.isfinite(copied))[0].tolist()
         name = arrays.columns[column] if arrays.columns else column
-        row = int(np.arange(len(arrays.inputs))[rows][row])
+        row = int(rows[row])
         raise ConfigError(
             f"{split}, row {row}: the column {name} must hold a finite 32-bit number (value: "
-            f"{arrays.inputs[row, column]}); fill it in, or remove the row or the column"
+            f"{inputs[row, column]}); fill it in, or remove the row or the column"
         )
     return torch.from_numpy(copied)
 

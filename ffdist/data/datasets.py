@@ -183,8 +183,7 @@ def _read(config: Data, seed: int, *, may_import: bool) -> Splits:
             "data.name=arrays stands for samples that are given in Python, and no file has them: use train(..., "
             "data=...), resume(RUN, data=...) or, for a finished run, run.evaluate(samples, labels)"
         )
-    has_pickles = config.name == "covertype" and config.root is not None
-    if not may_import and (config.is_function or config.is_remote or has_pickles):
+    if not may_import and not config.is_loadable:
         raise ConfigError(
             f"the folder of a run or a store must not cause imports, downloads from the Hub or the loading of pickles "
             f"(data.name: {config.name}); use run.evaluate(samples, labels), or name a file or folder of samples"

@@ -1,4 +1,4 @@
-"""Decoding of single images."""
+"""Decoding of images, and their memory."""
 
 import io
 from contextlib import suppress
@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from PIL import Image, ImageChops, UnidentifiedImageError
 from torch import Tensor
@@ -98,6 +99,80 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Returns the pixels of an image as uint8 `[channels, height, width]`."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+class ImageBuffer:
+    """Buffer of decoded images of one size.
+
+    Args:
+        num_images: Capacity.
+        size: Height and width, or None for the size of the first image.
+        channels: Number of channels of the training set, or None if this is the training set. The training set has 3
+            channels if any image is in color, otherwise 1.
+        resize: Whether to resize images of another size.
+    """
+
+    def __init__(self, num_images: int, size: tuple[int, int] | None, channels: int | None, *, resize: bool) -> None:
+        self.size, self.num_grayscale = size, 0
+        self._num_images, self._channels, self._resize, self._count = num_images, channels, resize, 0
+        self._pixels = torch.empty(0, channels or 1, 0, 0, dtype=torch.uint8)
+
+    @property
+    def images(self) -> Tensor:
+        """Images so far, uint8 `[N, channels, height, width]`."""
+        return self._pixels[: self._count]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return self._pixels.shape[1]
+
+    def add(self, image: Image.Image, location: str) -> None:
+        """Appends an image.
+
+        Raises:
+            ConfigError: The image has another size than the previous ones, or is in color and the training images are
+                grayscale.
+        """
+        grayscale = image.mode in GRAYSCALE_MODES or (self._channels == 1 and is_grayscale(image))
+        self.num_grayscale += grayscale
+        if not grayscale and self._channels == 1:
+            raise ConfigError(
+                f"{location}: the training images are grayscale, and this one is in color (mode: {image.mode}); "
+                f"convert all of them to grayscale or all to color"
+            )
+        self.size = self.size or (image.height, image.width)
+        if (image.height, image.width) != self.size and not self._resize:
+            raise ConfigError(
+                f"{location}: all images must have the same size (previous: {self.size[0]} x {self.size[1]}, this: "
+                f"{image.height} x {image.width}); set data.image_size to [height, width] to resize them"
+            )
+        if not self._count:
+            self._pixels = self._allocate(self._channels or (1 if grayscale else 3))
+        elif not grayscale and self.channels == 1:
+            previous, self._pixels = self._pixels, self._allocate(3)
+            self._pixels[: self._count] = previous[: self._count]
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if image.size != self.size[::-1]:
+            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        self._pixels[self._count] = to_tensor(image)
+        self._count += 1
+
+    def _allocate(self, channels: int) -> Tensor:
+        assert self.size, "set by the first image"
+        shape = (self._num_images, channels, *self.size)
+        check_fits(torch.Size(shape).numel(), "; set a smaller data.image_size")
+        return torch.empty(shape, dtype=torch.uint8)
+
+
+def check_fits(num_bytes: int, fix: str = "") -> None:
+    """Checks the size of a split before its memory is allocated."""
+    memory_bytes = psutil.virtual_memory().total
+    if num_bytes > memory_bytes:
+        raise ConfigError(
+            f"the samples of a split must fit into host memory (samples: {num_bytes / 1e9:,.1f} GB, memory: "
+            f"{memory_bytes / 1e9:,.1f} GB){fix}"
+        )
 
 
 def _reason(image: Any, error: Exception) -> str:

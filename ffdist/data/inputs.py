@@ -160,7 +160,10 @@ def _samples(
         elif kind == "file":
             yield Sample(path, None, printable(path))
         else:
-            raise ConfigError(f"{printable(path)} must be an image, a Parquet file or a folder of either (not found)")
+            raise ConfigError(
+                f"{printable(path)} must be an image, a Parquet or CSV file, or a folder of images and Parquet files "
+                f"(not found)"
+            )
 
 
 def _table_files(paths: Sequence[Path], notes: _Notes) -> Iterator[Path]:

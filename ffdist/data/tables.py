@@ -213,7 +213,9 @@ def read_images(table: Table, names: Sequence[str] = ()) -> Iterator[Sample]:
                 content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
                 location = f"{source.location}, row {row}"
                 if content is None:
-                    raise ConfigError(f"{location}: an image must be encoded bytes (image: null)")
+                    path = encoded.get("path") if isinstance(encoded, dict) else None
+                    fix = "use save_to_disk of datasets, which stores the bytes" if path else "remove the row"
+                    raise ConfigError(f"{location}: an image must be encoded bytes (path: {path}, bytes: null); {fix}")
                 if isinstance(content, str):
                     assert source.folder is not None, "strings are only selected there"
                     location, content = f"{location} ({content})", source.folder / content

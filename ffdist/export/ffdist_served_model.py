@@ -33,7 +33,8 @@ class ServedModel:
         Args:
             samples: An array or a data frame of numbers: `[N, ...]` in the shape of the training samples (of images,
                 pixels from 0 to 255 `[N, channels, height, width]`, or `[N, height, width]` if they are grayscale), or
-                flat `[N, D]`. A data frame with one column holds a sample in each cell.
+                flat `[N, D]`. A data frame with one column holds a sample in each cell. If the network was trained on
+                a table, the columns of a data frame are selected by their names.
             params: Ignored; part of MLflow's interface.
 
         Returns:
@@ -55,7 +56,7 @@ class ServedModel:
 
     def _convert(self, samples: Any) -> Tensor:
         """Returns samples in the shape and type that the program takes."""
-        values = np.ascontiguousarray(samples)
+        values = np.ascontiguousarray(self._select_features(samples))
         if values.dtype == object and values.ndim == 2 and values.shape[1] == 1:
             values = np.array(values[:, 0].tolist())
         if values.dtype.kind not in "biuf":
@@ -71,6 +72,20 @@ class ServedModel:
         if not bool(torch.isfinite(converted).all()):
             raise ValueError("samples must be finite numbers")
         return converted.view(-1, *shape)
+
+    def _select_features(self, samples: Any) -> Any:
+        """Returns the columns of a data frame, or of a dict of columns, that the network was trained on, in order."""
+        names, columns = self._facts.get("features"), getattr(samples, "columns", ())
+        by_name = {str(name): name for name in (samples if isinstance(samples, dict) else columns)}
+        if not names or not by_name or (len(by_name) == 1 < len(names)):  # a single column holds whole samples
+            return samples
+        if missing := [name for name in names if name not in by_name]:
+            if list(by_name) == [str(number) for number in range(len(names))]:
+                return samples  # columns without names, in their order
+            raise ValueError(
+                f"samples must have the columns that the network was trained on (missing: {', '.join(missing[:10])})"
+            )
+        return np.column_stack([samples[by_name[name]] for name in names])
 
 
 def _check_values(values: Any, dtype: Any) -> None:

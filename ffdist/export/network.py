@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,12 +17,19 @@ from ffdist.ff.specs import layer_entry
 from ffdist.storage.files import file_in, read_json
 
 WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
-CLASS_NAMES = "class_names"
-"""Key of the class names in the architecture file; the list may be empty."""
 
 
-def save_network(network: Network, folder: Path, class_names: Sequence[str] = ()) -> None:
-    """Writes a network and its class names into an existing folder, without the tensors that only training uses."""
+class Names(NamedTuple):
+    """Names in the data that a network was trained on. The architecture file has them under the same keys."""
+
+    class_names: Sequence[str] = ()
+    """Names of the classes, by label; empty if they have none."""
+    features: Sequence[str] = ()
+    """Names of the columns of a table, in the order of a sample's values; empty for images and if they have none."""
+
+
+def save_network(network: Network, folder: Path, names: Names) -> None:
+    """Writes a network and its names into an existing folder, without the tensors that only training uses."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if is_for_inference(name)}
     weights = file_in(folder, WEIGHTS)
     save_file(tensors, weights)
@@ -31,8 +38,8 @@ def save_network(network: Network, folder: Path, class_names: Sequence[str] = ()
     values = asdict(architecture) | {
         "encoder": encoder_entry(architecture.encoder),
         "layers": [layer_entry(layer) for layer in architecture.layers],
-        CLASS_NAMES: list(class_names),
     }
+    values |= {key: list(value) for key, value in names._asdict().items()}
     file_in(folder, ARCHITECTURE).write_text(json.dumps(values, indent=2))
 
 
@@ -57,10 +64,27 @@ def load_network(folder: str | Path) -> Network:
         raise ValueError(f"{folder} holds no network that can be read ({error})") from error
 
 
+def load_names(folder: str | Path) -> Names:
+    """Returns the names in a folder that `save_network` wrote.
+
+    Raises:
+        OSError: The file is missing.
+        ValueError: It is damaged.
+    """
+    values = read_json(folder, ARCHITECTURE)
+    if not isinstance(values, dict):
+        raise ValueError(f"{ARCHITECTURE} is not a JSON object")
+    names = Names(*(values.get(key, []) for key in Names._fields))
+    for key, value in names._asdict().items():
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"{key} must be a list of names")
+    return names
+
+
 def _parse_architecture(values: dict[str, Any]) -> Architecture:
     rule = values["rule"]
     architecture = Architecture(
-        **{key: value for key, value in values.items() if key != CLASS_NAMES}
+        **{key: value for key, value in values.items() if key not in Names._fields}
         | {
             "encoder": parse_encoder(values["encoder"]),
             "layers": tuple(values["layers"]),

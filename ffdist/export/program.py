@@ -7,7 +7,6 @@ torch while it runs, so a process that trains leaves it to another one.
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ffdist.export.ffdist_served_model import FACTS
-from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, load_network
+from ffdist.export.network import Names, load_names, load_network
 from ffdist.ff.classify import total_goodness
 from ffdist.ff.encoders import encoder_entry
 from ffdist.ff.network import Network
-from ffdist.storage.files import read_json
 
 
 class Classifier(nn.Module):
@@ -63,7 +61,7 @@ def export_program(network: Network) -> torch.export.ExportedProgram:
     return torch.export.export(Classifier(network), (samples,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def program_facts(network: Network, class_names: Sequence[str]) -> dict[str, Any]:
+def program_facts(network: Network, names: Names) -> dict[str, Any]:
     """Returns what a user of the program needs to know, as JSON data."""
     architecture = network.architecture
     encoder = architecture.encoder
@@ -71,24 +69,24 @@ def program_facts(network: Network, class_names: Sequence[str]) -> dict[str, Any
         "shape": list(encoder.shape),
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "outputs": list(Classifier(network).outputs),
-        "class_names": list(class_names),
+        **{key: list(value) for key, value in names._asdict().items()},
         "batch": architecture.prediction_batch,
         "encoder": encoder_entry(encoder),
     }
 
 
-def save_program(network: Network, class_names: Sequence[str], path: Path) -> None:
+def save_program(network: Network, names: Names, path: Path) -> None:
     """Exports a network to a file for `torch.export.load`, which contains the result of `program_facts`."""
-    facts = json.dumps(program_facts(network, class_names))
+    facts = json.dumps(program_facts(network, names))
     torch.export.save(export_program(network), str(path), extra_files={FACTS: facts})
 
 
 def main() -> None:
     """Exports the network of a folder; the exit code is `os.EX_TEMPFAIL` if only the file cannot be written."""
     folder, path = map(Path, sys.argv[1:])
-    network, class_names = load_network(folder), read_json(folder, ARCHITECTURE).get(CLASS_NAMES, [])
+    network, names = load_network(folder), load_names(folder)
     try:
-        save_program(network, class_names, path)
+        save_program(network, names, path)
     except (OSError, MemoryError) as error:
         print(error, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)

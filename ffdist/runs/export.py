@@ -9,7 +9,7 @@ import torch
 
 from ffdist.errors import ConfigError
 from ffdist.export.ffdist_served_model import PROGRAM
-from ffdist.export.network import ARCHITECTURE, WEIGHTS, save_network
+from ffdist.export.network import ARCHITECTURE, WEIGHTS, Names, save_network
 from ffdist.export.program import export_program, program_facts, save_program
 from ffdist.ff.network import Network
 from ffdist.runs.run import Run
@@ -28,7 +28,7 @@ def export_network(run: Run, to: Path) -> list[Path]:
     Raises:
         ConfigError: The folder is not empty, or cannot be written.
     """
-    network = run.network
+    network, names = run.network, Names(run.class_names, run.features)
     try:
         is_new = not to.exists()
         to.mkdir(parents=True, exist_ok=True)
@@ -38,12 +38,12 @@ def export_network(run: Run, to: Path) -> list[Path]:
         raise ConfigError(f"{to} cannot be written ({error.strerror}); give another --output") from error
     files = [to / WEIGHTS, to / ARCHITECTURE, to / PROGRAM]
     try:
-        save_network(network, to, run.class_names)
-        save_program(network, run.class_names, to / PROGRAM)
-        _save_onnx(network, run.class_names, to / ONNX)
+        save_network(network, to, names)
+        save_program(network, names, to / PROGRAM)
+        _save_onnx(network, names, to / ONNX)
         encoder = network.architecture.encoder
         example = torch.zeros(encoder.size, dtype=encoder.dtype)
-        save_model(network.architecture, files, example, to / NAME, has_names=bool(run.class_names))
+        save_model(network.architecture, files, example, to / NAME, has_names=bool(names.class_names))
     except BaseException as error:  # a partial export would look complete, and the next attempt would refuse its folder
         for path in to.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -55,10 +55,10 @@ def export_network(run: Run, to: Path) -> list[Path]:
     return [*files, *sorted(to.glob(f"{ONNX}*")), to / NAME]  # the weights of a very large network are in a second file
 
 
-def _save_onnx(network: Network, class_names: list[str], path: Path) -> None:
+def _save_onnx(network: Network, names: Names, path: Path) -> None:
     """Writes a network as ONNX, in float32, with the facts about the program as metadata."""
     in_float32 = Network.for_inference(replace(network.architecture, precision="float32"), network.state_dict())
-    facts = program_facts(in_float32, class_names)
+    facts = program_facts(in_float32, names)
     program = torch.onnx.export(export_program(in_float32), output_names=facts["outputs"], verbose=False)
     assert program is not None
     program.model.metadata_props.update({key: json.dumps(value) for key, value in facts.items()})

@@ -14,7 +14,8 @@ from ffdist.checkpoint.checkpoints import CheckpointError, Checkpoints, DamagedC
 from ffdist.config.loading import CONFIG as CONFIG
 from ffdist.config.loading import load_config
 from ffdist.config.schema import Config
-from ffdist.config.sections import ARRAYS, NO_TRACKING, Tracking
+from ffdist.config.sections import ARRAYS, Tracking
+from ffdist.config.values import NO_TRACKING
 from ffdist.data.datasets import Dataset
 from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE
@@ -25,7 +26,7 @@ from ffdist.storage.folder import Folder
 from ffdist.storage.paths import find_in_subfolders, kind_of
 from ffdist.tracking.outbox import OUTBOX, Outbox
 from ffdist.tracking.server import tracking_uri
-from ffdist.tracking.stored import MODELS, RUNS, download_model, find_model
+from ffdist.tracking.stored import MODELS, RUNS, download_model, find_model, run_id_of
 from ffdist.tracking.sync import LOCK
 
 SUMMARY = "summary.json"
@@ -40,7 +41,7 @@ def find_run(run: str, runs: Path, checkpoint_uri: str | None = None) -> Path:
     the run of a model is not in the runs folder, returns a folder that contains only the model (`is_model`).
 
     Args:
-        run: Its folder, its MLflow run id, also as `runs:/ID`, or its MLflow model, `models:/...`.
+        run: Its folder, its MLflow run id, also as `runs:/ID` or `runs:/ID/model`, or its MLflow model, `models:/...`.
         runs: Runs folder.
         checkpoint_uri: `checkpoint.uri` of the run, if its folder may be lost.
 
@@ -50,7 +51,7 @@ def find_run(run: str, runs: Path, checkpoint_uri: str | None = None) -> Path:
     if run:
         if os.path.isfile(os.path.join(run, CONFIG)):  # noqa: PTH113, PTH118, Path.is_file raises if `run` is too long
             return Path(run)
-        if folder := _folder_of_id(run.removeprefix(RUNS), runs):
+        if folder := _folder_of_id(run_id_of(run), runs):
             return folder
         if run.startswith((RUNS, MODELS)):
             return _folder_of_model(run, runs)
@@ -117,7 +118,7 @@ def unconfirmed_settings(config: Config) -> dict[str, Any]:
     The folder of a run may come from another person, so they are used only if the user repeats them.
     """
     data, uri = config.data, config.tracking.uri
-    imports = data.is_function or data.is_remote or (data.name == "covertype" and data.root is not None)
+    imports = data.name != ARRAYS and not data.is_loadable
     settings = {
         "data.name": data.name if imports else None,
         "data.options": data.options or None if imports else None,
@@ -206,7 +207,7 @@ def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Pat
     for split, verb, digest in digests:
         if digest is not None and digest != dataset.sha256(split):
             key = "data.path" if config.data.path else "data.root"
-            is_located = config.data.name != ARRAYS and not config.data.is_function and not config.data.is_remote
+            is_located = config.data.is_loadable or config.data.root
             fix = f"set {key} to the location of the original data" if is_located else "give it the original data"
             raise ConfigError(
                 f"{folder} was {verb} on other samples than {config.data.path or config.data.name} contains now (the "

@@ -1,16 +1,19 @@
 """The runs in a runs folder: listing, comparison and removal."""
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ffdist.checkpoint.checkpoints import CheckpointError
 from ffdist.config.schema import Config
 from ffdist.errors import ConfigError
 from ffdist.runs.folder import CONFIG, SUMMARY, checkpoints_of, config_of, find_run, is_in_use, resume_command
-from ffdist.storage.files import read_json
+from ffdist.storage.files import UnsafeFile, file_in, read_json
 from ffdist.storage.paths import find_in_subfolders, kind_of
 from ffdist.tracking.outbox import OUTBOX, REASON, STATUS, Outbox
 from ffdist.tracking.server import error_text, open_client, trusted_uri
@@ -126,8 +129,18 @@ def remove_run(folder: Path, runs: Path) -> str:
             f"only the folder of a run is removed, with its {OUTBOX}, and not a link or the working directory "
             f"({folder}); give another one"
         )
-    if is_in_use(folder):
-        raise ConfigError(f"{folder} is in use by another process; stop it first")
+    if not os.access(folder, os.W_OK) or not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"{folder} cannot be removed, because it is read-only; change its permissions")
+    try:
+        with FileLock(file_in(folder, LOCK)).acquire(timeout=0):  # until it is gone
+            return _remove(folder, uri, run_id, runs)
+    except Timeout as error:
+        raise ConfigError(f"{folder} is in use by another process; stop it first") from error
+    except (OSError, UnsafeFile) as error:
+        raise ConfigError(f"{folder} cannot be removed ({error}); correct its lock, or remove it yourself") from error
+
+
+def _remove(folder: Path, uri: str, run_id: str, runs: Path) -> str:
     text = f"removed {folder}"
     try:
         kept = config_of(folder).checkpoint.uri

@@ -2,14 +2,14 @@
 
 import ast
 import re
-from collections.abc import Container
+from collections.abc import Collection, Container, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.console import Screen, is_interactive, print_rows
 from ffdist.ff.specs import parse_layer
-from ffdist.tracking.server import find_experiment, open_client
+from ffdist.tracking.server import experiments_of, find_experiment, open_client
 
 DEFAULTS = {key: str(field.default) for key, field in Config.settings()}
 """Default value of each parameter. Parameters at their default are ignored, so that runs of an earlier version, which
@@ -73,30 +73,43 @@ def print_results(rows: list[Row], form: str | None = None) -> None:
         print_rows(rows, form)
 
 
-def finished_runs(uri: str, experiment: str | None, only: Container[str] | None = None) -> list[Any]:
-    """Returns finished runs, newest first.
+def finished_runs(uri: str, experiment: str | None) -> list[Any]:
+    """Returns the finished runs of an experiment, newest first.
 
     Args:
         uri: Tracking server or database.
         experiment: Name of the experiment, or None for the default one.
-        only: MLflow ids of the runs to return, together with their baselines; all by default.
 
     Raises:
         ConfigError: The store or the experiment does not exist, or cannot be reached.
     """
-    runs: list[Any] = []
     with open_client(uri) as client:
-        mlflow_experiment, token = find_experiment(client, uri, experiment), None
-        while True:
-            page = client.search_runs([mlflow_experiment.experiment_id], FINISHED_FILTER, page_token=token)
-            runs += [run for run in page if READOUT_ERROR in run.data.metrics and _has_row(run)]
-            token = page.token
-            if not token:
-                break
-    if only is None:
-        return runs
-    tasks = {_task(run) for run in runs if run.info.run_id in only}
-    return [run for run in runs if run.info.run_id in only or (_is_baseline(run) and _task(run) in tasks)]
+        return list(_search(client, [find_experiment(client, uri, experiment).experiment_id]))
+
+
+def runs_with_baselines(uri: str, ids: Collection[str]) -> list[Any]:
+    """Returns the finished runs with some MLflow ids, and the baselines in their experiments.
+
+    Runs that do not exist are left out.
+
+    Raises:
+        ConfigError: The store does not exist, or cannot be reached.
+    """
+    with open_client(uri) as client:
+        experiments = experiments_of(client, ids)
+        runs = list(_search(client, sorted(experiments))) if experiments else []
+    tasks = {_task(run) for run in runs if run.info.run_id in ids}
+    return [run for run in runs if run.info.run_id in ids or (_is_baseline(run) and _task(run) in tasks)]
+
+
+def _search(client: Any, experiments: Sequence[str]) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs(experiments, FINISHED_FILTER, page_token=token)
+        yield from (run for run in page if READOUT_ERROR in run.data.metrics and _has_row(run))
+        token = page.token
+        if not token:
+            return
 
 
 def _has_row(run: Any) -> bool:
@@ -133,7 +146,7 @@ def _row(runs: list[Any], baselines: list[list[Any]]) -> Row:
         "label": params["data.label"] + (f", jitter {jitter}" if jitter != "0" else ""),
         "negatives": params["negatives.kind"] if runs else "",
         "rule": ", ".join(f"{key.split('.')[1]} {params[key]}" for key in changed),
-        "epochs": params["training.epochs"],
+        "epochs": ("up to " if any("stopped" in run.data.tags for run in runs) else "") + params["training.epochs"],
         "paper": "" if paper == "None" else f"{float(paper):.2%}",
         "target": "" if target == "None" or not runs else f"{float(target):.2%}{_verdict(runs, float(target))}",
         "by goodness": _errors(runs, GOODNESS_ERROR),

@@ -1,6 +1,7 @@
 """System metrics of the nodes of a cluster other than that of the driver."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import ray
@@ -30,11 +31,12 @@ class NodeMonitor:
 
     def refresh(self) -> None:
         """Starts an actor on each node that has none."""
-        own, names = ray.get_runtime_context().get_node_id(), dict[str, str]()
+        own, hosts = ray.get_runtime_context().get_node_id(), {}
         for each in alive_nodes():
-            host, node = each["NodeManagerHostname"], each["NodeID"]
-            names[node] = f"{host}-{node[:6]}" if host in names.values() else host
-        self._names = {node: name for node, name in names.items() if node != own}
+            hosts[each["NodeID"]] = each["NodeManagerHostname"]
+        counts = Counter(hosts.values())  # several nodes may be on one host
+        names = {node: host if counts[host] == 1 else f"{host}-{node[:6]}" for node, host in hosts.items()}
+        self._names = {node: self._names.get(node, name) for node, name in names.items() if node != own}
         self._actors = {node: actor for node, actor in self._actors.items() if node in self._names}
         for node in self._names.keys() - self._actors:
             affinity = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -12,7 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -21,7 +21,8 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from ffdist.config.sections import NO_TRACKING, Tracking, reject_secrets, with_absolute_path
+from ffdist.config.sections import Tracking
+from ffdist.config.values import NO_TRACKING, reject_secrets, with_absolute_path
 from ffdist.errors import ConfigError
 from ffdist.storage.files import file_in
 
@@ -134,6 +135,20 @@ def find_experiment(client: Any, uri: str, name: str | None) -> Any:
     raise ConfigError(f"there is no experiment {_new_name(name)} at {uri} (experiments: {names}); set --experiment")
 
 
+def experiments_of(client: Any, run_ids: Iterable[str]) -> set[str]:
+    """Returns the ids of the experiments of runs; runs that do not exist are left out."""
+    from mlflow.exceptions import MlflowException
+
+    experiments = set[str]()
+    for run_id in run_ids:
+        try:
+            experiments.add(client.get_run(run_id).info.experiment_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return experiments
+
+
 def _existing_experiment(client: Any, name: str | None, run_id: str = "") -> Any | None:
     if run_id and not name:
         return client.get_experiment(_unfinished_run(client, run_id).info.experiment_id)
@@ -220,7 +235,9 @@ def quiet_mlflow() -> Iterator[None]:
                 logger.setLevel(_saved_levels[logger])
 
 
-def open_store(uri: str, experiment: str | None, runs: Path, run_id: str = "") -> tuple[Any, Any]:
+def open_store(
+    uri: str, experiment: str | None, runs: Path, run_id: str = "", *, needs_experiment: bool = True
+) -> tuple[Any, Any]:
     """Returns an MLflow client and the experiment; creates the database and the experiment if they do not exist.
 
     Args:
@@ -228,6 +245,7 @@ def open_store(uri: str, experiment: str | None, runs: Path, run_id: str = "") -
         experiment: Name of the experiment, or None for the default one, as `find_experiment` returns it.
         runs: Runs folder, which holds the artifacts of the default database.
         run_id: MLflow run whose experiment is the default one.
+        needs_experiment: Whether the experiment is used; otherwise it is None, as for a run that is resumed in its own.
 
     Raises:
         ConfigError: The experiment is deleted, or the run has ended or does not exist.
@@ -241,6 +259,8 @@ def open_store(uri: str, experiment: str | None, runs: Path, run_id: str = "") -
         if uri == default_uri(runs):
             update_artifact_paths(runs)
         client = MlflowClient(uri)
+        if not needs_experiment:
+            return client, None
         if existing := _existing_experiment(client, experiment, run_id):
             if existing.lifecycle_stage == "deleted":
                 raise ConfigError(

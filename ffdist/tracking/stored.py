@@ -1,5 +1,6 @@
 """Models in the tracking store: which one a URI names, and its files."""
 
+import hashlib
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,11 +31,17 @@ class StoredModel(NamedTuple):
     """URI of its files."""
 
 
+def run_id_of(uri: str) -> str:
+    """Returns the MLflow run id in `ID`, `runs:/ID` or `runs:/ID/model`."""
+    return uri.removeprefix(RUNS).removesuffix(f"/{NAME}")
+
+
 def find_model(uri: str, tracking_uri: str, runs: Path) -> StoredModel:
     """Finds a model: `runs:/ID` is the model of a run's results, `models:/...` is one of MLflow's model URIs.
 
     Args:
-        uri: URI of the model: `runs:/ID`, `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/m-ID`.
+        uri: URI of the model: `runs:/ID`, `runs:/ID/model`, `models:/NAME/VERSION`, `models:/NAME@ALIAS` or
+            `models:/m-ID`.
         tracking_uri: Tracking URI.
         runs: Runs folder, which may hold the tracking database.
 
@@ -68,28 +75,33 @@ def download_model(model: StoredModel, tracking_uri: str, runs: Path) -> Path:
     Raises:
         ConfigError: The files cannot be downloaded, or the model is not one of ffdist.
     """
-    path = path_in(runs, f"{DOWNLOADS}/{model.key}")
-    if path.is_dir():
-        return path
+    store = hashlib.sha256(tracking_uri.encode()).hexdigest()[:8]  # equal versions of two stores are two models
+    path = runs / DOWNLOADS
     try:
+        path = path_in(runs, f"{DOWNLOADS}/{store}-{model.key}")
+        if path.is_dir():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with quiet_mlflow(), TemporaryDirectory(dir=path.parent) as temporary:
             from mlflow.artifacts import download_artifacts
 
             source = f"{model.location.rstrip('/')}/data/{DATA}"
             files = download_artifacts(artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri)
-            Path(files).rename(path)
+            try:
+                Path(files).rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process has downloaded it meanwhile
+                    raise
     except Exception as error:  # MLflow, artifact stores and the network raise many types
         raise ConfigError(
             f"the model {model.key} at {tracking_uri} cannot be downloaded ({error_text(error)}); it must have been "
-            f"logged by this version of ffdist, and {path.parent} must be writable"
+            f"logged by this version of ffdist, and {runs / DOWNLOADS} must be a writable folder"
         ) from error
     return path
 
 
 def _model_of_run(client: Any, uri: str) -> StoredModel:
-    run_id = uri.removeprefix(RUNS)
-    for output in reversed(client.get_run(run_id).outputs.model_outputs):
+    for output in reversed(client.get_run(run_id_of(uri)).outputs.model_outputs):
         model = client.get_logged_model(output.model_id)
         if model.name == NAME:
             return _stored(model)

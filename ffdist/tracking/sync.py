@@ -14,10 +14,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from ffdist.config.loading import CONFIG
-from ffdist.config.sections import NO_TRACKING
+from ffdist.config.values import NO_TRACKING
 from ffdist.export.ffdist_served_model import PROGRAM
-from ffdist.export.network import ARCHITECTURE, CLASS_NAMES, WEIGHTS, load_network
-from ffdist.storage.files import file_in, path_in, read_json
+from ffdist.export.network import ARCHITECTURE, WEIGHTS, load_names, load_network
+from ffdist.storage.files import file_in, path_in
 from ffdist.storage.paths import find_in_subfolders
 from ffdist.tracking.model import CHECKPOINT, NAME, export_in_subprocess, save_model
 from ffdist.tracking.outbox import OUTBOX, Call, Outbox, Point
@@ -214,8 +214,8 @@ def sync(folders: list[Path], uri: str, runs: Path) -> Iterator[tuple[str, bool]
         update_artifact_paths(runs)
     for folder in folders:
         if not _is_tracked_at(folder, uri, runs):
-            run_uri = Outbox.fact_of(folder / OUTBOX, "uri") or "nowhere"
-            if run_uri == NO_TRACKING:
+            run_uri = Outbox.fact_of(folder / OUTBOX, "uri")
+            if run_uri in (None, "", NO_TRACKING):
                 yield f"{folder}: not tracked by MLflow", False
                 continue
             yield f"{folder}: tracked at {run_uri}; set MLFLOW_TRACKING_URI={shlex.quote(run_uri)} to upload", True
@@ -304,7 +304,7 @@ def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any
         checkpoint, step = str(content["checkpoint"]), int(content["step"])
         network = load_network(folder)
         files = [path for name in (WEIGHTS, ARCHITECTURE, CONFIG) if (path := file_in(folder, name)).is_file()]
-        has_names = bool(read_json(folder, ARCHITECTURE).get(CLASS_NAMES))
+        has_names = bool(load_names(folder).class_names)
         example = torch.tensor(content["example"], dtype=network.architecture.encoder.dtype)
         example = example.view(network.architecture.encoder.size)
         metrics = [_evaluation_points(outbox, *each) for each in content["evaluations"].items()]

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +22,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ffdist.config.loading import CONFIG
-from ffdist.config.sections import NO_TRACKING, Tracking
+from ffdist.config.sections import Tracking
+from ffdist.config.values import NO_TRACKING
 from ffdist.errors import ClusterStopped, ConfigError
 from ffdist.export.ffdist_served_model import PROGRAM
-from ffdist.export.network import save_network
+from ffdist.export.network import Names, save_network
 from ffdist.export.program import save_program
 from ffdist.ff.network import Network
 from ffdist.storage.files import file_in, path_in
@@ -66,19 +67,21 @@ class Tracker:
         uri: Tracking URI, as `tracking_uri` returns it.
         config: Section `tracking` of the configuration.
         runs: Runs folder, which holds the artifacts of the default database.
+        is_new: Whether a run is begun, not resumed. Only a new run uses MLFLOW_RUN_ID, and can get a parent run.
 
     Raises:
         ConfigError: The tracking store cannot be reached, or a package is missing.
     """
 
-    def __init__(self, uri: str, config: Tracking, *, runs: Path) -> None:
+    def __init__(self, uri: str, config: Tracking, *, runs: Path, is_new: bool = True) -> None:
         self.uri, self.run_id, self.experiment = uri, "", ""
         """Tracking URI, MLflow run id, which is empty until `begin` or `resume` is called, and experiment."""
-        self.is_on, self._parent_id = uri != NO_TRACKING, active_run_id(uri)
+        self.is_on, self._parent_id = uri != NO_TRACKING, active_run_id(uri) if is_new else ""
         """Whether the run is tracked by MLflow, and id of its parent run or empty."""
         self._release_lock, self._num_users = threading.Lock(), 2  # this object and its thread use the outbox
         self._programs: TemporaryDirectory[str] | None = None
         self._config, self._runs = config, runs
+        self._given_id, self._is_new = os.environ.get("MLFLOW_RUN_ID", "") if is_new else "", is_new
         self._client: Any = None
         self._experiment_id, self._samples = "", 0
         self._sinks: Sinks | None = None
@@ -151,7 +154,9 @@ class Tracker:
         """
         self.wait_until_open()
         if self.is_on:
-            self.run_id = os.environ.pop("MLFLOW_RUN_ID", "") or self._create_run(self._config.name or folder.name)
+            given_id = os.environ.pop("MLFLOW_RUN_ID", "") if self._given_id else ""  # another thread may have used it
+            is_given = given_id == self._given_id != ""
+            self.run_id = given_id if is_given else self._create_run(self._config.name or folder.name)
         self._open_outbox(folder).add_call("parameters", {name: str(value) for name, value in parameters.items()})
 
     def _create_run(self, name: str) -> str:
@@ -192,8 +197,11 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            metrics = self._client.get_run(run_id).data.metrics
-            self.run_id = run_id
+            run = self._client.get_run(run_id)
+            metrics, self.run_id = run.data.metrics, run_id
+            if os.environ.get("MLFLOW_RUN_ID") == run_id:
+                del os.environ["MLFLOW_RUN_ID"]  # as in `begin`
+            self.experiment = self._client.get_experiment(run.info.experiment_id).name
             outbox = self._open_outbox(folder)
             for name in metrics:
                 history = self._client.get_metric_history(run_id, name)
@@ -258,7 +266,7 @@ class Tracker:
     def log_model(
         self,
         network: Network,
-        class_names: Sequence[str],
+        names: Names,
         example: Tensor,
         *,
         checkpoint: str,
@@ -270,7 +278,7 @@ class Tracker:
 
         Args:
             network: Network to log.
-            class_names: Names of the classes; may be empty.
+            names: Names of its classes and features.
             example: Input example `[D]`.
             checkpoint: Name of the checkpoint that has its weights.
             step: Number of samples seen at this checkpoint.
@@ -282,13 +290,17 @@ class Tracker:
             return
         folder = path_in(self._folder, NETWORK if is_final else f"{NETWORK}-{checkpoint}")
         folder.mkdir(exist_ok=True)
-        save_network(network, folder, class_names)
-        shutil.copyfile(file_in(self._folder, CONFIG), folder / CONFIG)
-        if is_final and self._outbox:  # nothing is trained any more, so another process is not needed
-            self._programs = TemporaryDirectory(prefix="ffdist-", ignore_cleanup_errors=True)
-            program = Path(self._programs.name) / PROGRAM
-            save_program(network, class_names, program)
-            self._outbox.programs[folder.name] = program
+        try:
+            save_network(network, folder, names)
+            shutil.copyfile(file_in(self._folder, CONFIG), folder / CONFIG)
+            if is_final and self._outbox:  # nothing is trained any more, so another process is not needed
+                self._programs = TemporaryDirectory(prefix="ffdist-", ignore_cleanup_errors=True)
+                program = Path(self._programs.name) / PROGRAM
+                save_program(network, names, program)
+                self._outbox.programs[folder.name] = program
+        except BaseException:  # a folder that no upload names would stay
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         content = {"folder": folder.name, "example": example.tolist(), "checkpoint": checkpoint, "step": step}
         self._queue_call("model", content | {"evaluations": evaluations})
         if is_final and self._config.register:
@@ -382,10 +394,11 @@ class Tracker:
             self._release()
 
     def _open(self) -> None:
-        given_id = os.environ.get("MLFLOW_RUN_ID", "")
-        name = None if given_id else self._config.experiment  # the run is in an experiment already
-        client, experiment = open_store(self.uri, name, self._runs, given_id or self._parent_id)
-        self._experiment_id, self.experiment = experiment.experiment_id, experiment.name
+        name = None if self._given_id else self._config.experiment  # the run is in an experiment already
+        run_id = self._given_id or self._parent_id
+        client, experiment = open_store(self.uri, name, self._runs, run_id, needs_experiment=self._is_new)
+        if experiment:
+            self._experiment_id, self.experiment = experiment.experiment_id, experiment.name
         self._client = client  # last, because `wait_until_open` checks it
         self._open_event.set()
 

@@ -77,7 +77,8 @@ class ActiveRun:
             reason: Is printed and recorded.
 
         Raises:
-            ConfigError: The run has no validation, or a greedy schedule.
+            ConfigError: The run has no validation, or a greedy schedule; or it is called in `on_checkpoint` or
+                `on_end`. The time at which a checkpoint is complete depends on the machine, and results must not.
             TypeError: The reason is not a text.
         """
         if not isinstance(reason, str) or not reason:
@@ -157,7 +158,7 @@ class Callbacks(Observer):
     ) -> None:
         self._callbacks, self._config, self._order = callbacks, config, prepared.order
         self._class_names, self._record, self._stopping = prepared.dataset.names, record, stopping
-        self._step = 0
+        self._step, self._method = 0, ""
 
     def on_start(self, start: Start, pipeline: Pipeline) -> None:
         """Notes the names of the metrics."""
@@ -168,11 +169,13 @@ class Callbacks(Observer):
         self._step = step
         if self._callbacks:
             layers = torch.cat([report.metrics for report in trained.stages], 1)
-            self._call("on_chunk", average_metrics(layers, trained.readout.metrics, self._metrics))
+            metrics = average_metrics(layers, trained.readout.metrics, self._metrics)
+            self._call("on_chunk", metrics)
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
         """Calls `Callback.on_evaluation`."""
-        self._call("on_evaluation", split, error_metrics(split, evaluation, self._class_names))
+        errors = error_metrics(split, evaluation, self._class_names)
+        self._call("on_evaluation", split, errors)
 
     def on_checkpoint(self, path: str) -> None:
         """Calls `Callback.on_checkpoint`."""
@@ -182,8 +185,20 @@ class Callbacks(Observer):
         """Calls `Callback.on_end`."""
         self._call("on_end", summary)
 
+    def _request_stop(self, reason: str, step: int) -> None:
+        """Requests a stop, if the method that is called may do so."""
+        if self._method == "on_checkpoint":
+            raise ConfigError(
+                "a callback cannot end a run in on_checkpoint, because the time of this call depends on the machine; "
+                "call stop in on_chunk or on_evaluation"
+            )
+        if self._method == "on_end":
+            raise ConfigError("a callback cannot end a run in on_end, because it has ended; call stop earlier")
+        self._stopping.request(reason, step)
+
     def _call(self, method: str, *args: Any) -> None:
         """Calls a method of all callbacks, each with copies of the arguments."""
+        self._method = method
         num_minibatches, batch_size = self._order.num_minibatches, self._order.batch_size
         for callback in self._callbacks:
             run = ActiveRun(
@@ -194,7 +209,7 @@ class Callbacks(Observer):
                 num_epochs=self._config.num_epochs,
                 samples=self._step * batch_size,
                 _log=self._record.log,
-                _request_stop=self._stopping.request,
+                _request_stop=self._request_stop,
             )
             try:
                 getattr(callback, method)(run, *deepcopy(args))

@@ -55,7 +55,7 @@ class Checkpointer(Observer):
         metrics: Metrics of the run; those that are not averaged yet are part of a checkpoint.
         stopping: Early stopping of the run, whose state is part of a checkpoint.
         run_id: MLflow's id of the run.
-        runner: Runner of the stages.
+        provenance: What the weights depend on besides configuration, algorithm and hardware, by name.
         say: Prints a line.
         on_best: Called with `checkpoints` and the name of each new best checkpoint, once it is complete.
     """
@@ -69,12 +69,12 @@ class Checkpointer(Observer):
         stopping: EarlyStopping,
         *,
         run_id: str,
-        runner: str,
+        provenance: dict[str, str],
         say: Callable[[str], None],
         on_best: Callable[[Checkpoints, str], None] = lambda checkpoints, name: None,
     ) -> None:
         self._config, self._architecture, self.checkpoints = config, prepared.architecture, checkpoints
-        self._metrics, self._stopping, self._runner = metrics, stopping, runner
+        self._metrics, self._stopping, self._provenance = metrics, stopping, provenance
         self._say, self._on_best = say, on_best
         validation_samples = len(prepared.dataset.labels["validation"])
         self._facts: dict[str, Any] = {
@@ -104,7 +104,7 @@ class Checkpointer(Observer):
     def on_start(self, start: Start, pipeline: Pipeline) -> None:
         """Notes the hardware, which checkpoints record."""
         algorithm = algorithm_of(self._architecture)
-        self._facts["provenance"] = {"algorithm": algorithm, "runner": self._runner, **pipeline.hardware}
+        self._facts["provenance"] = {"algorithm": algorithm, **self._provenance, **pipeline.hardware}
 
     def on_restore(self, step: int) -> None:
         """Frees the state that the run started from, if there is a checkpoint to recover from."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from ffdist.config.loading import parse_config
 from ffdist.config.schema import Config
 from ffdist.console import print_rows, track
-from ffdist.data.datasets import load_dataset
+from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError
@@ -60,11 +60,10 @@ def show_store(uri: str, plot: Path | None) -> None:
         store = Store.find(uri)
         entries = list(store.entries())
         config = parse_config(store.config, f"{uri}/manifest.json")
-        dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
-        if dataset.sha256("train") != store.facts.get("dataset_sha256"):
-            raise ConfigError(f"{uri} was made for other training samples than those of {config.data.name} now")
-        order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
-        num_shards = len(order.shards(0, order.num_minibatches))
+        dataset, num_shards = _training_set(config, uri, store, notes), None
+        if dataset:
+            order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
+            num_shards = len(order.shards(0, order.num_minibatches))
         for epoch, group in groupby(track(entries, "checking"), lambda entry: entry.epoch):
             shards = list(group)
             for shard in shards:
@@ -83,8 +82,9 @@ def show_store(uri: str, plot: Path | None) -> None:
     assert negatives is not None, "the store has entries"
     if not plot:
         return
-    if not isinstance(dataset.encoder, ImageEncoder):
-        notes.print(f"no plot, because only images are drawn (samples: {dataset.encoder.describe()})")
+    if not dataset or not isinstance(dataset.encoder, ImageEncoder):
+        samples = dataset.encoder.describe() if dataset else config.data.name
+        notes.print(f"no plot, because only images of datasets in files are drawn (samples: {samples})", markup=False)
         return
     indices = order.shard(first.epoch, first.number)[:NUM_SAMPLES]
     images, labels = dataset.samples["train"][indices], dataset.labels["train"][indices]
@@ -93,3 +93,14 @@ def show_store(uri: str, plot: Path | None) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--picture must be an image file that can be written ({plot}: {error})") from error
     notes.print(f"samples with their negatives: {path}", markup=False, soft_wrap=True)
+
+
+def _training_set(config: Config, uri: str, store: Store, notes: Console) -> Dataset | None:
+    """Returns the dataset of a store, checked; None if only a training run can get it."""
+    if not config.data.is_loadable:
+        notes.print(f"the training samples are not compared (data.name: {config.data.name})", markup=False)
+        return None
+    dataset = load_dataset(config.data, seed=config.seed, validation_samples=config.training.validation_samples)
+    if dataset.sha256("train") != store.facts.get("dataset_sha256"):
+        raise ConfigError(f"{uri} was made for other training samples than those of {config.data.name} now")
+    return dataset

@@ -1,16 +1,22 @@
 """The plan of a run on this machine, before it starts: stages, memory and time."""
 
 from datetime import timedelta
+from pathlib import Path
 
 from ffdist.config.schema import Config
 from ffdist.runtime.cluster import machine_resources
 from ffdist.runtime.placement import decide
+from ffdist.tracking.sinks import check_packages
+from ffdist.training.callbacks import load_callbacks
 from ffdist.training.launch import Allocation, RunnerName, assign_layers, measure
 from ffdist.training.precision import resolve, with_precision
 from ffdist.training.prepare import prepare
+from ffdist.training.resume import start_from_weights
 
 
-def plan(config: Config, runner: RunnerName) -> dict[str, str]:
+def plan(
+    config: Config, runner: RunnerName, *, init_from: Path | None = None, checkpoint: str | None = None
+) -> dict[str, str]:
     """Checks a configuration and its data, measures its layers, and returns the plan of a run, as texts by title.
 
     Ray is not started, and nothing is written.
@@ -18,11 +24,17 @@ def plan(config: Config, runner: RunnerName) -> dict[str, str]:
     Args:
         config: Configuration of the run.
         runner: Runner of the stages.
+        init_from: Run whose weights are the initial weights, if any.
+        checkpoint: Its checkpoint; see `train`.
 
     Raises:
         ConfigError: A setting or an input is invalid, or there is not enough memory.
     """
+    load_callbacks(config.training.callbacks, ())
+    check_packages(config.tracking.also)
     prepared = prepare(config)
+    if init_from is not None:
+        start_from_weights(config, prepared.architecture, init_from, checkpoint)
     totals = machine_resources(config.pipeline.device)
     num_actors = prepared.negatives.num_actors
     placement = decide(config.pipeline, layers=len(config.model.layers), negative_actors=num_actors, resources=totals)

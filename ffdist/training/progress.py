@@ -106,7 +106,8 @@ class Display(Observer):
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:
         """Prints the validation error, and shows the epoch again."""
         if split == "validation":
-            self.say(f"epoch {step // self._minibatches}: validation error {evaluation.describe()}")
+            errors = f"{evaluation.describe()}; balanced {evaluation.balanced_error:.2%}"
+            self.say(f"epoch {step // self._minibatches}: validation error {errors}")
         self.update(step)
 
     def update(self, step: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ffdist.checkpoint.checkpoints import Checkpoints, Manifest, weights_sha256
 from ffdist.config.schema import Config
 from ffdist.errors import RunFailed, as_warning
+from ffdist.export.network import Names
 from ffdist.ff.encoders import encoder_entry
 from ffdist.ff.network import Network
 from ffdist.ff.optimizers import is_for_inference
@@ -143,7 +144,7 @@ class Reporter(Observer):
         }
         self._tracker.log_model(
             network,
-            dataset.names,
+            Names(dataset.names, dataset.origin.features),
             dataset.samples["test"][0],
             checkpoint=name,
             step=step,

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from ffdist.checkpoint.checkpoints import CheckpointError
 from ffdist.config.loading import find_config, load_config, shipped_configs
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
-from ffdist.config.sections import NO_TRACKING
+from ffdist.config.values import NO_TRACKING
 from ffdist.console import Screen
 from ffdist.errors import ConfigError, RunFailed
 from ffdist.runs.folder import CONFIG, SUMMARY, checkpoints_of, config_of, is_in_use
 from ffdist.runs.readout import fit_readout
-from ffdist.runs.results import MISSED, Row, finished_runs, result_rows
+from ffdist.runs.results import MISSED, Row, result_rows, runs_with_baselines
 from ffdist.runs.run import Run
 from ffdist.storage.paths import find_in_subfolders, kind_of
 from ffdist.tracking.outbox import ORIGIN, OUTBOX, Outbox
@@ -86,11 +86,11 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **options: Any) -
 
 
 def _rows(configs: dict[str, Config], runs: Path) -> list[Row]:
-    stores = {(tracking_uri(config.tracking, runs), config.tracking.experiment) for config in configs.values()}
-    for uri in {uri for uri, _ in stores}:
+    stores = sorted({tracking_uri(config.tracking, runs) for config in configs.values()})
+    for uri in stores:
         with open_client(uri) as client:
             send_leftovers(client, uri, runs, lambda: False)
-    tracked = [run for uri, experiment in sorted(stores, key=str) for run in finished_runs(uri, experiment, configs)]
+    tracked = [run for uri in stores for run in runs_with_baselines(uri, configs)]
     if missing := configs.keys() - {run.info.run_id for run in tracked}:
         raise RunFailed(
             f"MLflow has no finished run {', '.join(sorted(missing))}; restore it there, or set another --runs"

@@ -32,7 +32,7 @@ from ffdist.runs.folder import (
 )
 from ffdist.storage.paths import kind_of
 from ffdist.training.prepare import Prepared
-from ffdist.training.provenance import BACKPROPAGATION, FORWARD_FORWARD, algorithm_of
+from ffdist.training.provenance import BACKPROPAGATION, algorithm_of
 
 
 class Start(NamedTuple):
@@ -65,6 +65,19 @@ class Start(NamedTuple):
         """The precision that the run resolved before; None for a new run."""
         recorded = parse_config(self.manifest.config, "manifest").training.precision if self.manifest else "auto"
         return None if recorded == "auto" else recorded
+
+    def with_callbacks(self, given: Iterable[str]) -> "Start":
+        """Adds a message if the run that is resumed had callbacks that are not given again.
+
+        Args:
+            given: Names of all callbacks now.
+        """
+        before = str(self.manifest.provenance.get("callbacks", "")) if self.manifest else ""
+        missing = [name for name in before.split(", ") if name and name not in set(given)]
+        if not missing:
+            return self
+        remark = f"warning: the run was started with the callbacks {', '.join(missing)}; give them to ffdist.resume"
+        return self._replace(remarks=(*self.remarks, remark))
 
 
 class Interrupted(NamedTuple):
@@ -158,8 +171,7 @@ def start_from_checkpoint(config: Config, prepared: Prepared, folder: Path, *, s
         now = algorithm_of(prepared.architecture)
         if (then := manifest.provenance.get("algorithm", now)) != now:
             raise ConfigError(
-                f"{folder} can only be resumed with its own algorithm, {then}; `ffdist baseline` trains by "
-                f"{BACKPROPAGATION}, `ffdist train` by {FORWARD_FORWARD}"
+                f"{folder} can only be resumed with its own algorithm, {then} (given: {now}); leave out the runner"
             )
         return Start(state, manifest, (*remarks, *_check_same(config, manifest, folder)))
     damaged = f"; {len(skipped)} are damaged" if skipped else ""

@@ -97,9 +97,12 @@ def train(  # noqa: PLR0913, the one entry point
         address = find_cluster(address)  # a wrong address is an error before the data is read
     with ExitStack() as stack:
         prepared = _prepare(config, runner, data)
-        start = _find_start(config, prepared, resume, init_from, checkpoint, skip_damaged=skip_damaged)
+        start = _find_start(
+            config, prepared, resume, init_from, checkpoint, skip_damaged=skip_damaged, callbacks=callbacks
+        )
         _make_folder(runs)
-        tracker = Tracker(uri, config.tracking, runs=runs)  # a server that is away is an error before Ray starts
+        # A server that is away is an error before Ray starts.
+        tracker = Tracker(uri, config.tracking, runs=runs, is_new=resume is None)
         in_driver = is_driver_enough(config, runner, address)
         joined = stack.enter_context(machine(runner, address))  # Ray starts in the background
         if start.precision:
@@ -140,7 +143,7 @@ def train(  # noqa: PLR0913, the one entry point
             metrics,
             stopping,
             run_id=tracker.run_id,
-            runner=runner,
+            provenance=options,
             say=record.say,
             on_best=reporter.log_best,
         )
@@ -156,7 +159,7 @@ def train(  # noqa: PLR0913, the one entry point
             metrics.finish(loop.step)
             summary = reporter.finish(loop, checkpointer, session, recoveries, started)
     record.display.print(closing_text(summary, record.folder, look=ui_command(uri, tracker.experiment, runs)))
-    return _finished_run(Run(record.folder, summary), config, prepared, data)
+    return _finished_run(Run(record.folder, summary), config, prepared)
 
 
 def resume(
@@ -227,10 +230,12 @@ def _find_start(
     checkpoint: str | None,
     *,
     skip_damaged: bool,
+    callbacks: Sequence[Callback],
 ) -> Start:
     """Returns where a run starts; for the arguments see `train`."""
     if resume is not None:
-        return start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
+        start = start_from_checkpoint(config, prepared, Path(resume), skip_damaged=skip_damaged)
+        return start.with_callbacks(map(callback_name, callbacks))
     if init_from is not None:
         return start_from_weights(config, prepared.architecture, Path(init_from), checkpoint)
     return Start({})
@@ -243,9 +248,9 @@ def _prepare(config: Config, runner: RunnerName, data: Any) -> Prepared:
     return prepared._replace(architecture=replace(prepared.architecture, learned_goodness=False))
 
 
-def _finished_run(run: Run, config: Config, prepared: Prepared, data: Any) -> Run:
+def _finished_run(run: Run, config: Config, prepared: Prepared) -> Run:
     """Returns a run with its dataset, if the run's folder does not say how to load it again."""
-    if data is not None or config.data.is_function or config.data.is_remote:
+    if not config.data.is_loadable:
         vars(run)["dataset"] = prepared.dataset  # the value of a cached property
     return run
 
