@@ -7,13 +7,15 @@ import yaml
 
 from ffdist.config.loading import RENAMED_SETTINGS, load_config, parse_config
 from ffdist.config.reference import settings_reference
-from ffdist.config.schema import Config
+from ffdist.config.schema import CLASS_OBJECTIVES, Config
 from ffdist.config.sections import Data, Model, Training
 from ffdist.errors import ConfigError
 from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS
 from ffdist.ff.labels import LABELS
 from ffdist.ff.losses import LOSSES
+from ffdist.ff.objectives import OBJECTIVES
 from ffdist.ff.optimizers import OPTIMIZERS
+from ffdist.ff.schedules import SCHEDULES
 from ffdist.ff.specs import Dense
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -231,6 +233,7 @@ def test_home_folder_is_expanded_if_the_user_exists():
         (Model, "normalization", NORMALIZATIONS),
         (Training, "loss", LOSSES),
         (Training, "optimizer", OPTIMIZERS),
+        (Training, "learning_rate_schedule", SCHEDULES),
     ],
 )
 def test_choices_match_the_implemented_ones(section, key, expected):
@@ -328,3 +331,7 @@ def test_paths_are_recorded_as_absolute_paths(tmp_path, monkeypatch):
     assert config.checkpoint.uri == f"{tmp_path}/kept"
     assert config.negatives.store == os.path.expanduser("~/store")  # noqa: PTH111
     assert load_config("digits", ["checkpoint.uri=s3://bucket/kept"]).checkpoint.uri == "s3://bucket/kept"
+
+
+def test_configurations_know_which_objectives_need_no_negatives():
+    assert {name for name, each in OBJECTIVES.items() if not each.needs_negatives} == set(CLASS_OBJECTIVES)

@@ -60,11 +60,11 @@ class LowRankLayer(Layer):
     """Has nested modules, and a buffer that counts in inference; its gradient is computed by autograd."""
 
     def __init__(self, spec, form, *, generator=None, **settings):
-        super().__init__(spec.units, **settings)
+        super().__init__(spec.output_form(form), **settings)
         self.down, self.up = nn.Linear(form.width, spec.rank, bias=False), nn.Linear(spec.rank, spec.units)
         self.register_buffer("gain", torch.ones(spec.units))
         if generator:
-            for parameter in self.parameters():
+            for parameter in (*self.down.parameters(), *self.up.parameters()):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
             self.gain.uniform_(0.5, 1.5, generator=generator)
 

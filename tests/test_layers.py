@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from helpers import train_rows
 
 from ffdist.ff.dense import DenseLayer
+from ffdist.ff.forms import Form
 from ffdist.ff.goodness import GOODNESS
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import MEAN_ACTIVITY_MOMENTUM, MEASURED
@@ -15,7 +16,7 @@ B, D, H = 6, 11, 9
 
 
 def make_layer(dtype=torch.float64, **settings) -> DenseLayer:
-    layer = DenseLayer((H, D), compute_dtype=dtype, generator=generator(0, "layer", 0), **settings)
+    layer = DenseLayer(Form((H,)), (H, D), compute_dtype=dtype, generator=generator(0, "layer", 0), **settings)
     layer.add_optimizer_state()
     layer.bias.copy_(0.1 * torch.randn(H, generator=generator(0, "bias")))
     if dtype == torch.float64:
@@ -199,7 +200,7 @@ def test_peer_normalization_revives_a_dead_unit():
 
 def test_loaded_weights_are_used_in_products():
     """Matrix products use a copy of the weights in the compute dtype, which must be refreshed after loading."""
-    trained, fresh = make_layer(torch.bfloat16), DenseLayer((H, D), compute_dtype=torch.bfloat16)
+    trained, fresh = make_layer(torch.bfloat16), DenseLayer(Form((H,)), (H, D), compute_dtype=torch.bfloat16)
     train_rows(trained, random_rows(dtype=torch.bfloat16), B)
     fresh.add_optimizer_state()
     fresh.load_state_dict(trained.state_dict())

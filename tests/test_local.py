@@ -64,7 +64,8 @@ def connections(form: Form, spec: Local):
 
 def make_masked_dense(layer: LocalLayer, form, spec) -> tuple[DenseLayer, torch.Tensor]:
     """Returns a dense layer with the same weights, which are zero where a unit has no input, and their mask."""
-    dense = DenseLayer((spec.grid**2 * spec.units, form.width), rule=Rule(update=UPDATE)).double()
+    units = spec.grid**2 * spec.units
+    dense = DenseLayer(Form((units,)), (units, form.width), rule=Rule(update=UPDATE)).double()
     dense.compute_dtype, mask = torch.float64, torch.zeros_like(dense.weight)
     weight_by_field, mask_by_field = (each.view(spec.grid**2, spec.units, -1) for each in (dense.weight, mask))
     for field, weight_index, input_index in connections(form, spec):

@@ -1,3 +1,4 @@
+from ffdist.ff.schedules import lr_scales
 from ffdist.pipeline.schedule import Evaluate, Position, Snapshot, Train, schedule
 
 
@@ -11,7 +12,7 @@ def format_commands(commands):
 
 def make_schedule(**changes):
     defaults = {
-        "epochs": 3,
+        "lr_scales": lr_scales("hinton", 3),
         "minibatches": 5,
         "chunk_size": 2,
         "validation_samples": 3,

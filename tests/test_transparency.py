@@ -17,6 +17,7 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.objectives import RELEASE, Rule
 from ffdist.ff.optimizers import Update
+from ffdist.ff.schedules import lr_scales
 from ffdist.ff.specs import Local
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.partition import partition
@@ -90,7 +91,7 @@ def run_pipeline(
 ) -> Results:
     metrics, readout, goodness, predicted, states = [], [], [], [], []
     settings = {
-        "epochs": EPOCHS,
+        "lr_scales": lr_scales("hinton", EPOCHS),
         "minibatches": make_order(digits).num_minibatches,
         "chunk_size": chunk_size,
         "greedy_layers": greedy_layers,

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from ffdist.ff.optimizers import BETA2, Learner, Update, epoch_lr_scale
+from ffdist.ff.optimizers import BETA2, Learner, Update
+from ffdist.ff.schedules import lr_scales
 
 RATE, DECAY, MOMENTUM = 0.05, 0.1, 0.8
 TORCH_OPTIMIZERS = {
@@ -70,8 +73,19 @@ def test_blockwise_update_equals_update_of_the_whole_parameter(optimizer, monkey
 
 
 def test_lr_scale_is_one_for_half_of_the_epochs_and_then_falls_to_one_over_epochs():
-    lr_scales = [epoch_lr_scale(epoch, 100) for epoch in range(100)]
-    assert lr_scales[:50] == [1.0] * 50
-    assert lr_scales[50] == (1 + 2 * 49) / 100
-    assert lr_scales[-1] == 1 / 100
-    assert lr_scales == sorted(lr_scales, reverse=True)
+    scales = lr_scales("hinton", 100)
+    assert scales[:50] == [1.0] * 50
+    assert scales[50] == (1 + 2 * 49) / 100
+    assert scales[-1] == 1 / 100
+    assert scales == sorted(scales, reverse=True)
+
+
+def test_cosine_falls_to_zero_and_warmup_rises_to_the_schedule():
+    scales = lr_scales("cosine", 10, warmup=3)
+    assert scales[3:] == lr_scales("cosine", 10)[3:]
+    assert [round(scale, 6) for scale in scales[:3]] == [
+        round(full * (epoch + 1) / 4, 6) for epoch, full in enumerate(lr_scales("cosine", 10)[:3])
+    ]
+    assert math.isclose(sum(lr_scales("cosine", 10)), 5)  # symmetric about 1/2
+    assert lr_scales("cosine", 1000)[-1] < 1e-5
+    assert lr_scales("constant", 4) == [1.0] * 4

@@ -105,7 +105,7 @@ class Trainer:
 
     def _chunks(self, first_minibatch: int) -> Iterator[Train]:
         commands = schedule(
-            epochs=MAX_EPOCHS,
+            lr_scales=[1.0] * MAX_EPOCHS,
             minibatches=self._order.num_minibatches,
             chunk_size=self.blueprint.chunk_size,
             validation_samples=0,

@@ -12,7 +12,7 @@ from ffdist.ff.network import Architecture
 from ffdist.ff.objectives import OBJECTIVES, Rule
 from ffdist.ff.optimizers import Update
 
-IMAGE_SETTINGS = ("image_column", "image_size", "jitter", "subtract_mean")
+IMAGE_SETTINGS = ("flip", "image_column", "image_size", "jitter", "subtract_mean")
 """Settings of the section `data` that only images have."""
 
 
@@ -58,6 +58,13 @@ def build_architecture(config: Config, encoder: Encoder, untrained: Sequence[int
     model, training = config.model, config.training
     if training.objective not in OBJECTIVES:
         raise ConfigError(f"training.objective must be one of {', '.join(OBJECTIVES)} (given: {training.objective})")
+    needs_negatives = OBJECTIVES[training.objective].needs_negatives
+    if needs_negatives == (config.negatives.kind == "none") or not (needs_negatives or encoder.label == "none"):
+        raise ConfigError(
+            f"training.objective={training.objective} needs {'' if needs_negatives else 'no '}negatives"
+            f"{'' if needs_negatives else ' and shows no label'} (negatives.kind: {config.negatives.kind}, data.label: "
+            f"{encoder.label}); correct these settings"
+        )
     try:
         return Architecture(
             encoder,
@@ -66,6 +73,9 @@ def build_architecture(config: Config, encoder: Encoder, untrained: Sequence[int
             seed=config.seed,
             rule=Rule(
                 objective=training.objective,
+                class_scores=training.class_scores,
+                pooled_features=training.pooled_features,
+                label_smoothing=training.label_smoothing,
                 goodness=model.goodness,
                 normalization=model.normalization,
                 loss=training.loss,

@@ -6,7 +6,7 @@
 import ast
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -54,14 +54,23 @@ def _layer_table(spec: type[LayerSpec]) -> str:
     rows = [
         (
             f"`{field.name}`",
-            f"integer >= {field.metadata.get('min', 1)}" if field.type in (int, "int") else str(field.type),
-            "required" if field.default is MISSING else f"`{field.default}`",
+            _layer_values(field),
+            "required" if field.default is MISSING else "" if field.default is None else f"`{field.default}`",
             "yes",
             " ".join(str(texts.get(field.name, "")).split()),
         )
         for field in fields(spec)
     ]
     return _format_table(rows)
+
+
+def _layer_values(field: Field[Any]) -> str:
+    """Returns a description of the values of a setting of a layer."""
+    if names := field.metadata.get("one_of"):
+        return ", ".join(f"`{name}`" for name in names)
+    if field.type in (int, "int", "int | None"):
+        return f"integer >= {field.metadata.get('min', 1)}"
+    return str(field.type)
 
 
 def setting_rows(section: str = "") -> list[tuple[str, ...]]:

@@ -27,6 +27,9 @@ NEUTRAL_SETTINGS = (
 )
 """Prefixes of the settings that do not affect the weights."""
 
+CLASS_OBJECTIVES = ("class_goodness", "classifier")
+"""Values of `training.objective` that classify samples in one pass, without negatives."""
+
 FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 """Floats such as 5e-1, .5e1 and 1e5, which YAML 1.1 reads as strings."""
 
@@ -51,6 +54,37 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
     reference: Reference = Reference()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_defaults(cls, tree: Any) -> Any:
+        """Sets the defaults of objectives that need no negatives: none, and no label in the input."""
+        sections = (
+            [tree.get(name) or {} for name in ("training", "data", "negatives")] if isinstance(tree, dict) else []
+        )
+        if not all(isinstance(section, dict) for section in sections) or not sections:
+            return tree
+        training, data, negatives = sections
+        if training.get("objective") not in CLASS_OBJECTIVES:
+            return tree
+        shown = {"label": "none"} if data.get("label", "auto") == "auto" else {}
+        return tree | {"data": data | shown, "negatives": {"kind": "none"} | negatives}
+
+    @model_validator(mode="after")
+    def _check_negatives(self) -> "Config":
+        objective, kind, label = self.training.objective, self.negatives.kind, self.data.label
+        if objective not in CLASS_OBJECTIVES:
+            if kind == "none" and objective == "goodness":
+                raise ValueError(f"training.objective={objective} needs negatives; set negatives.kind to another kind")
+            return self
+        if kind != "none" or label != "none":
+            raise ValueError(
+                f"training.objective={objective} needs no negatives and shows no label (negatives.kind: {kind}, "
+                f"data.label: {label}); set both to none"
+            )
+        if self.training.updates == "alternating":
+            raise ValueError(f"training.updates=alternating is for negatives, and {objective} has none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_stages(self) -> "Config":
@@ -89,7 +123,8 @@ class Config(Section):
 
     def by_backpropagation(self) -> "Config":
         """Returns the configuration of the baseline: all parameters are trained with the settings of the readout."""
-        names = {"epochs", "batch_size", "precision", "momentum", "loss"}
+        names = {"epochs", "batch_size", "precision", "momentum", "loss", "learning_rate_schedule", "warmup_epochs"}
+        names.add("pooled_features")
         names |= {"validation_samples", "validate_every_epochs", "stop", "callbacks"}
         readout = {"readout_learning_rate", "readout_weight_decay"}
         training = Training(

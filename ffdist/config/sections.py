@@ -84,8 +84,9 @@ class Data(Section):
     environment variable FFDIST_DATA, or else ~/.cache/ffdist."""
     label: Literal["auto", "overwrite", "append", "everywhere", "none"] = "auto"
     """How the input contains the label: `overwrite` replaces the first C values for C classes, `append` adds C values,
-    and `everywhere` adds C values to each local field of the first layer. `none`: the input has no label
-    (unsupervised), and only the readout is trained with labels. `auto`: `overwrite` for images, `append` for tables."""
+    and `everywhere` adds C values to each local field of the first layer, or as constant planes to the input of a
+    convolution. `none`: the input has no label. `auto`: `none` for objectives that need no negatives, otherwise
+    `overwrite` for images and `append` for tables."""
     label_scale: Positive = 1.0
     """Scale of the label's one-hot values in the input, greater than 0. Pixels are in [0, 1], and the columns of tables
     have a standard deviation of 1."""
@@ -95,6 +96,8 @@ class Data(Section):
     jitter: Annotated[int, Number, Field(ge=0, le=MAX_VALUE)] = 0
     """Maximum random shift of each training image in pixels, vertically and horizontally, drawn anew in every epoch.
     At least 0, and less than the height and the width of the images."""
+    flip: bool = False
+    """Whether each training image is mirrored left to right with probability 1/2, drawn anew in every epoch."""
     image_column: str | None = None
     """Column of the images, or of the names of image files (`csv`). Default: the only column with images, or, of a CSV
     file, the column named `file_name`, `file` or `path`. Without such a column, the data is a table of numbers."""
@@ -195,7 +198,7 @@ class Negatives(Section):
 
     kind: str = "wrong_label"
     """Kind of negatives: `wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `noise`, `permuted`, or a custom
-    function, `package.module:function`."""
+    function, `package.module:function`. `none`, the default of objectives that need no negatives."""
     options: dict[str, Any] = {}
     """Options of the kind, by name: `blurs` and `threshold` of `hybrid`, `distribution` of `noise`, or those of a
     custom function."""
@@ -212,6 +215,8 @@ class Negatives(Section):
     def _check_store(self) -> "Negatives":
         if self.kind == "hard_label" and self.store is not None:
             raise ValueError("negatives.kind=hard_label depends on the training and cannot be stored; leave store out")
+        if self.kind == "none" and (self.store is not None or self.options):
+            raise ValueError("negatives.kind=none makes no negatives; leave negatives.store and negatives.options out")
         return self
 
 
@@ -255,7 +260,18 @@ class Training(Section):
     """Custom callbacks, each `package.module:Class`, which log metrics and may end the run at a validation. A resumed
     run may have others."""
     objective: str = "goodness"
-    """Objective of the layers. `goodness`: high goodness of positive and low goodness of negative samples."""
+    """Objective of the layers. `goodness`: high goodness of positive and low goodness of negative samples.
+    `class_goodness`: each layer classifies the samples by the squares of its activations, so that every wrong class is
+    a negative; `classifier`: by the activations themselves. These need no negatives, and no label is shown."""
+    class_scores: Literal["learned", "groups"] = "learned"
+    """How a layer with the objective `class_goodness` or `classifier` scores the classes: by a `learned` linear map,
+    which belongs to the layer, or by `groups` of units, one for each class, with a learned factor."""
+    pooled_features: Count = 2048
+    """Largest number of values of a layer that a `learned` map of class scores, or the readout after a convolution,
+    reads; larger maps are average-pooled."""
+    label_smoothing: Fraction = 0.0
+    """Probability in the target of class scores (`class_goodness`, `classifier`) that spreads evenly over all classes,
+    in [0, 1)."""
     loss: Literal["logistic", "margin", "symmetric"] = "logistic"
     """Loss of the layers. `logistic` compares the goodness with the threshold; `symmetric` compares the positive and
     the negative goodness of a sample. `margin` is an alias of `logistic`, its name in a common PyTorch port."""
@@ -273,18 +289,32 @@ class Training(Section):
     optimizer: Literal["hinton", "sgd", "adam", "adamw"] = "hinton"
     """Optimizer of the layers: `hinton` is the update of the paper's released code; the others are those of torch."""
     learning_rate: NotNegative = 0.01
-    """Learning rate of the layers. It decays linearly in the second half of the epochs."""
+    """Learning rate of the layers, see learning_rate_schedule."""
+    learning_rate_schedule: Literal["hinton", "cosine", "constant"] = "hinton"
+    """How the learning rates of layers and readout change from epoch to epoch. `hinton`: constant in the first half of
+    the epochs, and then a linear decay; `cosine`: the first half of a cosine, to 0."""
+    warmup_epochs: Annotated[int, Number, Field(ge=0, le=MAX_VALUE)] = 0
+    """Number of epochs at the start, fewer than all, in which the learning rates rise linearly to the schedule's."""
     weight_decay: NotNegative = 0.001
     """Weight decay of the layers: decoupled from the gradient with `hinton` and `adamw`, an L2 penalty with `sgd` and
     `adam`."""
     readout_learning_rate: NotNegative = 0.1
-    """Learning rate of the readout. It decays linearly in the second half of the epochs."""
+    """Learning rate of the readout, see learning_rate_schedule."""
     readout_weight_decay: NotNegative = 0.003
     """Weight decay of the readout, decoupled from the gradient."""
     momentum: Fraction = 0.9
     """Momentum of `hinton`, `sgd` and the readout, and the first of the `betas` of `adam` and `adamw`, in [0, 1)."""
     peer_normalization: NotNegative = 0.03
     """Strength of the regularization that pulls each unit's mean activity towards the mean of its layer. 0: none."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> "Training":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"training.warmup_epochs must be fewer than all epochs (warmup_epochs: {self.warmup_epochs}, epochs: "
+                f"{self.epochs})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stop(self) -> "Training":
@@ -411,4 +441,4 @@ class Reference(Section):
     paper_error: Fraction | None = None
     """Test error that the paper reports for the experiment, in [0, 1)."""
     target_error: Fraction | None = None
-    """Test error to reach, in [0, 1): by goodness, or by a fitted readout if the input has no label."""
+    """Test error to reach, in [0, 1): by goodness or class scores, or by a fitted readout if there are neither."""

@@ -136,6 +136,8 @@ class ImageEncoder(Encoder):
     """Whether to subtract each image's own mean."""
     jitter: int = 0
     """Largest random shift of a training image in each direction, in pixels."""
+    flip: bool = False
+    """Whether training images are mirrored left to right at random."""
 
     dtype = torch.uint8
 
@@ -169,20 +171,25 @@ class ImageEncoder(Encoder):
 
     @property
     def augments(self) -> bool:
-        """Whether images are shifted."""
-        return self.jitter > 0
+        """Whether images are shifted or mirrored."""
+        return self.jitter > 0 or self.flip
 
     def draw_augmentation(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Draws the shift of each image, down and right `[2, B]`, from 0 to 2 * jitter."""
-        return torch.randint(2 * self.jitter + 1, (2, batch), generator=generator)
+        """Draws the shift of each image, down and right, from 0 to 2 * jitter, and whether it is mirrored `[3, B]`."""
+        shifts = torch.randint(2 * self.jitter + 1, (2, batch), generator=generator)
+        flips = torch.randint(2, (1, batch), generator=generator) if self.flip else shifts.new_zeros(1, batch)
+        return torch.cat((shifts, flips))
 
     def augment(self, samples: Tensor, drawn: Tensor) -> Tensor:
-        """Returns shifted images `[K, B, D]`; pixels from beyond the border are 0."""
+        """Returns shifted and mirrored images `[K, B, D]`; pixels from beyond the border are 0."""
         channels, height, width = self.shape
         padded = F.pad(samples.reshape(-1, channels, height, width), (self.jitter,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        down, right = drawn.transpose(0, 1).flatten(1)
-        return windows[torch.arange(len(padded), device=padded.device), :, down, right].view(samples.shape)
+        down, right, flipped = drawn.transpose(0, 1).flatten(1)
+        images = windows[torch.arange(len(padded), device=padded.device), :, down, right]
+        if self.flip:
+            images = torch.where(flipped.bool()[:, None, None, None], images.flip(3), images)
+        return images.reshape(samples.shape)
 
     @property
     def augmentation_bytes(self) -> int:

@@ -4,18 +4,21 @@ Shapes: `P` passes, `T` passes that are trained on, `B` samples of a minibatch, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ffdist.ff.forms import Form
 from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
 from ffdist.ff.objectives import OBJECTIVES, RELEASE, Loss, Rule
 from ffdist.ff.optimizers import Learner
 
 MEASURED = ("active_fraction", "weight_rms")
 """The last metrics of every layer. They read all activations or weights, so they are only measured now and then."""
+OBJECTIVE = "objective."
+"""Prefix of the names of the parameters that an objective has."""
 MEAN_ACTIVITY_MOMENTUM, INITIAL_MEAN_ACTIVITY = 0.9, 0.5
 """Momentum and initial value of each unit's running mean activity."""
 
@@ -65,7 +68,7 @@ class Output(NamedTuple):
     activations: Tensor
     """Normalized activations `[..., H]`, of the layer's compute type."""
     scores: Tensor
-    """Scores of the objective `[...]`, such as the goodness, float32."""
+    """Scores of the objective, float32: of a row `[...]`, such as its goodness, or of each class `[..., C]`."""
 
 
 class Layer(Learner, ABC):
@@ -77,27 +80,29 @@ class Layer(Learner, ABC):
     captured in a CUDA graph, and must not draw random numbers, because they would depend on the process.
 
     Args:
-        num_units: Number of outputs H.
+        form: Form of the output, with H values.
         rule: The learning rule.
         threshold: Goodness, before any minus, at which a row is as likely positive as negative; None for the number of
             units.
+        classes: Number of classes C.
         compute_dtype: Type of input and output rows and of matrix products. Parameters, activations, goodness and
             updates are float32.
     """
 
     def __init__(
         self,
-        num_units: int,
+        form: Form,
         *,
         rule: Rule = RELEASE,
         threshold: float | None = None,
+        classes: int = 2,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(rule.update)
         self.rule, self.compute_dtype = rule, compute_dtype
-        self.objective = OBJECTIVES[rule.objective](rule, threshold, num_units)
+        self.objective = OBJECTIVES[rule.objective](rule, threshold, form, classes)
         self._normalize = NORMALIZATIONS[rule.normalization]
-        self.statistics.register_buffer("mean_activity", torch.full((num_units,), INITIAL_MEAN_ACTIVITY))
+        self.statistics.register_buffer("mean_activity", torch.full((form.size,), INITIAL_MEAN_ACTIVITY))
 
     @abstractmethod
     def compute(self, inputs: Tensor) -> Tensor:
@@ -111,8 +116,13 @@ class Layer(Learner, ABC):
         """Arranges rows `[R, D]` for `compute` and `gradients`, `[R, ...]`. By default, it returns them."""
         return rows
 
-    def compute_for_training(self, inputs: Tensor) -> Tensor:
-        """Returns the activations, with their graph. Submodules, such as batch norm, are in training mode."""
+    def compute_for_training(self, inputs: Tensor, batch: int) -> Tensor:
+        """Returns the activations, with their graph. Submodules, such as batch norm, are in training mode.
+
+        Args:
+            inputs: Result of `prepare`.
+            batch: Number of samples B; so many rows, the first ones, are positive.
+        """
         self.requires_grad_().train()
         with torch.enable_grad():
             activations = self.compute(inputs)
@@ -132,10 +142,14 @@ class Layer(Learner, ABC):
             return {}
         weights = torch.zeros_like(activations)
         weights[rows] = direction
-        named = dict(self.named_parameters())
+        named = dict(self._own_parameters())
         gradients = torch.autograd.grad(activations, [*named.values()], weights, materialize_grads=True)
         self.requires_grad_(False)
         return dict(zip(named, gradients, strict=True))
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the name of each parameter, and the parameter, without those of the objective."""
+        return ((name, each) for name, each in self.named_parameters() if not name.startswith(OBJECTIVE))
 
     def update_parameters(self, gradients: Mapping[str, Tensor], lr_scale: float) -> None:
         """Makes one update."""
@@ -154,15 +168,25 @@ class Layer(Learner, ABC):
         """Names of the metrics of a minibatch, in their order."""
         return (*self.objective.metrics, *MEASURED)
 
-    def forward(self, rows: Tensor) -> Output:
-        """Returns the output for rows `[..., D]` of the compute type."""
-        activations = self.compute(self.prepare(rows.reshape(-1, rows.shape[-1])))
+    def forward(self, rows: Tensor, *, is_training: bool = False) -> Output:
+        """Returns the output for rows `[..., D]` of the compute type.
+
+        Args:
+            rows: The rows.
+            is_training: Whether all of them are the positive rows of a minibatch that is trained on by backpropagation.
+        """
+        inputs = self.prepare(rows.reshape(-1, rows.shape[-1]))
+        activations = self.compute_for_training(inputs, len(inputs)) if is_training else self.compute(inputs)
         return self._output(activations.reshape(*rows.shape[:-1], -1))
 
     def _output(self, activations: Tensor) -> Output:
-        squares = squared_norm(activations)
-        normalized = self._normalize(activations, squares).to(self.compute_dtype)
-        return Output(normalized, self.objective.scores(activations, squares))
+        squares, passed = squared_norm(activations), self.pass_on(activations)
+        normalized = self._normalize(passed, squares if passed is activations else squared_norm(passed))
+        return Output(normalized.to(self.compute_dtype), self.objective.scores(activations, squares))
+
+    def pass_on(self, activations: Tensor) -> Tensor:
+        """Returns what the next layer reads of activations `[..., H]`, before its normalization; by default, all."""
+        return activations
 
     @torch.no_grad()
     def train_minibatch(
@@ -176,15 +200,16 @@ class Layer(Learner, ABC):
             measure: Whether to compute MEASURED.
 
         Returns:
-            The output `[P, B, H]` and `[P, B]`, computed with the weights before the update; and the values of
-            `metrics`, float32, with NaN for those that were not measured.
+            The output, activations `[P, B, H]` and scores `[P, B, ...]`, computed with the weights before the update;
+            and the values of `metrics`, float32, with NaN for those that were not measured.
         """
         rows, num_trained, labels = minibatch.rows, minibatch.passes.num_trained, minibatch.labels
         inputs = self.prepare(rows.flatten(0, 1))
-        activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs)
+        batch = rows.shape[1]
+        activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs, batch)
         values = activations.detach().reshape(*rows.shape[:2], -1)
         output, trained = self._output(values), values[:num_trained]
-        loss = self.objective(trained, output.scores[:num_trained], labels)
+        loss = self.objective.loss_of(trained, output.scores[:num_trained], labels)
         unmeasured = loss.metrics[0].new_full((), torch.nan)
         measured = (
             (trained != 0).to(trained.dtype).mean() if measure else unmeasured,
@@ -196,8 +221,8 @@ class Layer(Learner, ABC):
         return output, metrics
 
     def _weight_rms(self) -> Tensor:
-        """Returns the root mean square of all parameters with at least two dimensions; NaN without any."""
-        weights = [parameter for parameter in self.parameters() if parameter.dim() > 1]
+        """Returns the root mean square of the layer's own parameters with at least two dimensions; NaN without any."""
+        weights = [parameter for _, parameter in self._own_parameters() if parameter.dim() > 1]
         count = sum(weight.numel() for weight in weights)
         means = [weight.square().mean() * (weight.numel() / count) for weight in weights]
         return torch.stack(means).sum().sqrt() if means else self.mean_activity.new_full((), torch.nan)
@@ -221,13 +246,15 @@ class Layer(Learner, ABC):
         parts = [slice(0, 1), slice(1, num_passes)] if self.rule.alternating else [slice(0, num_passes)]
         for number, part in enumerate(parts * self.rule.updates_per_minibatch):
             if number:
-                activations = self.compute_for_training(inputs)
+                activations = self.compute_for_training(inputs, batch)
                 trained = activations.detach().view_as(trained)
-                loss = self.objective(trained, self.objective.scores(trained, squared_norm(trained)), labels)
+                loss = self.objective.loss_of(trained, self.objective.scores(trained, squared_norm(trained)), labels)
             direction = loss.direction(part)
-            if part.start == 0:
+            if part.start == 0 and self.rule.peer_strength:
                 self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)
                 strength = self.rule.peer_strength / batch
                 direction[0] += strength * (self.mean_activity.mean() - self.mean_activity)
             rows = slice(part.start * batch, part.stop * batch)
-            self.update_parameters(self.gradients(direction.flatten(0, 1), inputs, activations, rows), lr_scale)
+            gradients = dict(self.gradients(direction.flatten(0, 1), inputs, activations, rows))
+            gradients |= {f"{OBJECTIVE}{name}": gradient for name, gradient in loss.parameters.items()}
+            self.update_parameters(gradients, lr_scale)

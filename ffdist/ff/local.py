@@ -26,7 +26,7 @@ class LocalLayer(ReluLayer):
     def __init__(self, spec: Local, form: Form, **settings: Any) -> None:
         self._spec, self._form = spec, form
         self._line = spec.line_width(form)
-        super().__init__((spec.grid**2, spec.units, spec.fan_in(form)), **settings)
+        super().__init__(spec.output_form(form), (spec.grid**2, spec.units, spec.fan_in(form)), **settings)
         # Weights beyond the border read zeros, so they stay zero if they are zero initially.
         self.weight.mul_(self._windows(torch.ones(1, form.width))[0].unsqueeze(1))
         self.refresh()

@@ -4,7 +4,7 @@ Shapes: `N` samples, `B` samples of a minibatch, `D` values of a sample, `L` lay
 `C` classes, `H` units.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,14 +18,15 @@ from ffdist.ff.forms import Form
 from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import neutral, one_hot
-from ffdist.ff.layers import MEASURED, Layer
+from ffdist.ff.layers import MEASURED, Layer, Output
 from ffdist.ff.objectives import OBJECTIVES, RELEASE, Objective, Rule
 from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_inference
 from ffdist.ff.readout import Readout
 from ffdist.ff.specs import LayerSpec, parse_layer
 
-MAX_ROWS = 4000
-"""Largest number of rows that pass through the layers at once when labels are predicted."""
+MAX_ROWS, MAX_VALUES = 4000, 2**25
+"""Limits of the rows that pass through the layers at once when labels are predicted: their number, and the activations
+of a layer for them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Architecture:
                 layer.validate(form)
             except ValueError as error:
                 raise ValueError(f"layer {number} {error}") from error
-            form = layer.output_form(form)
+            form, activations = layer.output_form(form), layer.activation_form(form)
+            self.objective.validate(self.rule, activations, self.classes)
         if not 1 <= self.predict_from <= len(self.layers):
             raise ValueError(
                 f"predict_from must be one of the layers, 1 to {len(self.layers)} (predict_from: {self.predict_from})"
@@ -100,8 +102,8 @@ class Architecture:
 
     @property
     def goodness_predicts(self) -> bool:
-        """Whether the label with the most goodness is predicted, of all that are tried."""
-        return self.labels_shown and self.learned_goodness
+        """Whether the layers predict: the label with the most goodness of all that are tried, or by class scores."""
+        return self.learned_goodness and (self.labels_shown or self.objective.scores_classes)
 
     @property
     def tried(self) -> list[int]:
@@ -111,7 +113,7 @@ class Architecture:
     @property
     def prediction_batch(self) -> int:
         """Number of samples that are predicted at once."""
-        return max(1, MAX_ROWS // len(self.tried))
+        return max(1, self.max_rows // (1 if self.objective.scores_classes else len(self.tried)))
 
     @property
     def objective(self) -> type[Objective]:
@@ -139,20 +141,43 @@ class Architecture:
     @property
     def num_features(self) -> int:
         """Number of values that the readout reads."""
-        return sum(self.widths[self.predict_from :])
+        return sum(form.size for _, form in self.read_forms)
+
+    @property
+    def max_rows(self) -> int:
+        """Largest number of rows that pass through the layers at once when labels are predicted."""
+        widest = max(form.size for form in (*self.forms, *self.activation_forms))
+        return max(1, min(MAX_ROWS, MAX_VALUES // widest))
+
+    @property
+    def read_forms(self) -> list[tuple[Form, Form]]:
+        """Form of the output of each layer that the readout reads, and of what it reads of it."""
+        pairs = [*self._layers_and_forms][self.predict_from - 1 :]
+        most = self.rule.pooled_features
+        return [(layer.output_form(form), layer.read_form(form, most)) for layer, form in pairs]
+
+    @property
+    def activation_forms(self) -> tuple[Form, ...]:
+        """Form of the activations of each layer, which its objective reads."""
+        return tuple(layer.activation_form(form) for layer, form in self._layers_and_forms)
 
     @property
     def num_parameters(self) -> tuple[int, ...]:
         """Number of learned values of each layer."""
-        return tuple(layer.num_parameters(form) for layer, form in self._layers_and_forms)
+        return tuple(
+            layer.num_parameters(form) + self.objective.num_parameters(self.rule, output, self.classes)
+            for (layer, form), output in zip(self._layers_and_forms, self.activation_forms, strict=True)
+        )
 
     @property
     def state_bytes(self) -> tuple[int, ...]:
         """Bytes of the state of each layer, and then of the readout: parameters, optimizer state and statistics."""
         readout = self.readout_update.num_values(self.classes * (1 + self.num_features))
         values = [
-            self.rule.update.num_values(count) + form.size
-            for count, form in zip(self.num_parameters, self.forms[1:], strict=True)
+            self.rule.update.num_values(count) + output.size + layer.num_buffers(form)
+            for count, output, (layer, form) in zip(
+                self.num_parameters, self.activation_forms, self._layers_and_forms, strict=True
+            )
         ]
         return tuple(torch.float32.itemsize * each for each in (*values, readout))
 
@@ -178,6 +203,7 @@ class Architecture:
                 self.forms[index],
                 rule=self.rule,
                 threshold=self.thresholds[index] if self.thresholds else None,
+                classes=self.classes,
                 compute_dtype=self.compute_dtype,
                 generator=generator(self.seed, "layer", index) if trainable else None,
             )
@@ -185,9 +211,16 @@ class Architecture:
             layer.add_optimizer_state()
         return layer.eval()
 
+    def pool_read(self, index: int, rows: Tensor) -> Tensor:
+        """Returns what the readout reads of the output of a layer, counted from 0, `[..., H] -> [..., F]`."""
+        form, to = self.read_forms[index + 1 - self.predict_from]
+        return rows if form.shape == to.shape else form.pool(rows, to)
+
     def readout(self) -> Readout:
         """Builds the readout, whose initial parameters are 0."""
-        return Readout(self.num_features, self.classes, update=self.readout_update)
+        is_pooled = any(form.shape != to.shape for form, to in self.read_forms)
+        forms = self.read_forms if is_pooled else ()
+        return Readout(self.num_features, self.classes, update=self.readout_update, forms=forms)
 
     def rows(self, samples: Tensor, claims: Tensor | None) -> Tensor:
         """Turns samples and label values into input rows.
@@ -208,11 +241,15 @@ class Architecture:
         return self.rows(samples.unsqueeze(1), one_hot(labels, self.classes))
 
     def by_class(self, goodness: Tensor) -> Tensor:
-        """Returns the goodness of every class `[..., C]` from that of the labels tried `[..., T]`; of others -inf."""
+        """Returns the goodness of every class `[..., C]`, -inf for classes without training samples.
+
+        Args:
+            goodness: Of the labels tried `[..., T]`, or class scores `[..., C]`.
+        """
         if not self.untrained or not goodness.shape[-1]:
             return goodness
         every = goodness.new_full((*goodness.shape[:-1], self.classes), -torch.inf)
-        every[..., self.tried] = goodness
+        every[..., self.tried] = goodness[..., self.tried] if self.objective.scores_classes else goodness
         return every
 
     def neutral_rows(self, samples: Tensor) -> Tensor:
@@ -226,8 +263,8 @@ class Prediction(NamedTuple):
     probabilities: Tensor
     """Probabilities of the readout, from one pass with the neutral label, or without one `[B, C]`."""
     goodness: Tensor
-    """Goodness of each layer for every label `[L, B, C]`, -inf for labels that are not tried; `[L, B, 0]` if goodness
-    does not predict."""
+    """Goodness or class scores of each layer for every label `[L, B, C]`, -inf for labels that are not tried;
+    `[L, B, 0]` if the layers do not predict."""
     label: Tensor
     """Label with the greatest goodness, summed over the predicting layers; otherwise that of the readout `[B]`."""
 
@@ -268,21 +305,26 @@ class Network(nn.Module):
             learner.optimizer = learner.statistics = nn.Module()
         return network.requires_grad_(False).eval()
 
-    def read(self, rows: Tensor) -> list[Tensor]:
-        """Returns the readout's inputs for rows `[B, D']`: the normalized activations of each read layer `[B, H]`."""
-        activations = []
-        for layer in self.layers:
-            rows = layer(rows).activations
-            activations.append(rows)
-        return activations[self.architecture.predict_from - 1 :]
+    def read(self, rows: Tensor, *, is_training: bool = False) -> list[Tensor]:
+        """Returns the readout's inputs for rows `[B, D']`: the normalized activations of each read layer `[B, H]`.
+
+        Args:
+            rows: The rows.
+            is_training: Whether they are a minibatch that is trained on by backpropagation.
+        """
+        outputs = [*self._outputs(rows, is_training=is_training)]
+        return [output.activations for output in outputs[self.architecture.predict_from - 1 :]]
 
     def goodness(self, rows: Tensor) -> Tensor:
-        """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`."""
-        scores_of_layers = []
+        """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`, or its class scores, `[L, ..., C]`."""
+        return torch.stack([output.scores for output in self._outputs(rows)])
+
+    def _outputs(self, rows: Tensor, *, is_training: bool = False) -> Iterator[Output]:
+        """Yields the output of each layer."""
         for layer in self.layers:
-            rows, scores = layer(rows)
-            scores_of_layers.append(scores)
-        return torch.stack(scores_of_layers)
+            output = layer(rows, is_training=is_training)
+            rows = output.activations
+            yield output
 
     def forward(self, samples: Tensor) -> Tensor:
         """Returns the readout's logits `[B, C]` for samples `[B, D]`, from one pass without a claim."""
@@ -303,9 +345,14 @@ class Network(nn.Module):
     def predict_batch(self, samples: Tensor) -> Prediction:
         """Predicts the labels of samples `[B, D]` in one batch."""
         architecture = self.architecture
-        probabilities = self(samples).softmax(-1)
+        outputs = list(self._outputs(architecture.neutral_rows(samples)))
+        read = [output.activations for output in outputs[architecture.predict_from - 1 :]]
+        probabilities = self.readout(read).softmax(-1)
         if not architecture.goodness_predicts:
             no_goodness = probabilities.new_empty(len(self.layers), samples.shape[0], 0)
             return Prediction(probabilities, no_goodness, probabilities.argmax(-1))
-        by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
+        if architecture.objective.scores_classes:
+            by_layer = architecture.by_class(torch.stack([output.scores for output in outputs]))
+        else:
+            by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
         return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))

@@ -1,17 +1,20 @@
 """Objectives: the loss of a layer, computed from its activations, and the scores that predictions are made from.
 
-Shapes: `T` passes that are trained on, the positive one first, `B` samples, `H` units.
+Shapes: `T` passes that are trained on, the positive one first, `B` samples, `H` units, `C` classes, `F` features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ffdist.ff.goodness import GOODNESS, MINUS
+from ffdist.ff.forms import Form
+from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, squared_norm
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import LAYER_UPDATE, Update
 
@@ -38,6 +41,12 @@ class Rule:
     """How parameters follow the gradient."""
     objective: str = "goodness"
     """A key of `OBJECTIVES`."""
+    class_scores: str = "learned"
+    """How features become class scores: `learned`, a linear map, or `groups`, the mean over a group of units."""
+    pooled_features: int = 2048
+    """Largest number of features that a learned map of class scores reads; maps are average-pooled to as many."""
+    label_smoothing: float = 0.0
+    """Probability that the target of class scores spreads evenly over all classes, in [0, 1)."""
 
 
 RELEASE = Rule()
@@ -52,30 +61,58 @@ class Loss(NamedTuple):
     direction: Callable[[slice], Tensor]
     """Returns minus the gradient of the mean loss over samples with respect to the activations of some of the passes
     `[t, B, H]`, as a new tensor. It is 0 where an activation is 0, as behind a ReLU."""
+    parameters: Mapping[str, Tensor] = MappingProxyType({})
+    """Minus the gradient of the mean loss with respect to each parameter of the objective, by name."""
 
 
-class Objective(ABC):
-    """The local loss of a layer.
+class Objective(nn.Module, ABC):
+    """The local loss of a layer. Its parameters, if it has any, belong to the layer.
 
     Its methods must not wait for the device (such as `.item()`), because they are captured in a CUDA graph.
 
     Args:
         rule: The learning rule.
         threshold: Threshold of the layer; None for its number of units.
-        num_units: Number of outputs of the layer.
+        form: Form of the layer's output.
+        classes: Number of classes C.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """Names of the metrics of a minibatch."""
     needs_labels: ClassVar[bool] = False
     """Whether it needs the true labels."""
+    needs_negatives: ClassVar[bool] = True
+    """Whether it contrasts samples with negatives. Without them, there is one pass, and no label is shown."""
+    scores_classes: ClassVar[bool] = False
+    """Whether it scores every class in one pass, so that no label has to be tried."""
 
-    def __init__(self, rule: Rule, threshold: float | None, num_units: int) -> None:
-        self.rule, self.num_units = rule, num_units
+    def __init__(self, rule: Rule, threshold: float | None, form: Form, classes: int) -> None:
+        super().__init__()
+        self.rule, self.form, self.classes = rule, form, classes
+
+    @property
+    def num_units(self) -> int:
+        """Number of outputs of the layer H."""
+        return self.form.size
+
+    @classmethod
+    def num_parameters(cls, rule: Rule, form: Form, classes: int) -> int:
+        """Returns the number of learned values."""
+        return 0
+
+    @classmethod
+    def validate(cls, rule: Rule, form: Form, classes: int) -> None:
+        """Checks that a layer with an output form can have this objective.
+
+        Raises:
+            ValueError: It cannot; the message states the rule.
+        """
 
     @abstractmethod
     def scores(self, activations: Tensor, squares: Tensor) -> Tensor:
-        """Returns a score of each row `[...]`; the label with the greatest sum of scores over layers is predicted.
+        """Returns a score of each row `[...]`, or of each class `[..., C]`, float32.
+
+        The label with the greatest sum of scores over layers is predicted.
 
         Args:
             activations: `[..., H]`.
@@ -83,12 +120,12 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def __call__(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch.
 
         Args:
             activations: Activations of the passes that are trained on `[T, B, H]`; not modified.
-            scores: Their scores `[T, B]`.
+            scores: Their scores `[T, B]` or `[T, B, C]`.
             labels: True labels `[B]`, or None if it does not need them.
         """
 
@@ -100,7 +137,7 @@ class AutogradObjective(Objective):
     def loss(self, activations: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the mean loss over samples, a scalar, from activations `[T, B, H]` and true labels `[B]`."""
 
-    def __call__(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch."""
         leaf = activations.detach().requires_grad_()
         with torch.enable_grad():
@@ -122,9 +159,9 @@ class GoodnessObjective(Objective):
 
     metrics = ("loss", "goodness_positive", "goodness_negative", "pairwise_error")
 
-    def __init__(self, rule: Rule, threshold: float | None, num_units: int) -> None:
-        super().__init__(rule, threshold, num_units)
-        self.threshold = signed_threshold(rule, threshold, num_units)
+    def __init__(self, rule: Rule, threshold: float | None, form: Form, classes: int) -> None:
+        super().__init__(rule, threshold, form, classes)
+        self.threshold = signed_threshold(rule, threshold, form.size)
         self._goodness = GOODNESS[rule.goodness.removeprefix(MINUS)]
         self._is_minus, self._loss = rule.goodness.startswith(MINUS), LOSSES[rule.loss]
 
@@ -133,7 +170,7 @@ class GoodnessObjective(Objective):
         goodness = self._goodness.value(activations, squares)
         return -goodness if self._is_minus else goodness
 
-    def __call__(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch; each of the M negative rows of a sample has the weight 1 / M."""
         margin = self.rule.alpha * (scores - self.threshold)
         losses, pull = self._loss(margin[0], margin[1:])
@@ -151,7 +188,110 @@ class GoodnessObjective(Objective):
         return Loss((loss, positive.mean(), negative.mean(), pairwise_error), direction)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"goodness": GoodnessObjective}
+class Classifier(Objective):
+    """Softmax cross-entropy between class scores of the layer and the true label, in one pass without negatives.
+
+    The features are the layer's normalized activations; maps are average-pooled. A linear map, which belongs to the
+    layer and is 0 initially, turns them into class scores. With `Rule.class_scores` of `groups`, each class has a group
+    of units, and its score is the mean of their features, times a learned factor.
+    """
+
+    metrics = ("loss", "class_error", "score_true", "score_wrong")
+    needs_labels = True
+    needs_negatives = False
+    scores_classes = True
+
+    def __init__(self, rule: Rule, threshold: float | None, form: Form, classes: int) -> None:
+        super().__init__(rule, threshold, form, classes)
+        if rule.class_scores == "groups":
+            self.factor = nn.Parameter(torch.ones(()), requires_grad=False)
+        else:
+            self._pooled = form.pooled(rule.pooled_features)
+            self.weight = nn.Parameter(torch.zeros(classes, self._pooled.size), requires_grad=False)
+            self.bias = nn.Parameter(torch.zeros(classes), requires_grad=False)
+
+    @classmethod
+    def num_parameters(cls, rule: Rule, form: Form, classes: int) -> int:
+        """Returns the number of weights and biases, or 1 for groups."""
+        if rule.class_scores == "groups":
+            return 1
+        return classes * (1 + form.pooled(rule.pooled_features).size)
+
+    @classmethod
+    def validate(cls, rule: Rule, form: Form, classes: int) -> None:
+        """Checks that each class gets a group of units."""
+        if rule.class_scores == "groups" and form.shape[0] < classes:
+            raise ValueError(
+                f"class_scores=groups needs a unit or channel of each layer for each of the {classes} classes (a layer "
+                f"has {form.shape[0]})"
+            )
+
+    def transform(self, activations: Tensor) -> Tensor:
+        """Returns the values that are pooled, from normalized activations: the same."""
+        return activations
+
+    def features(self, activations: Tensor, squares: Tensor) -> Tensor:
+        """Returns the features `[..., F]` of activations `[..., H]` with the sums of squares `[...]`."""
+        values = self.transform(NORMALIZATIONS[self.rule.normalization](activations, squares))
+        return values if self.rule.class_scores == "groups" else self.form.pool(values, self._pooled)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Returns the class scores `[..., C]` of features `[..., F]`, before the softmax."""
+        if self.rule.class_scores != "groups":
+            return F.linear(features, self.weight, self.bias)
+        maps = self.form.values(features.flatten(0, -2)).flatten(2) if self.form.is_map else features.unsqueeze(-1)
+        by_unit = maps.reshape(*features.shape[:-1], self.form.shape[0], -1).mean(-1)
+        size = self.form.shape[0] // self.classes  # units that are left over belong to no class
+        groups = by_unit[..., : size * self.classes].reshape(*by_unit.shape[:-1], self.classes, size)
+        logits: Tensor = self.factor * groups.mean(-1)
+        return logits
+
+    def scores(self, activations: Tensor, squares: Tensor) -> Tensor:
+        """Returns the logarithm of the probability of each class `[..., C]`."""
+        return self.logits(self.features(activations, squares)).log_softmax(-1)
+
+    def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+        """Returns the loss of a minibatch."""
+        assert labels is not None, "it needs labels"
+        leaf = activations.detach().requires_grad_()
+        named = {name: parameter.detach().requires_grad_() for name, parameter in self.named_parameters()}
+        with torch.enable_grad():
+            logits = torch.func.functional_call(self, named, (leaf,))[0]
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.rule.label_smoothing)
+            gradient, *others = torch.autograd.grad(-loss, (leaf, *named.values()))
+        log_probability, index = scores[0], labels.unsqueeze(1)
+        wrong = log_probability.scatter(1, index, -torch.inf).amax(1)
+        metrics = (
+            loss.detach(),
+            (log_probability.argmax(1) != labels).float().mean(),
+            log_probability.gather(1, index).mean(),
+            wrong.mean(),
+        )
+        return Loss(
+            metrics, lambda passes: gradient[passes] * (activations[passes] != 0), dict(zip(named, others, strict=True))
+        )
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Returns the class scores `[..., C]` of activations `[..., H]`, before the softmax."""
+        return self.logits(self.features(activations, squared_norm(activations)))
+
+
+class ClassGoodness(Classifier):
+    """The same, with the squares of the normalized activations as features: a goodness for each class.
+
+    Every wrong class is a negative of the true one.
+    """
+
+    def transform(self, activations: Tensor) -> Tensor:
+        """Returns the squares."""
+        return activations.square()
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "goodness": GoodnessObjective,
+    "class_goodness": ClassGoodness,
+    "classifier": Classifier,
+}
 """Objectives, by the name in `training.objective`."""
 
 

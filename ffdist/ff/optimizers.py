@@ -1,4 +1,4 @@
-"""Optimizers of layers and readout, and the schedule of their learning rates."""
+"""Optimizers of layers and readout."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,6 +157,7 @@ class Learner(nn.Module):
 
     def _ascend(self, name: str, parameter: Tensor, gradient: Tensor, copy: Tensor | None, step: Update) -> None:
         optimizer = OPTIMIZERS[step.optimizer]
+        gradient = gradient.contiguous()  # torch's fused Adam on CPUs reads other memory formats in the wrong order
         slots = [self.optimizer.get_buffer(_buffer_name(name, slot)) for slot in optimizer.slots]
         tensors = [parameter, gradient, *slots, *([] if copy is None else [copy])]
         # Block by block, so that a block stays in the CPU's cache for all operations of the update.
@@ -192,14 +193,3 @@ def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         return iter([tensors])
     num_rows = max(1, BLOCK_VALUES // first.shape[-1])
     return zip(*(torch.split(tensor.flatten(0, -2), num_rows) for tensor in tensors), strict=True)
-
-
-def epoch_lr_scale(epoch: int, epochs: int) -> float:
-    """Returns the factor on the learning rate: 1 for the first half of the run, then falling to `1 / epochs`.
-
-    Args:
-        epoch: Counted from 0.
-        epochs: Length of the run.
-    """
-    done = epoch + 1
-    return 1.0 if done <= epochs / 2 else (1 + 2 * (epochs - done)) / epochs

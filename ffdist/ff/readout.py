@@ -3,12 +3,13 @@
 Shapes: `B` samples of a minibatch, `H` units of a layer, `C` classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffdist.ff.forms import Form
 from ffdist.ff.optimizers import READOUT_UPDATE, Learner, Update
 
 GRADIENT_TOLERANCE = 1e-5
@@ -22,20 +23,36 @@ class Readout(Learner):
         features: Sum of the numbers of units of the layers that it reads.
         classes: Number of classes C.
         update: How its parameters follow the gradient.
+        forms: Form of the activations of each layer, and of what is read of them after average pooling; empty if
+            nothing is pooled. A stage may have pooled them.
     """
 
-    def __init__(self, features: int, classes: int, *, update: Update = READOUT_UPDATE) -> None:
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        *,
+        update: Update = READOUT_UPDATE,
+        forms: Sequence[tuple[Form, Form]] = (),
+    ) -> None:
         super().__init__(update)
+        self._forms = tuple(forms)
         self.weight = nn.Parameter(torch.zeros(classes, features), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(classes), requires_grad=False)
         self.add_optimizer_state()
 
     def forward(self, activations: list[Tensor]) -> Tensor:
         """Returns logits `[..., C]` from the normalized activations `[..., H]` of each read layer, in order."""
-        return F.linear(self._rows(activations), self.weight, self.bias)
+        return F.linear(self.rows(activations), self.weight, self.bias)
 
-    def _rows(self, activations: list[Tensor]) -> Tensor:
-        return torch.cat(activations, -1).to(self.weight.dtype)
+    def rows(self, activations: list[Tensor]) -> Tensor:
+        """Returns what is read of the activations `[..., H]` of each layer, as one row `[..., features]`."""
+        if not self._forms:
+            return torch.cat(activations, -1).to(self.weight.dtype)
+        parts = zip(activations, self._forms, strict=True)
+        return torch.cat(
+            [form.pool(part, to) if part.shape[-1] == form.size else part for part, (form, to) in parts], -1
+        )
 
     def train_minibatch(
         self, activations: list[Tensor], labels: Tensor, *, lr_scale: float = 1.0
@@ -50,7 +67,7 @@ class Readout(Learner):
         Returns:
             The logits `[B, C]`; and the loss in nats and the error in [0, 1] `[2]`, float32; all before the update.
         """
-        rows = self._rows(activations)
+        rows = self.rows(activations)
         logits = F.linear(rows, self.weight, self.bias)
         metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
         direction = (F.one_hot(labels, len(self.bias)) - logits.softmax(1)) / len(rows)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffdist.ff.forms import Form
 from ffdist.ff.layers import Layer
 
 
@@ -19,18 +20,20 @@ class ReluLayer(Layer):
     """A ReLU layer. Its kinds determine which inputs each unit reads.
 
     Args:
+        form: Form of the output.
         shape: Shape of the weight, with the number of inputs of a unit last.
         generator: Source of the initial weights, N(0, 1) divided by the square root of the number of inputs of a unit;
             zeros without it.
         **settings: See `Layer`.
     """
 
-    def __init__(self, shape: tuple[int, ...], *, generator: torch.Generator | None = None, **settings: Any) -> None:
-        num_units = math.prod(shape[:-1])
-        super().__init__(num_units, **settings)
+    def __init__(
+        self, form: Form, shape: tuple[int, ...], *, generator: torch.Generator | None = None, **settings: Any
+    ) -> None:
+        super().__init__(form, **settings)
         initial = torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) if generator else torch.zeros(shape)
         self.weight = nn.Parameter(initial, requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(num_units), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(form.size), requires_grad=False)
         self._compute_weight: Tensor
         self.register_buffer("_compute_weight", torch.empty(0), persistent=False)
         self.refresh()
@@ -76,7 +79,7 @@ class ReluLayer(Layer):
         self._refresh_if_changed()
         return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
 
-    def compute_for_training(self, inputs: Tensor) -> Tensor:
+    def compute_for_training(self, inputs: Tensor, batch: int) -> Tensor:
         """Returns the activations `[R, H]`; the closed form needs nothing else."""
         return self.compute(inputs)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ffdist.ff.forms import FLOAT32_BYTES as FLOAT32_BYTES
 from ffdist.ff.forms import Form
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 MAX_VALUE = 10**9
 """Largest number in a setting. Larger numbers exceed float32, time limits of the system, or memory."""
-FLOAT32_BYTES = 4
 MIN_UNITS_PER_FIELD = 32
 """With fewer units per field, one product for each row of fields is faster than one for each field."""
 
@@ -30,25 +30,43 @@ class LayerSpec(ABC):
 
     builds_on_meta: ClassVar[bool] = False
     """Whether `build` works on torch's device `meta`, which saves the memory of weights that are loaded afterwards."""
+    working_values: ClassVar[int] = 12
+    """Upper bound of the float32 values per activation of a minibatch while the layer is trained."""
 
     def __post_init__(self) -> None:
-        """Checks the settings that are whole numbers; the `min` in the metadata of a field is 1 by default.
+        """Checks the settings that are whole numbers, by `min` in the metadata of a field (by default, 1), and names.
 
         Raises:
-            ValueError: One is less than its minimum, or greater than MAX_VALUE.
+            ValueError: A number is less than its minimum, or greater than MAX_VALUE, or a name is not in `one_of`.
         """
-        for field in fields(self):
-            value, low = getattr(self, field.name), field.metadata.get("min", 1)
-            if field.type in (int, "int") and not (type(value) is int and low <= value <= MAX_VALUE):
-                raise ValueError(f"{field.name} must be a whole number from {low} to {MAX_VALUE} (given: {value!r})")
+        for setting in fields(self):
+            value, low = getattr(self, setting.name), setting.metadata.get("min", 1)
+            is_number = setting.type in (int, "int") or (setting.type == "int | None" and value is not None)
+            if is_number and not (type(value) is int and low <= value <= MAX_VALUE):
+                raise ValueError(f"{setting.name} must be a whole number from {low} to {MAX_VALUE} (given: {value!r})")
+            names = setting.metadata.get("one_of", (value,))
+            if value not in names:
+                raise ValueError(f"{setting.name} must be one of {', '.join(names)} (given: {value!r})")
 
     @abstractmethod
     def output_form(self, form: Form) -> Form:
         """Returns the form of the layer's output for an input form."""
 
+    def activation_form(self, form: Form) -> Form:
+        """Returns the form of the activations that the objective reads, if the layer passes on less."""
+        return self.output_form(form)
+
+    def read_form(self, form: Form, most: int) -> Form:
+        """Returns the form of what the readout reads of the output; maps may be pooled to at most `most` values."""
+        return self.output_form(form)
+
+    def num_buffers(self, form: Form) -> int:
+        """Returns the number of values in buffers that are part of the state."""
+        return 0
+
     @abstractmethod
     def num_parameters(self, form: Form) -> int:
-        """Returns the number of learned values for an input form."""
+        """Returns the number of learned values for an input form, without those of the objective."""
 
     @abstractmethod
     def build(self, form: Form, **settings: Any) -> Layer:
@@ -56,8 +74,8 @@ class LayerSpec(ABC):
 
         Args:
             form: Form of the input.
-            **settings: `rule`, `threshold` and `compute_dtype`, see `Layer`; and `generator`, the source of the initial
-                weights, or None if they will be loaded.
+            **settings: `rule`, `threshold`, `classes` and `compute_dtype`, see `Layer`; and `generator`, the source of
+                the initial weights, or None if they will be loaded.
         """
 
     def validate(self, form: Form) -> None:  # noqa: B027
@@ -95,7 +113,7 @@ class Dense(LayerSpec):
     units: int
     """Number of units."""
 
-    builds_on_meta = True
+    builds_on_meta, working_values = True, 6
 
     def __str__(self) -> str:
         return str(self.units)
@@ -117,7 +135,7 @@ class Dense(LayerSpec):
         """Returns a new layer."""
         from ffdist.ff.dense import DenseLayer
 
-        return DenseLayer((self.units, form.width), **settings)
+        return DenseLayer(self.output_form(form), (self.units, form.width), **settings)
 
     def copy_bytes(self, form: Form, compute_bytes: int) -> int:
         """Returns the bytes of the weights in the compute type, if it is not theirs."""
@@ -141,7 +159,7 @@ class Local(LayerSpec):
     stride: int = 1
     """Distance between adjacent fields, in positions of the input map."""
 
-    builds_on_meta = True
+    builds_on_meta, working_values = True, 6
 
     def __str__(self) -> str:
         return f"{self.grid}x{self.grid}x{self.units}"
@@ -214,7 +232,94 @@ class Local(LayerSpec):
         return weight.reshape(-1, self.field, self.field, channels).permute(0, 3, 1, 2)
 
 
-LAYERS: dict[str, type[LayerSpec]] = {"dense": Dense, "local": Local}
+@dataclass(frozen=True)
+class Conv(LayerSpec):
+    """A convolution with a norm and an activation. What it passes on may be pooled."""
+
+    channels: int
+    """Number of output channels."""
+    kernel: int = 3
+    """Side length of the kernel."""
+    stride: int = 1
+    """Distance between adjacent positions of the kernel."""
+    padding: int | None = field(default=None, metadata={"min": 0})
+    """Width of the border of zeros around the input. Default: half of the kernel, rounded down."""
+    norm: str = field(default="batch", metadata={"one_of": ("batch", "group", "none")})
+    """Norm before the activation: `batch` (in training over the positive rows of a minibatch, and otherwise by running
+    means), `group` (of each sample, in up to 32 groups of channels), or `none`."""
+    activation: str = field(default="relu", metadata={"one_of": ("relu", "leaky_relu")})
+    """Activation: `relu` or `leaky_relu`."""
+    pool: str = field(default="none", metadata={"one_of": ("none", "max", "average")})
+    """Pooling of 2 x 2 positions in what is passed on: `max`, `average` or `none`. The objective reads all of them."""
+
+    builds_on_meta = True
+
+    def __str__(self) -> str:
+        return f"{self.channels}c{self.kernel}{'p' * (self.pool != 'none')}"
+
+    @property
+    def border(self) -> int:
+        """Width of the border of zeros."""
+        return self.kernel // 2 if self.padding is None else self.padding
+
+    def fan_in(self, form: Form) -> int:
+        """Returns the number of inputs of a unit."""
+        return self.kernel**2 * (form.shape[0] + form.shared)
+
+    def activation_form(self, form: Form) -> Form:
+        """Returns the map of all positions."""
+        sizes = ((size + 2 * self.border - self.kernel) // self.stride + 1 for size in form.shape[1:])
+        return Form((self.channels, *sizes), channels_last=True)
+
+    def output_form(self, form: Form) -> Form:
+        """Returns the map after pooling."""
+        channels, *sizes = self.activation_form(form).shape
+        divisor = 1 if self.pool == "none" else 2
+        return Form((channels, *(size // divisor for size in sizes)), channels_last=True)
+
+    def read_form(self, form: Form, most: int) -> Form:
+        """Returns the form of the output, average-pooled."""
+        return self.output_form(form).pooled(most)
+
+    def num_parameters(self, form: Form) -> int:
+        """Returns the number of weights, and of biases or of factors and offsets of the norm."""
+        return self.channels * (self.fan_in(form) + (1 if self.norm == "none" else 2))
+
+    def num_buffers(self, form: Form) -> int:
+        """Returns the number of running means and variances."""
+        return 2 * self.channels * (self.norm == "batch")
+
+    def copy_bytes(self, form: Form, compute_bytes: int) -> int:
+        """Returns the bytes of the weights in the compute type, ordered for products."""
+        return self.channels * self.fan_in(form) * compute_bytes
+
+    def validate(self, form: Form) -> None:
+        """Checks that the input is a map that the kernel fits into."""
+        if not form.is_map:
+            raise ValueError(f"is a convolution and needs a map as input (shape of its input: {form.shape})")
+        if not all(size > 0 for size in self.output_form(form).shape):
+            raise ValueError(
+                f"leaves nothing of its {form.shape[1]} x {form.shape[2]} input map (kernel: {self.kernel}, padding: "
+                f"{self.border}, pool: {self.pool})"
+            )
+
+    def validate_label(self, label: str) -> None:
+        """Rejects all but `everywhere`: a convolution cannot see a label in a corner."""
+        if label not in ("everywhere", "none"):
+            raise ValueError(f"label={label} shows the label to few positions of the map; set it to everywhere or none")
+
+    def build(self, form: Form, **settings: Any) -> Layer:
+        """Returns a new layer."""
+        from ffdist.ff.conv import ConvLayer
+
+        return ConvLayer(self, form, **settings)
+
+    def filters(self, layer: Layer, form: Form) -> Tensor | None:
+        """Returns the kernels, without those of shared values."""
+        return layer.get_parameter("weight")[:, : form.shape[0]]
+
+
+LAYERS: dict[str, type[LayerSpec]] = {"dense": Dense, "local": Local, "conv": Conv}
 """Layer kinds, by the `kind` of an entry in `model.layers`."""
 
 
@@ -232,7 +337,7 @@ def parse_layer(entry: Any) -> LayerSpec:
     if not (isinstance(kind, str) and kind in LAYERS):
         raise ValueError(f"kind must be one of {', '.join(LAYERS)} (kind: {kind!r})")
     spec, settings = LAYERS[kind], {key: value for key, value in entry.items() if key != "kind"}
-    names = [field.name for field in fields(spec)]
+    names = [each.name for each in fields(spec)]
     if unknown := [str(key) for key in settings if key not in names]:
         raise ValueError(f"a {kind} layer has no setting {', '.join(unknown)} (its settings: {', '.join(names)})")
     try:

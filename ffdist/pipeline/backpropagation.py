@@ -82,7 +82,7 @@ class Backpropagation:
         """Makes one update; returns loss and error before it `[2]`."""
         self._network.requires_grad_().train()
         self._refresh()
-        logits = self._network.readout(self._network.read(rows))
+        logits = self._network.readout(self._network.read(rows, is_training=True))
         self._network.eval()
         loss = F.cross_entropy(logits, labels)
         named = [dict(learner.named_parameters()) for learner in self._learners.values()]

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.network import Architecture
-from ffdist.pipeline.schedule import EVALUATION_ROWS, evaluation_block
+from ffdist.pipeline.schedule import evaluation_block
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
 
@@ -85,8 +85,21 @@ class Blueprint(NamedTuple):
         is_last = last + 1 == len(architecture.layers)
         rows = self.negatives.per_sample + architecture.labels_shown
         values = 0 if is_last else rows * architecture.widths[1 + last]
-        values += sum(architecture.widths[1 + layer] for layer in layers if self._is_read(layer, layers))
+        values += sum(self._read_values(layer, layers) for layer in layers)
         return values * self.order.batch_size * architecture.compute_dtype.itemsize
+
+    def _read_values(self, layer: int, layers: Sequence[int]) -> int:
+        """Returns the number of values in a row of the readout pass that a stage sends after a layer.
+
+        Pooled ones are float32, which may be two values of the compute type.
+        """
+        if not self._is_read(layer, layers):
+            return 0
+        architecture, is_sent_on = self.architecture, layer == layers[-1] and layer + 1 < len(self.architecture.layers)
+        if is_sent_on:
+            return architecture.widths[1 + layer]
+        form, to = architecture.read_forms[layer + 1 - architecture.predict_from]
+        return form.size if form.shape == to.shape else 4 // architecture.compute_dtype.itemsize * to.size
 
     def _is_read(self, layer: int, layers: Sequence[int]) -> bool:
         """Returns whether a stage sends the rows of the readout pass after this layer."""
@@ -98,9 +111,9 @@ class Blueprint(NamedTuple):
         """Upper bound of messages and states in the object store: all commands in flight, and two snapshots."""
         architecture, order, negatives = self.architecture, self.order, self.negatives
         chunk, block = order.batch_size * self.chunk_size, evaluation_block(architecture)
-        signals = chunk * (negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS - block
-        read = [layer for layers in self.stage_layers for layer in layers if self._is_read(layer, layers)]
-        read_values = sum(architecture.widths[1 + layer] for layer in read)
+        num_tried = len(architecture.tried) if architecture.labels_shown else 0
+        signals = chunk * (negatives.per_sample + architecture.labels_shown), block * num_tried
+        read_values = sum(self._read_values(layer, layers) for layers in self.stage_layers for layer in layers)
         widest = max((architecture.widths[1 + layers[-1]] for layers in self.stage_layers[:-1]), default=0)
         # The readout's rows wait for the last layer; at most two copies of the signal exist.
         values = max(

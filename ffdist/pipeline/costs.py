@@ -59,13 +59,15 @@ def draw_sample(blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor
         labels: Labels of the training set `[N]`.
     """
     order, plan = blueprint.order, replace(blueprint.negatives, store=None)
-    source = NegativeSource(plan, samples, labels, blueprint.architecture, order)
-    since = time.thread_time()
-    negatives = source.make(0, 0).negatives
-    negatives_s = (time.thread_time() - since) * order.batch_size / len(negatives)
     count = order.batch_size * min(SIZE[blueprint.device], order.num_minibatches)
+    negatives, negatives_s = torch.empty(count, 0), 0.0
+    if plan.num_actors:
+        source = NegativeSource(plan, samples, labels, blueprint.architecture, order)
+        since = time.thread_time()
+        negatives = source.make(0, 0).negatives
+        negatives_s = (time.thread_time() - since) * order.batch_size / len(negatives)
+        negatives = negatives[torch.arange(count) % len(negatives)]
     blueprint = blueprint._replace(order=SampleOrder(order.seed, count, order.batch_size), negatives=plan)
-    negatives = negatives[torch.arange(count) % len(negatives)]
     # Cloned, because a view would be sent with its whole base tensor.
     return Sample(blueprint, samples["train"][:count].clone(), labels[:count].clone(), negatives, negatives_s)
 
@@ -170,5 +172,5 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
         return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
     # Serialization and negatives run on CPUs while the GPUs compute.
     slowest_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, transfer_s, strict=True))
-    negatives_s = costs.negatives / blueprint.negatives.num_actors
+    negatives_s = costs.negatives / max(1, blueprint.negatives.num_actors)
     return batch / max(slowest_s + call_s, trained_s / processors, negatives_s)

@@ -7,8 +7,6 @@ from ffdist.ff.specs import FLOAT32_BYTES
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.schedule import EVALUATION_ROWS
 
-WORKING_VALUES = 6
-"""float32 values per activity of a minibatch while a layer is trained."""
 PROCESS_BYTES = 350_000_000
 """Memory of an actor's process without data: torch and Ray (335 MB measured, torch 2.14 and Ray 2.60)."""
 
@@ -44,10 +42,16 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
     state_and_copies = sum(state[layer] + copies[layer] for layer in layers)
     # A gradient, or the random initial weights while a layer is built.
     gradient = max(FLOAT32_BYTES * architecture.num_parameters[layer] + copies[layer] for layer in layers)
-    rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), EVALUATION_ROWS)
-    widest = max(architecture.widths[layers.start : layers.stop + 1])
+    evaluated = min(EVALUATION_ROWS, architecture.max_rows)
+    rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), evaluated)
+    values = [
+        spec.working_values * max(form.width, activations.width)
+        for spec, form, activations in zip(
+            architecture.layers, architecture.forms, architecture.activation_forms, strict=False
+        )
+    ]
     outputs = 2 * blueprint.chunk_size * blueprint.bytes_out(layers)  # each minibatch, and all of them stacked
-    activations = rows * widest * FLOAT32_BYTES * WORKING_VALUES
+    activations = rows * max(values[layers.start : layers.stop]) * FLOAT32_BYTES
     # In the first stage, each sample and its negative, before and after the augmentation.
     encoder, num_samples = architecture.encoder, 0 if layers.start else 4 * blueprint.chunk_size * order.batch_size
     source = num_samples * (encoder.sample_bytes + encoder.augmentation_bytes)

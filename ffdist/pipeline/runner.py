@@ -150,13 +150,15 @@ class Runner:
             yield self._finish(*in_flight.popleft())
 
     def _request_negatives(self, chunks: Iterable[Train]) -> None:
-        for chunk in chunks:
+        for chunk in chunks if self._actors.negatives else ():
             for number in self.blueprint.order.shards(chunk.first, chunk.num_minibatches):
                 if (chunk.epoch, number) not in self._shards:
                     self._shards[chunk.epoch, number] = self._call(next(self._makers), "make", chunk.epoch, number)
 
     def _inputs(self, chunk: Train) -> list[Any]:
-        """Returns the inputs of the first stage: negatives, and drawn labels that have reached the delay."""
+        """Returns the inputs of the first stage: negatives, if any, and drawn labels that have reached the delay."""
+        if not self._actors.negatives:
+            return []
         needed = [(chunk.epoch, number) for number in self.blueprint.order.shards(chunk.first, chunk.num_minibatches)]
         for past in [key for key in self._shards if key < needed[0]]:
             del self._shards[past]
@@ -247,16 +249,21 @@ def configure_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     # Sums of bfloat16 products stay float32 if a product is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # Convolutions on GPUs: sums in a fixed order, and float32 products.
+    cudnn = torch.backends.cudnn
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Configures torch as `configure_torch` does, for the duration of a `with` block."""
-    matmul = torch.backends.cuda.matmul
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = torch.get_num_threads(), matmul.allow_bf16_reduced_precision_reduction
+    cudnn_before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     configure_torch(count)
     try:
         yield
     finally:
         threads, matmul.allow_bf16_reduced_precision_reduction = before
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = cudnn_before
         torch.set_num_threads(threads)

@@ -6,11 +6,10 @@ trained in chunks,           validation, then       last snapshot,
 split at epoch ends          a snapshot             then test set
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ffdist.ff.network import Architecture
-from ffdist.ff.optimizers import epoch_lr_scale
 
 EVALUATION_ROWS = 2200
 """Largest number of rows in an evaluation block. It is fixed, because the shape of a product determines the order of
@@ -64,7 +63,7 @@ Command = Train | Evaluate | Snapshot
 def evaluation_block(architecture: Architecture) -> int:
     """Returns the number of samples in a block. Each makes one row per label that is tried, and one for the readout."""
     tried = len(architecture.tried) if architecture.labels_shown else 0
-    return max(1, EVALUATION_ROWS // (1 + tried))
+    return max(1, min(EVALUATION_ROWS, architecture.max_rows) // (1 + tried))
 
 
 def evaluation(split: str, samples: int, block: int) -> Iterator[Evaluate]:
@@ -75,7 +74,7 @@ def evaluation(split: str, samples: int, block: int) -> Iterator[Evaluate]:
 
 def schedule(
     *,
-    epochs: int,
+    lr_scales: Sequence[float],
     minibatches: int,
     chunk_size: int,
     greedy_layers: int | None = None,
@@ -88,7 +87,7 @@ def schedule(
     """Yields all commands of a run, in their order.
 
     Args:
-        epochs: Epochs in which each layer is trained.
+        lr_scales: Factor on the learning rates in each of the epochs in which a layer is trained.
         minibatches: Minibatches per epoch.
         chunk_size: Largest number of minibatches in a chunk; affects speed only.
         greedy_layers: Number of layers that are trained one after the other, each for all its epochs; None to train all
@@ -99,10 +98,11 @@ def schedule(
         evaluation_block: Samples per evaluation block.
         start: Where to start.
     """
+    epochs = len(lr_scales)
     num_epochs = epochs * (greedy_layers or 1)
     for epoch in range(start.epoch, num_epochs):
         layer = epoch // epochs if greedy_layers else None
-        lr_scale = epoch_lr_scale(epoch % epochs, epochs)
+        lr_scale = lr_scales[epoch % epochs]
         for first in range(start.minibatch if epoch == start.epoch else 0, minibatches, chunk_size):
             count = min(chunk_size, minibatches - first)
             yield Train(epoch, first, count, epoch * minibatches + first, lr_scale, layer)

@@ -27,7 +27,7 @@ class NegativePlan:
     """How a run gets its negatives."""
 
     kind: str
-    """A key of `KINDS`, or a user's `package.module:function`."""
+    """A key of `KINDS`, a user's `package.module:function`, or `none`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the kind."""
     per_sample: int = 1
@@ -42,6 +42,11 @@ class NegativePlan:
     """Minibatches after which a label drawn by the readout is used; None if none are drawn."""
     store: Store | None = None
     """Where they are read from, and written to if they are missing; None for neither."""
+
+    @classmethod
+    def none(cls) -> "NegativePlan":
+        """Returns the plan of a run without negatives."""
+        return cls("none", per_sample=0, sample_bytes=0, num_actors=0, prefetch_chunks=0)
 
 
 class Shard(NamedTuple):
@@ -190,6 +195,7 @@ class Source:
     ) -> None:
         self._architecture, self._encoder, self._order = architecture, architecture.encoder, order
         self._device, self._samples, self._labels = device, samples, labels
+        self._has_negatives = plan.num_actors > 0
         self.hard_labels = HardLabels(order, plan.prediction_delay) if plan.prediction_delay else None
 
     def train(self, chunk: Train, *arrived: Shard | Drawn) -> list[Tensor]:
@@ -201,10 +207,14 @@ class Source:
 
         Returns:
             The samples `[K, B, D]`; negatives that are samples `[K, B, D]`; and, if labels are shown, the labels of the
-            positive and the M negative passes `[K, 1 + M, B]`, int64.
+            positive and the M negative passes `[K, 1 + M, B]`, int64. Without negatives, only the samples.
         """
         indices = self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)
         samples, labels = self._samples["train"][indices].to(self._device), self._labels[indices].to(self._device)
+        if not self._has_negatives:
+            return [
+                self._encoder.augment(samples, self._draw_augmentation(chunk)) if self._encoder.augments else samples
+            ]
         negatives = self._negatives(chunk, indices, arrived).to(self._device)
         parts = [samples]
         if negatives.dtype == samples.dtype:

@@ -98,7 +98,7 @@ class Stage:
     """Consecutive layers, each trained on its own loss.
 
     The pass for the readout (the neutral one) is sent separately from the other passes (the signal). If no label is
-    shown, the readout uses the positive pass, and the signal consists of the negative ones.
+    shown, the readout uses the positive pass, and the signal consists of the negative ones, of which there may be none.
 
     Shapes: `K` minibatches of a chunk, `P` passes, `S` passes of the signal, `B` samples of a minibatch, `D` inputs,
     `H` units.
@@ -131,9 +131,13 @@ class Stage:
         self._execute = self._make_executor()
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
-        self._by_class = architecture.by_class
+        self._by_class, self._scores_classes = architecture.by_class, architecture.objective.scores_classes
         read = range(architecture.predict_from - 1, len(architecture.layers))
-        self._is_read_sent = [index in read or (index == layers[-1] and not self._is_last) for index in layers]
+        is_sent_on = [index == layers[-1] and not self._is_last for index in layers]
+        self._is_read_sent = [index in read or is_sent for index, is_sent in zip(layers, is_sent_on, strict=True)]
+        # What only the readout reads is pooled here; what the next stage reads as well is pooled by the readout.
+        self._pools = [index in read and not is_sent for index, is_sent in zip(layers, is_sent_on, strict=True)]
+        self._pool_read = architecture.pool_read
 
     def _make_executor(self) -> Executor:
         return make_executor(self._device, inputs_on_device=self._source is not None)
@@ -176,14 +180,15 @@ class Stage:
             passes = Passes(len(signal) - self._labels_shown, self._labels_shown)
             rows = passes.join(signal, read)
         metrics, reads = [], []
-        for (index, layer), is_sent in zip(self._layers.items(), self._is_read_sent, strict=True):
+        for (index, layer), is_sent, pools in zip(self._layers.items(), self._is_read_sent, self._pools, strict=True):
             (rows, _), layer_metrics = layer.train_minibatch(
                 Minibatch(rows, passes, labels),
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
                 measure=mode.measure,
             )
             metrics.append(layer_metrics)
-            reads += [rows[passes.readout]] * is_sent
+            read = rows[passes.readout]
+            reads += [self._pool_read(index, read) if pools else read] * is_sent
         return [torch.stack(metrics), *reads, *([] if self._is_last else [rows[passes.others]])]
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
@@ -195,16 +200,17 @@ class Stage:
                 no label is shown) and those for the readout `[n, D]`.
 
         Returns:
-            The goodness of each layer for every label `[layers, n, C]`, -inf for labels that are not tried; then, as in
-            `train`, the signal `[n, T, H]` and the rows for the readout `[n, H]` of each layer.
+            The goodness or class scores of each layer for every label `[layers, n, C]`, -inf for labels that are not
+            tried; then, as in `train`, the signal `[n, T, H]` and the rows for the readout `[n, H]` of each layer.
         """
         claims, read = self._source.evaluate(block) if self._source else message
         rows = torch.cat((claims, read.unsqueeze(1)), 1).to(self._device)
         goodness, reads = [], []
-        for layer, is_sent in zip(self._layers.values(), self._is_read_sent, strict=True):
+        for (index, layer), is_sent, pools in zip(self._layers.items(), self._is_read_sent, self._pools, strict=True):
             rows, scores = layer(rows)
-            goodness.append(scores[:, :-1])
-            reads.append(rows[:, -1].cpu().contiguous() if is_sent else None)
+            goodness.append(scores[:, -1] if self._scores_classes else scores[:, :-1])
+            read = self._pool_read(index, rows[:, -1]) if pools else rows[:, -1]
+            reads.append(read.cpu().contiguous() if is_sent else None)
         signal = None if self._is_last else rows[:, :-1].cpu().contiguous()
         self._clock.free()
         return [self._by_class(torch.stack(goodness).cpu()), signal, *reads]

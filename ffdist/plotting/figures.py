@@ -59,12 +59,13 @@ def draw_plots(
     functions: dict[str, Callable[[Path], Path]] = {}
     if f"{layer_name(0)}/loss" in history:  # layers have no loss in backpropagation
         functions["layers.png"] = lambda path: plots.plot_layers(history, thresholds, path)
+    with_negatives = with_negatives and config.negatives.kind != "none"
     if "layers.png" in functions and with_negatives and isinstance(dataset.encoder, ImageEncoder):
         functions["negatives.png"] = lambda path: _plot_negatives(config, dataset, network, path)
-    if "layers.png" in functions and (with_negatives or network.architecture.labels_shown):
+    if "layers.png" in functions and (with_negatives or network.architecture.goodness_predicts):
         functions["goodness.png"] = lambda path: plots.plot_goodness(
             _split_by_label(test.goodness, dataset.labels["test"])
-            if network.architecture.labels_shown
+            if network.architecture.goodness_predicts
             else _training_goodness(config, dataset, network),
             thresholds,
             path,
@@ -141,8 +142,8 @@ def _thresholds(architecture: Architecture) -> list[float | None]:
     """Returns each layer's threshold, with the sign of its goodness; None if it has none."""
     if architecture.rule.objective != "goodness" or architecture.rule.loss == "symmetric":
         return [None for _ in architecture.layers]
-    pairs = zip(architecture.thresholds, architecture.widths[1:], strict=True)
-    return [signed_threshold(architecture.rule, threshold, units) for threshold, units in pairs]
+    pairs = zip(architecture.thresholds, architecture.activation_forms, strict=True)
+    return [signed_threshold(architecture.rule, threshold, form.size) for threshold, form in pairs]
 
 
 def _make_negatives(config: Config, dataset: Dataset, network: Network, indices: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def _bins(values: Tensor) -> np.ndarray[Any, Any]:
 
 @_style()
 def plot_layers(history: History, thresholds: Sequence[float | None], path: Path) -> Path:
-    """Draws the loss of every layer and of the readout, and the goodness of every layer, over the samples seen.
+    """Draws the loss of every layer and of the readout over the samples seen, and goodness or class errors of layers.
 
     Args:
         history: All metrics of a run.
@@ -91,13 +91,17 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
     )
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2)
+    has_classes = f"{layers[0]}/class_error" in history
+    styles = (
+        {"class_error": "-"} if has_classes else {f"goodness_{name}": each for name, each in GOODNESS_LINES.items()}
+    )
     for index, layer in enumerate(layers):
         color = _shade(index, len(layers))
         marker = "o" if len(history[f"{layer}/loss"]) == 1 else None  # a line needs two points
         losses = zip(*history[f"{layer}/loss"], strict=True)
         panels[0].plot(*losses, color=color, marker=marker, label=layer.replace("_", " "))
-        for name, style in GOODNESS_LINES.items():
-            if points := history.get(f"{layer}/goodness_{name}"):  # other objectives have none
+        for name, style in styles.items():
+            if points := history.get(f"{layer}/{name}"):  # other objectives have neither
                 panels[1].plot(*zip(*points, strict=True), color=color, linestyle=style, marker=marker)
     if points := history.get("readout/loss"):
         panels[0].plot(*zip(*points, strict=True), color="#888888", linestyle="-.", label="readout")
@@ -107,11 +111,13 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
     levels = {threshold for threshold in thresholds if threshold is not None}
     for level in levels:
         panels[1].axhline(level, color="black", linestyle=":")
-    panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness")
-    styles = GOODNESS_LINES | ({"threshold": ":"} if levels else {})
-    panels[1].legend(
-        handles=[Line2D([], [], color="black", linestyle=style, label=name) for name, style in styles.items()]
-    )
+    if has_classes:
+        panels[1].set(xlabel="samples seen", ylabel="error", yscale="log", title="class error on training samples")
+    else:
+        panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness")
+        lines = GOODNESS_LINES | ({"threshold": ":"} if levels else {})
+        handles = [Line2D([], [], color="black", linestyle=style, label=name) for name, style in lines.items()]
+        panels[1].legend(handles=handles)
     figure.legend(loc="outside lower center", ncols=8)
     return _save(figure, path)
 

@@ -50,7 +50,7 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     train, done = _activations(network, dataset.samples["train"], "train"), 0
     rows = torch.empty(samples, features)  # allocated once, because it dominates the memory use
     for batch in train:
-        torch.cat(batch, 1, out=rows[done : done + len(batch[0])])
+        rows[done : done + len(batch[0])] = readout.rows(batch)
         done += len(batch[0])
     with closing(track(range(MAX_EVALUATIONS), "fitting the readout")) as bar:
         gradient = readout.fit(rows, dataset.labels["train"], iterations=MAX_EVALUATIONS, step=lambda: next(bar, None))
@@ -82,5 +82,6 @@ def _log(test_error: float, uri: str, run_id: str) -> None:
 
 def _activations(network: Network, samples: Tensor, split: str) -> Iterator[list[Tensor]]:
     """Yields the readout's inputs for one batch of samples after another, in float32."""
-    for batch in track(torch.split(samples, BATCH_SIZE), f"computing activations of {split} samples"):
+    batch_size = min(BATCH_SIZE, network.architecture.max_rows)
+    for batch in track(torch.split(samples, batch_size), f"computing activations of {split} samples"):
         yield [activations.float() for activations in network.read(network.architecture.neutral_rows(batch))]

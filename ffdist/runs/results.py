@@ -17,6 +17,7 @@ lacked some of them, share a row with those of later versions."""
 TASK_PREFIXES = (
     *("data.", "model.layers", "model.normalization"),
     *("model.predict_from", "training.epochs", "training.batch_size", "training.validation_samples"),
+    "training.pooled_features",
 )
 """Prefixes of the parameters that must be equal in a run and its baseline."""
 TASK_EXCEPTIONS = ("data.label", "data.label_scale", "data.root")
@@ -29,6 +30,10 @@ RULE_PARAMETERS = (
         "training.schedule",
         "training.updates_per_minibatch",
         "training.optimizer",
+        "training.class_scores",
+        "training.label_smoothing",
+        "training.learning_rate_schedule",
+        "training.warmup_epochs",
     ),
 )
 """Parameters of the learning rule, which the table shows unless they are at their default."""
@@ -137,13 +142,14 @@ def _row(runs: list[Any], baselines: list[list[Any]]) -> Row:
     params = first.data.params
     paper, target = params.get("reference.paper_error", "None"), params.get("reference.target_error", "None")
     jitter = params.get("data.jitter", "0")
+    is_flipped = params.get("data.flip") == "True"
     changed = [key for key in RULE_PARAMETERS if params.get(key, DEFAULTS[key]) != DEFAULTS[key]]
     fitted_error = _errors(runs, FITTED_ERROR)
     times = [run.data.metrics["train_s"] for run in runs or baselines[0] if "train_s" in run.data.metrics]
     return {
         "run": re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", first.info.run_name),
         "network": "-".join(str(parse_layer(layer)) for layer in ast.literal_eval(params["model.layers"])),
-        "label": params["data.label"] + (f", jitter {jitter}" if jitter != "0" else ""),
+        "label": params["data.label"] + (f", jitter {jitter}" if jitter != "0" else "") + ", flip" * is_flipped,
         "negatives": params["negatives.kind"] if runs else "",
         "rule": ", ".join(f"{key.split('.')[1]} {params[key]}" for key in changed),
         "epochs": ("up to " if any("stopped" in run.data.tags for run in runs) else "") + params["training.epochs"],

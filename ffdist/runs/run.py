@@ -21,7 +21,6 @@ from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE, load_names, load_network
 from ffdist.ff import MAX_CLASSES
 from ffdist.ff.encoders import parse_encoder
-from ffdist.ff.negatives import KINDS
 from ffdist.ff.network import Network, Prediction
 from ffdist.ff.optimizers import is_for_inference
 from ffdist.pipeline.evaluation import Evaluation, evaluate
@@ -263,7 +262,7 @@ class Run:
                 f"the folder {folder} cannot be created ({error.strerror}); give another --output"
             ) from error
         failures: list[str] = []
-        is_trusted = self.config.negatives.kind in KINDS
+        is_trusted = ":" not in self.config.negatives.kind
         if not is_trusted:
             logging.getLogger(__name__).warning(
                 "plots of negatives are skipped, because a run's folder must not cause imports (negatives.kind: %s)",

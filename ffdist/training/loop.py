@@ -13,6 +13,7 @@ from ffdist.config.schema import Config
 from ffdist.errors import ActorLost, RunFailed
 from ffdist.ff.layers import MEASURED
 from ffdist.ff.negatives import NegativesError
+from ffdist.ff.schedules import lr_scales
 from ffdist.pipeline.evaluation import Evaluation, evaluate
 from ffdist.pipeline.runner import Evaluated, Event, Pipeline, SnapshotTaken, Trained
 from ffdist.pipeline.schedule import (
@@ -177,14 +178,15 @@ class Loop:
 
     def _schedule(self, chunk_size: int, start: Position) -> Iterator[Command]:
         config, validation_samples = self._config, len(self._dataset.labels["validation"])
+        training = config.training
         return schedule(
-            epochs=config.training.epochs,
+            lr_scales=lr_scales(training.learning_rate_schedule, training.epochs, training.warmup_epochs),
             minibatches=self._order.num_minibatches,
             chunk_size=chunk_size,
-            greedy_layers=len(config.model.layers) if config.training.schedule == "greedy" else None,
+            greedy_layers=len(config.model.layers) if training.schedule == "greedy" else None,
             validation_samples=validation_samples,
             test_samples=0 if validation_samples else len(self._dataset.labels["test"]),  # else the best one is tested
-            validate_every_epochs=config.training.validate_every_epochs,
+            validate_every_epochs=training.validate_every_epochs,
             evaluation_block=self._block_size,
             start=start,
         )

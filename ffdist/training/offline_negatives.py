@@ -32,7 +32,7 @@ def fill_store(config: Config) -> Store:
     """
     if config.negatives.store is None:
         raise ConfigError("negatives.store must be set; give negatives.store=FOLDER")
-    dataset, order, architecture, plan = prepare(config)
+    dataset, order, architecture, plan = prepare(config)  # without negatives, there is no store
     assert plan.store, "checked above"
     source = NegativeSource(plan, dataset.samples, dataset.labels["train"], architecture, order)
     try:

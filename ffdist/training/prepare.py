@@ -67,6 +67,8 @@ def plan_negatives(config: Config, dataset: Dataset, order: SampleOrder) -> Nega
             is longer than the delay of hard labels.
     """
     negatives, labels = config.negatives, dataset.labels["train"]
+    if negatives.kind == "none":
+        return NegativePlan.none()
     data = TrainingSet(dataset.samples["train"], labels, dataset.classes, dataset.shape, config.seed)
     indices, source = order.shard(0, 0)[: order.batch_size], generator(config.seed, "trial")
     try:

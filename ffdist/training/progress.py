@@ -31,6 +31,7 @@ COLUMNS = {
     "goodness_positive": ("goodness: positive", ".4g"),
     "goodness_negative": ("negative", ".4g"),
     "pairwise_error": ("pairwise error", ".4f"),
+    "class_error": ("class error", ".4f"),
     "active_fraction": ("active", ".2f"),
 }
 """Titles and formats of the columns of the table, by metric of a layer; those without values are left out."""
@@ -135,6 +136,8 @@ class Display(Observer):
     def _layer_text(self, layer: int) -> str:
         text = f"layer {layer} loss {self._value(layer, 'loss')}"
         positive, negative = (self._value(layer, name) for name in ("goodness_positive", "goodness_negative"))
+        if error := self._value(layer, "class_error"):
+            return f"{text}, class error {error}"
         return f"{text}, goodness {positive} positive, {negative} negative" if positive else text
 
     def _value(self, layer: int, metric: str) -> str:

@@ -79,7 +79,8 @@ def reproduce(names: Sequence[str], *, seeds: int, runs: Path, **options: Any) -
                 failed.append(f"{name}, seed {config.seed}: {error}")
                 continue
         configs[run.summary["mlflow_run_id"]] = config
-        if config.data.label == "none" and run.summary.get("test_fitted_readout_error") is None:
+        errors = run.summary["test_goodness_error"], run.summary.get("test_fitted_readout_error")
+        if config.data.label == "none" and errors == (None, None):
             fit_readout(run, runs=runs, uri=tracking_uri(config.tracking, runs))
     rows = _rows(configs, runs)
     return Reproduction(rows, [row["run"] for row in rows if row["target"].endswith(MISSED)], failed)

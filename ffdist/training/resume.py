@@ -11,6 +11,7 @@ from ffdist.config.loading import parse_config, parse_with_overrides
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.errors import ConfigError
 from ffdist.export.network import load_network
+from ffdist.ff.layers import OBJECTIVE
 from ffdist.ff.network import Architecture, Network
 from ffdist.ff.optimizers import is_for_inference, is_optimizer_state
 from ffdist.pipeline.schedule import Position
@@ -196,16 +197,23 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
     weights, source_text = _weights_of(config, folder, which)
     network, state, remarks = Network(architecture), State(), [f"starting from {source_text}"]
     modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
+
+    def is_own(key: str) -> bool:
+        return not is_optimizer_state(key) and not key.startswith(OBJECTIVE)
+
     for name, module in modules.items():
         state[name] = state_of(module)
         if source := weights.get(name, {}):  # a model has no statistics of the training
             source = {key: tensor for key, tensor in state[name].items() if not is_for_inference(key)} | source
         shapes, expected = (
-            {key: list(tensor.shape) for key, tensor in each.items() if not is_optimizer_state(key)}
-            for each in (source, state[name])
+            {key: list(tensor.shape) for key, tensor in each.items() if is_own(key)} for each in (source, state[name])
         )
         if shapes == expected:
-            state[name] |= source
+            heads = {key: state[name][key].shape for key in state[name] if key.startswith(OBJECTIVE)}
+            fits = heads == {key: tensor.shape for key, tensor in source.items() if key.startswith(OBJECTIVE)}
+            if not fits and heads:
+                remarks.append(f"the class scores of {name} of that run do not fit, and are initialized instead")
+            state[name] |= {key: tensor for key, tensor in source.items() if is_own(key) or fits}
         elif name == "readout":
             remarks.append("the readout of that run does not fit, and is initialized instead")
         else:
