@@ -1,6 +1,7 @@
 """Console output: tables and progress bars on a terminal, plain data in a file or a pipe."""
 
 import csv
+import importlib.util
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +31,11 @@ def is_quiet() -> bool:
 
 
 class Screen(Console):
-    """Standard output: a terminal, a file or a pipe."""
+    """Standard output: a terminal, a notebook, a file or a pipe. A notebook without ipywidgets counts as a file."""
+
+    def __init__(self, **options: Any) -> None:
+        has_widgets = importlib.util.find_spec("ipywidgets") is not None  # without it, rich prints a warning
+        super().__init__(force_jupyter=None if has_widgets else False, **options)
 
     def on_broken_pipe(self) -> None:
         """Discards further output if the reader has exited, such as `head`; rich would exit this process."""

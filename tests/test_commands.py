@@ -147,7 +147,7 @@ def test_stopped_run_prints_the_command_that_resumes_it_with_the_same_result(tmp
     words = shlex.split(message.removeprefix("stopped; resume with: "))
     assert words[:2] == ["ffdist", "resume"]
     output = ffdist(*words[1:], "pipeline.stages=1")  # in another folder, and without --runner
-    assert "serial: 1 stages on cpu" in output
+    assert "serial: 1 stage on cpu" in output
     assert Run.find(words[2]).summary["weights_sha256"] == reference.summary["weights_sha256"]
     assert "is finished; train it further as a new run" in ffdist(*words[1:], code=2)
 

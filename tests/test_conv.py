@@ -21,12 +21,13 @@ from ffdist.training.prepare import prepare
 B, C = 6, 3
 FORM = Form((2, 7, 6))
 LAYERS = "[{kind: conv, channels: 8, pool: max}, {kind: conv, channels: 12, norm: group, pool: average}, 20]"
+WITH_DROPOUT = LAYERS.replace("pool: max", "pool: max, dropout: 0.3").replace("average", "average, dropout: 0.1")
 SHORT = [
     *(f"model.layers={LAYERS}", "training.epochs=4", "training.objective=class_goodness", "tracking.artifacts=[]"),
     *("training.precision=float32", "training.optimizer=adamw", "training.learning_rate=0.005", "data.label=auto"),
     "model.normalization=none",
 ]
-AUGMENTED = ["data.jitter=1", "data.flip=true", "training.epochs=1"]
+AUGMENTED = ["data.jitter=1", "data.flip=true", "training.epochs=1", f"model.layers={WITH_DROPOUT}"]
 
 
 def make_layer(spec, rule, form=FORM) -> ConvLayer:
@@ -147,6 +148,7 @@ def test_label_is_shown_as_constant_planes():
         ({"kind": "conv", "channels": 4, "padding": -1}, "padding must be a whole number from 0"),
         ({"kind": "conv", "channels": 4, "norm": "layer"}, "norm must be one of batch, group, none"),
         ({"kind": "conv", "channels": 4, "pool": True}, "pool must be one of none, max, average"),
+        ({"kind": "conv", "channels": 4, "dropout": 1}, "dropout must be at least 0 and less than 1"),
     ],
 )
 def test_invalid_settings_are_errors(entry, message):
@@ -189,22 +191,16 @@ def test_state_has_as_many_bytes_as_the_architecture_says(run):
         assert abs(sum(tensor.nbytes for tensor in state.values()) - num_bytes) <= 4 * len(state)  # step counters
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        (),
-        (
-            *("training.objective=goodness", "negatives.kind=wrong_label", "data.label=everywhere"),
-            "model.normalization=rms",
-        ),
-    ],
-)
-def test_runs_with_any_number_of_stages_and_chunks_are_equal(ray_start_4_cpus, changes, tmp_path):
+GOODNESS = ["training.objective=goodness", "negatives.kind=wrong_label", "data.label=everywhere"]
+
+
+@pytest.mark.parametrize(("changes", "runner"), [([], "ray"), ([*GOODNESS, "model.normalization=rms"], "serial")])
+def test_runs_with_any_number_of_stages_and_chunks_are_equal(ray_start_4_cpus, changes, runner, tmp_path):
     digests = set()
-    for runner, stages, chunk in (("serial", 1, 7), ("serial", 3, 20), ("ray", 2, 5), ("ray", 3, 24)):
+    for each, stages, chunk in (("serial", 1, 7), (runner, 3, 20)):
         pace = [f"pipeline.stages={stages}", f"pipeline.chunk_size={chunk}"]
         config = load_config("digits", [*SHORT, *AUGMENTED, *changes, *pace])
-        digests.add(train(config, runner=runner, address=None, runs=tmp_path).summary["weights_sha256"])
+        digests.add(train(config, runner=each, address=None, runs=tmp_path).summary["weights_sha256"])
     assert len(digests) == 1
 
 
@@ -247,6 +243,23 @@ def test_images_are_mirrored_with_probability_one_half():
     expected = torch.arange(64, dtype=torch.uint8).view(8, 8)
     assert (images[is_mirrored] == expected.flip(1)).all()
     assert (images[~is_mirrored] == expected).all()
+
+
+def test_dropout_sets_channels_of_what_is_passed_on_to_zero_in_training_only():
+    rule = Rule(objective="classifier", normalization="none", update=Update(0.1, 0.0, 0.0, "sgd"))
+    plain, layer = (make_layer(Conv(8, pool="max", dropout=dropout), rule) for dropout in (0.0, 0.5))
+    rows, labels = random_rows(1), torch.arange(B) % C
+    noise = layer.draw(B, generator(0, "noise"))
+    assert set(noise.flatten().tolist()) == {0.0, 2.0}
+    assert torch.equal(layer(rows).activations, plain(rows).activations)
+    expected, metrics = plain.train_minibatch(Minibatch(rows, Passes(0, False), labels))
+    output, same_metrics = layer.train_minibatch(Minibatch(rows, Passes(0, False), labels, noise.double()))
+    maps = expected.activations.view(B, -1, 8) * noise.unsqueeze(1)
+    torch.testing.assert_close(output.activations.view(B, -1, 8), maps)
+    assert torch.equal(output.scores, expected.scores)
+    assert same_metrics[0] == metrics[0]
+    assert torch.equal(layer.weight, plain.weight)  # the objective reads all channels
+    assert not plain.draws
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

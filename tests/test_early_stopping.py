@@ -117,6 +117,7 @@ def test_best_checkpoint_is_tested_although_the_actors_have_trained_further(run_
     assert run.evaluate(*test_set).readout_error == pytest.approx(run.summary["test_readout_error"], abs=1.5 / 360)
 
 
+@pytest.mark.slow
 def test_ray_run_ends_at_the_same_validation(ray_start_4_cpus, stopped_run, tmp_path):
     assert_same_run(train(make_config(*TARGET), runs=tmp_path), stopped_run)
     hard_label = [*NOT_LEARNING, "negatives.kind=hard_label", "negatives.prediction_delay=30"]

@@ -151,6 +151,7 @@ def stopped_at_a_checkpoint(config, runs):
     return folder
 
 
+@pytest.mark.slow  # modules and objectives that a configuration names are tested in test_module.py
 def test_a_layer_an_objective_and_an_encoder_of_a_user(ray_with_toys, tmp_path):
     config = load_config("digits", CONFIG)
     with_model = load_config("digits", [*CONFIG, "tracking.artifacts=[model]"])

@@ -194,7 +194,7 @@ def test_plot_of_errors_marks_the_first_lowest_error_as_the_best_checkpoint(tmp_
             assert f"<!-- {text} -->" in svg
 
 
-def fail_to_plot(*args):
+def fail_to_plot(*args, **options):
     raise TypeError("set_text(): incompatible function arguments")
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import click
 
 from ffdist import console
 from ffdist.config.loading import find_setting
+from ffdist.ff.custom import working_directory_importable
 
 DEBUG = "ffdist.debug"
 """Key of `Context.meta`: whether tracebacks are printed."""
@@ -21,13 +23,30 @@ def _set_quiet(context: click.Context, parameter: click.Parameter, value: bool) 
     console.set_quiet(value)
 
 
+def _import(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> None:
+    for name in names:
+        try:
+            with working_directory_importable():
+                import_module(name)
+        except Exception as error:  # a module of the user may raise anything
+            raise click.BadParameter(f"{name} cannot be imported ({type(error).__name__}: {error})") from error
+
+
 class Command(click.Command):
-    """A command with the options `--debug` and `--quiet`."""
+    """A command with the options `--import`, `--debug` and `--quiet`."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         flag = partial(click.Option, is_flag=True, expose_value=False)
         self.params += [
+            click.Option(
+                ["--import", "modules"],
+                multiple=True,
+                metavar="MODULE",
+                callback=_import,
+                expose_value=False,
+                help="Import a module of yours first, which a run needs.",
+            ),
             flag(["--quiet"], callback=_set_quiet, help="Print only results, warnings and errors."),
             flag(["--debug"], callback=_set_debug, envvar="FFDIST_DEBUG", help="Print the tracebacks of errors."),
         ]

@@ -9,7 +9,7 @@ from ffdist.config.sections import Data
 from ffdist.errors import ConfigError
 from ffdist.ff.encoders import ENCODERS, Encoder
 from ffdist.ff.network import Architecture
-from ffdist.ff.objectives import OBJECTIVES, Rule
+from ffdist.ff.objectives import Rule, find_objective
 from ffdist.ff.optimizers import Update
 
 IMAGE_SETTINGS = ("flip", "image_column", "image_size", "jitter", "subtract_mean")
@@ -44,47 +44,44 @@ def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int, *
         raise ConfigError(str(error)) from error
 
 
-def build_architecture(config: Config, encoder: Encoder, untrained: Sequence[int] = ()) -> Architecture:
+def build_architecture(
+    config: Config, encoder: Encoder, untrained: Sequence[int] = (), *, may_import: bool = False
+) -> Architecture:
     """Returns the architecture that a configuration describes.
 
     Args:
         config: The configuration.
         encoder: Encoder of the samples.
         untrained: Classes without training samples.
+        may_import: Whether the configuration is the user's own, so that modules in `model.layers` may be imported.
 
     Raises:
         ConfigError: The layers do not fit together, or the label cannot be embedded in their input.
     """
     model, training = config.model, config.training
-    if training.objective not in OBJECTIVES:
-        raise ConfigError(f"training.objective must be one of {', '.join(OBJECTIVES)} (given: {training.objective})")
-    needs_negatives = OBJECTIVES[training.objective].needs_negatives
+    try:
+        rule = _build_rule(config, may_import=may_import)
+        needs_negatives = find_objective(rule).needs_negatives
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if needs_negatives == (config.negatives.kind == "none") or not (needs_negatives or encoder.label == "none"):
         raise ConfigError(
             f"training.objective={training.objective} needs {'' if needs_negatives else 'no '}negatives"
             f"{'' if needs_negatives else ' and shows no label'} (negatives.kind: {config.negatives.kind}, data.label: "
             f"{encoder.label}); correct these settings"
         )
+    if not needs_negatives and training.updates == "alternating":
+        raise ConfigError(
+            f"training.updates=alternating is for negatives, and training.objective={training.objective} has none; "
+            f"leave it out"
+        )
     try:
         return Architecture(
             encoder,
-            tuple(model.layers),
+            tuple(layer.with_imports() if may_import else layer for layer in model.layers),
             predict_from=config.predict_from,
             seed=config.seed,
-            rule=Rule(
-                objective=training.objective,
-                class_scores=training.class_scores,
-                pooled_features=training.pooled_features,
-                label_smoothing=training.label_smoothing,
-                goodness=model.goodness,
-                normalization=model.normalization,
-                loss=training.loss,
-                alpha=training.alpha,
-                alternating=training.updates == "alternating",
-                updates_per_minibatch=training.updates_per_minibatch,
-                peer_strength=training.peer_normalization,
-                update=Update(training.learning_rate, training.weight_decay, training.momentum, training.optimizer),
-            ),
+            rule=rule,
             thresholds=config.thresholds,
             readout_update=Update(training.readout_learning_rate, training.readout_weight_decay, training.momentum),
             precision="float32" if training.precision == "auto" else training.precision,  # `auto` is resolved later
@@ -92,3 +89,23 @@ def build_architecture(config: Config, encoder: Encoder, untrained: Sequence[int
         )
     except ValueError as error:
         raise ConfigError(f"model.layers and data.label must fit together: {error}") from error
+
+
+def _build_rule(config: Config, *, may_import: bool) -> Rule:
+    """Returns the learning rule of the layers."""
+    model, training = config.model, config.training
+    return Rule(
+        objective=training.objective,
+        may_import=may_import,
+        class_scores=training.class_scores,
+        pooled_features=training.pooled_features,
+        label_smoothing=training.label_smoothing,
+        goodness=model.goodness,
+        normalization=model.normalization,
+        loss=training.loss,
+        alpha=training.alpha,
+        alternating=training.updates == "alternating",
+        updates_per_minibatch=training.updates_per_minibatch,
+        peer_strength=training.peer_normalization,
+        update=Update(training.learning_rate, training.weight_decay, training.momentum, training.optimizer),
+    )

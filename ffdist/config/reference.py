@@ -6,7 +6,7 @@
 import ast
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ffdist.config.schema import NEUTRAL_SETTINGS, SECTIONS, Config
 from ffdist.config.sections import LayerEntry
-from ffdist.ff.specs import LAYERS, MAX_VALUE, LayerSpec
+from ffdist.ff.specs import LAYERS, MAX_VALUE, LayerSpec, setting_fields
 
 TYPE_NAMES: dict[Any, str] = {
     bool: "`true`, `false`",
@@ -55,13 +55,21 @@ def _layer_table(spec: type[LayerSpec]) -> str:
         (
             f"`{field.name}`",
             _layer_values(field),
-            "required" if field.default is MISSING else "" if field.default is None else f"`{field.default}`",
+            _layer_default(field),
             "yes",
             " ".join(str(texts.get(field.name, "")).split()),
         )
-        for field in fields(spec)
+        for field in setting_fields(spec)
     ]
     return _format_table(rows)
+
+
+def _layer_default(field: Field[Any]) -> str:
+    if field.default is None:
+        return ""
+    if field.default is not MISSING:
+        return f"`{field.default}`"
+    return "required" if field.default_factory is MISSING else f"`{field.default_factory()}`"
 
 
 def _layer_values(field: Field[Any]) -> str:
@@ -70,7 +78,9 @@ def _layer_values(field: Field[Any]) -> str:
         return ", ".join(f"`{name}`" for name in names)
     if field.type in (int, "int", "int | None"):
         return f"integer >= {field.metadata.get('min', 1)}"
-    return str(field.type)
+    if (below := field.metadata.get("below")) is not None:
+        return f"number >= 0, < {below}"
+    return {"str": "text", "dict[str, Any]": "mapping"}.get(str(field.type), str(field.type))
 
 
 def setting_rows(section: str = "") -> list[tuple[str, ...]]:

@@ -58,7 +58,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _set_defaults(cls, tree: Any) -> Any:
-        """Sets the defaults of objectives that need no negatives: none, and no label in the input."""
+        """Sets the defaults of objectives without negatives: none, no label in the input, no peer normalization."""
         sections = (
             [tree.get(name) or {} for name in ("training", "data", "negatives")] if isinstance(tree, dict) else []
         )
@@ -68,7 +68,8 @@ class Config(Section):
         if training.get("objective") not in CLASS_OBJECTIVES:
             return tree
         shown = {"label": "none"} if data.get("label", "auto") == "auto" else {}
-        return tree | {"data": data | shown, "negatives": {"kind": "none"} | negatives}
+        training = {"peer_normalization": 0.0} | training  # its pull would be stronger than that of the objective
+        return tree | {"training": training, "data": data | shown, "negatives": {"kind": "none"} | negatives}
 
     @model_validator(mode="after")
     def _check_negatives(self) -> "Config":

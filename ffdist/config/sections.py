@@ -262,7 +262,8 @@ class Training(Section):
     objective: str = "goodness"
     """Objective of the layers. `goodness`: high goodness of positive and low goodness of negative samples.
     `class_goodness`: each layer classifies the samples by the squares of its activations, so that every wrong class is
-    a negative; `classifier`: by the activations themselves. These need no negatives, and no label is shown."""
+    a negative; `classifier`: by the activations themselves. These need no negatives, and no label is shown.
+    `package.module:Class`: a subclass of `ffdist.ff.objectives.Objective`."""
     class_scores: Literal["learned", "groups"] = "learned"
     """How a layer with the objective `class_goodness` or `classifier` scores the classes: by a `learned` linear map,
     which belongs to the layer, or by `groups` of units, one for each class, with a learned factor."""
@@ -305,7 +306,8 @@ class Training(Section):
     momentum: Fraction = 0.9
     """Momentum of `hinton`, `sgd` and the readout, and the first of the `betas` of `adam` and `adamw`, in [0, 1)."""
     peer_normalization: NotNegative = 0.03
-    """Strength of the regularization that pulls each unit's mean activity towards the mean of its layer. 0: none."""
+    """Strength of the regularization that pulls each unit's mean activity towards the mean of its layer. 0: none, the
+    default of `class_goodness` and `classifier`."""
 
     @model_validator(mode="after")
     def _check_warmup(self) -> "Training":
@@ -370,7 +372,7 @@ class Checkpoint(Section):
     """Folder, or its URI, in which each run gets a folder of checkpoints. Default: the run's own folder."""
 
 
-OWN_TAGS = ("cluster", "decided", "folder", "precision", "resumed", "stopped", "weights_sha256")
+OWN_TAGS = ("cluster", "folder", "pipeline", "precision", "resumed", "stopped", "weights_sha256")
 """Tags that ffdist sets."""
 FREE_MLFLOW_TAGS = ("mlflow.note.content", "mlflow.source.")
 """MLflow's own tags that users may set: the description, and the source."""

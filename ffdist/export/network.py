@@ -39,6 +39,7 @@ def save_network(network: Network, folder: Path, names: Names) -> None:
         "encoder": encoder_entry(architecture.encoder),
         "layers": [layer_entry(layer) for layer in architecture.layers],
     }
+    values["rule"].pop("may_import")
     values |= {key: list(value) for key, value in names._asdict().items()}
     file_in(folder, ARCHITECTURE).write_text(json.dumps(values, indent=2))
 
@@ -90,7 +91,7 @@ def _parse_architecture(values: dict[str, Any]) -> Architecture:
             "layers": tuple(values["layers"]),
             "thresholds": tuple(values["thresholds"]),
             "untrained": tuple(values.get("untrained", ())),
-            "rule": Rule(**rule | {"update": Update(**rule["update"])}),
+            "rule": Rule(**rule | {"update": Update(**rule["update"]), "may_import": False}),
             "readout_update": Update(**values["readout_update"]),
         }
     )

@@ -1,12 +1,14 @@
 """A network as a program that needs only torch, and predicts as `Network.predict` does: by goodness and by readout.
 
-python -m ffdist.export.program FOLDER PATH: exports the network of a folder to a file. Exporting replaces functions of
-torch while it runs, so a process that trains leaves it to another one.
+python -m ffdist.export.program FOLDER PATH [MODULE]...: exports the network of a folder to a file, after importing
+modules that it uses. Exporting replaces functions of torch while it runs, so a process that trains leaves it to another
+one.
 """
 
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,9 @@ def save_program(network: Network, names: Names, path: Path) -> None:
 
 def main() -> None:
     """Exports the network of a folder; the exit code is `os.EX_TEMPFAIL` if only the file cannot be written."""
-    folder, path = map(Path, sys.argv[1:])
+    folder, path = map(Path, sys.argv[1:3])
+    for module in sys.argv[3:]:  # of the user, which the calling process has imported
+        import_module(module)
     network, names = load_network(folder), load_names(folder)
     try:
         save_program(network, names, path)

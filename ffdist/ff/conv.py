@@ -62,7 +62,7 @@ class ConvLayer(Layer):
             maps = F.batch_norm(maps, *self._running, self.factor, self.bias)
         return self._activate(maps)
 
-    def compute_for_training(self, inputs: Tensor, batch: int) -> Tensor:
+    def compute_for_training(self, inputs: Tensor, batch: int, noise: Tensor | None) -> Tensor:
         """Returns the activations, with their graph; a batch norm uses the statistics of the positive rows.
 
         The gradient flows through these statistics for the positive rows only.
@@ -71,7 +71,8 @@ class ConvLayer(Layer):
         with torch.enable_grad():
             maps = self._convolve(inputs)
             if self._spec.norm == "batch":
-                positive, others = maps[:batch], maps[batch:]
+                others = maps[batch:]
+                positive = maps[:batch] if len(others) else maps  # the gradient of a slice would be in another order
                 statistics = *self._running, self.factor, self.bias
                 maps = F.batch_norm(positive, *statistics, training=True, momentum=RUNNING_MOMENTUM)
                 if len(others):
@@ -97,10 +98,23 @@ class ConvLayer(Layer):
         maps = maps.relu() if self._spec.activation == "relu" else F.leaky_relu(maps)
         return maps.permute(0, 2, 3, 1).flatten(1)
 
-    def pass_on(self, activations: Tensor) -> Tensor:
-        """Returns the activations `[..., H]` after pooling `[..., H']`."""
-        if self._spec.pool == "none":
+    def pass_on(self, activations: Tensor, noise: Tensor | None) -> Tensor:
+        """Returns the activations `[..., H]` after pooling and dropout `[..., H']`."""
+        if self._spec.pool == "none" and noise is None:
             return activations
-        pool = F.max_pool2d if self._spec.pool == "max" else F.avg_pool2d
-        maps = pool(self._map.values(activations.reshape(-1, activations.shape[-1])), 2)
+        maps = self._map.values(activations.reshape(-1, activations.shape[-1]))
+        if self._spec.pool != "none":
+            maps = F.max_pool2d(maps, 2) if self._spec.pool == "max" else F.avg_pool2d(maps, 2)
+        if noise is not None:  # the same for all passes of a sample
+            maps = maps * noise.repeat(len(maps) // len(noise), 1)[:, :, None, None]
         return maps.permute(0, 2, 3, 1).reshape(*activations.shape[:-1], -1)
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is dropout."""
+        return self._spec.dropout > 0
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draws the factor of each channel of a sample `[B, C]`: 0, or the reciprocal of the probability to keep it."""
+        kept = torch.rand(batch, self._spec.channels, generator=generator) >= self._spec.dropout
+        return kept / (1 - self._spec.dropout)

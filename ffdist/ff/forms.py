@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,25 +46,49 @@ class Form:
     def pooled(self, most: int) -> Form:
         """Returns the form of maps that are average-pooled to at most `most` values; that of vectors is the same.
 
-        Both sides of a map are divided by the same number, and rounded up. Channels are kept, even if they are more.
+        The windows are the smallest squares that divide the map evenly, else the smallest ones. Channels are kept, even
+        if they are more.
         """
         if not self.is_map:
             return Form(self.shape)
         channels, height, width = self.shape
-        divisors = (d for d in range(1, max(height, width)) if channels * -(-height // d) * -(-width // d) <= most)
-        divisor = next(divisors, max(height, width))
-        return Form((channels, -(-height // divisor), -(-width // divisor)))
+        sides = [
+            side
+            for side in range(1, max(height, width) + 1)
+            if channels * -(-height // side) * -(-width // side) <= most
+        ] or [max(height, width)]
+        side = next((side for side in sides if height % side == 0 == width % side), sides[0])
+        return Form((channels, -(-height // side), -(-width // side)))
+
+    def _window(self, to: Form) -> int:
+        """Returns the side length of the windows that `pool` averages over."""
+        return next(d for d in count(1) if to.shape[1:] == (-(-self.shape[1] // d), -(-self.shape[2] // d)))
 
     def pool(self, rows: Tensor, to: Form) -> Tensor:
         """Average-pools rows without shared values `[..., D]` to a form of `pooled`, `[..., D']`, float32 or wider."""
         rows = rows.float() if rows.dtype.itemsize < FLOAT32_BYTES else rows
         if self.shape == to.shape:
             return rows
-        from torch.nn.functional import adaptive_avg_pool2d
+        from torch.nn.functional import avg_pool2d
 
-        _, height, width = to.shape
-        maps = adaptive_avg_pool2d(self.values(rows.flatten(0, -2)), (height, width))
+        maps = self.values(rows.flatten(0, -2))
+        maps = avg_pool2d(maps, self._window(to), ceil_mode=True)  # the last windows may be smaller
         return maps.flatten(1).view(*rows.shape[:-1], to.size)
+
+    def unpool(self, gradient: Tensor, to: Form) -> Tensor:
+        """Returns the gradient with respect to rows `[B, D]`, from that with respect to the result of `pool`."""
+        if self.shape == to.shape:
+            return gradient
+        (channels, height, width), side = self.shape, self._window(to)
+        rows, columns = ([min(side, size - start) for start in range(0, size, side)] for size in (height, width))
+        weights = [[1 / (row * column) for column in columns] for row in rows]
+        scaled = to.values(gradient) * gradient.new_tensor(weights)
+        by_position = scaled.permute(0, 2, 3, 1)[:, :, None, :, None]  # [B, y, 1, x, 1, C]
+        spread = by_position.expand(-1, -1, side, -1, side, -1).reshape(
+            -1, len(rows) * side, len(columns) * side, channels
+        )
+        maps = spread[:, :height, :width]
+        return (maps if self.channels_last else maps.permute(0, 3, 1, 2)).flatten(1)
 
     def values(self, rows: Tensor) -> Tensor:
         """Returns the values of rows `[N, D]` in their shape, as a view `[N, *shape]`."""

@@ -5,14 +5,14 @@ Shapes: `P` passes, `T` passes that are trained on, `B` samples of a minibatch, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ffdist.ff.forms import Form
 from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
-from ffdist.ff.objectives import OBJECTIVES, RELEASE, Loss, Rule
+from ffdist.ff.objectives import RELEASE, Loss, Rule, find_objective
 from ffdist.ff.optimizers import Learner
 
 MEASURED = ("active_fraction", "weight_rms")
@@ -60,6 +60,8 @@ class Minibatch(NamedTuple):
     passes: Passes = Passes()
     labels: Tensor | None = None
     """True labels `[B]`, int64, if the objective needs them."""
+    noise: Tensor | None = None
+    """Result of `Layer.draw`, if the layer draws random numbers."""
 
 
 class Output(NamedTuple):
@@ -89,6 +91,9 @@ class Layer(Learner, ABC):
             updates are float32.
     """
 
+    is_relu: ClassVar[bool] = False
+    """Whether `gradients` needs a direction that is 0 where an activation is 0."""
+
     def __init__(
         self,
         form: Form,
@@ -100,7 +105,7 @@ class Layer(Learner, ABC):
     ) -> None:
         super().__init__(rule.update)
         self.rule, self.compute_dtype = rule, compute_dtype
-        self.objective = OBJECTIVES[rule.objective](rule, threshold, form, classes)
+        self.objective = find_objective(rule)(rule, threshold, form, classes)
         self._normalize = NORMALIZATIONS[rule.normalization]
         self.statistics.register_buffer("mean_activity", torch.full((form.size,), INITIAL_MEAN_ACTIVITY))
 
@@ -116,12 +121,13 @@ class Layer(Learner, ABC):
         """Arranges rows `[R, D]` for `compute` and `gradients`, `[R, ...]`. By default, it returns them."""
         return rows
 
-    def compute_for_training(self, inputs: Tensor, batch: int) -> Tensor:
+    def compute_for_training(self, inputs: Tensor, batch: int, noise: Tensor | None) -> Tensor:
         """Returns the activations, with their graph. Submodules, such as batch norm, are in training mode.
 
         Args:
             inputs: Result of `prepare`.
             batch: Number of samples B; so many rows, the first ones, are positive.
+            noise: Result of `draw`, if there is one.
         """
         self.requires_grad_().train()
         with torch.enable_grad():
@@ -140,8 +146,10 @@ class Layer(Learner, ABC):
         """
         if not activations.requires_grad:  # there are no parameters
             return {}
-        weights = torch.zeros_like(activations)
-        weights[rows] = direction
+        weights = direction
+        if direction.shape != activations.shape:
+            weights = torch.zeros_like(activations)
+            weights[rows] = direction
         named = dict(self._own_parameters())
         gradients = torch.autograd.grad(activations, [*named.values()], weights, materialize_grads=True)
         self.requires_grad_(False)
@@ -168,25 +176,37 @@ class Layer(Learner, ABC):
         """Names of the metrics of a minibatch, in their order."""
         return (*self.objective.metrics, *MEASURED)
 
-    def forward(self, rows: Tensor, *, is_training: bool = False) -> Output:
-        """Returns the output for rows `[..., D]` of the compute type.
+    def forward_for_training(self, rows: Tensor, noise: Tensor | None) -> Output:
+        """Returns the output for the positive rows `[B, D]` of a minibatch, with its graph, for backpropagation."""
+        return self._output(self.compute_for_training(self.prepare(rows), len(rows), noise), noise)
 
-        Args:
-            rows: The rows.
-            is_training: Whether all of them are the positive rows of a minibatch that is trained on by backpropagation.
-        """
-        inputs = self.prepare(rows.reshape(-1, rows.shape[-1]))
-        activations = self.compute_for_training(inputs, len(inputs)) if is_training else self.compute(inputs)
+    def forward(self, rows: Tensor) -> Output:
+        """Returns the output for rows `[..., D]` of the compute type."""
+        activations = self.compute(self.prepare(rows.reshape(-1, rows.shape[-1])))
         return self._output(activations.reshape(*rows.shape[:-1], -1))
 
-    def _output(self, activations: Tensor) -> Output:
-        squares, passed = squared_norm(activations), self.pass_on(activations)
+    def _output(self, activations: Tensor, noise: Tensor | None = None) -> Output:
+        squares, passed = squared_norm(activations), self.pass_on(activations, noise)
         normalized = self._normalize(passed, squares if passed is activations else squared_norm(passed))
         return Output(normalized.to(self.compute_dtype), self.objective.scores(activations, squares))
 
-    def pass_on(self, activations: Tensor) -> Tensor:
-        """Returns what the next layer reads of activations `[..., H]`, before its normalization; by default, all."""
+    def pass_on(self, activations: Tensor, noise: Tensor | None) -> Tensor:
+        """Returns what is passed on of activations `[..., H]`, before its normalization; by default, all.
+
+        Args:
+            activations: `[..., H]`, in training `[P, B, H]` or `[B, H]`.
+            noise: In training, the result of `draw`.
+        """
         return activations
+
+    @property
+    def draws(self) -> bool:
+        """Whether training minibatches need random numbers."""
+        return False
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draws the random numbers for a training minibatch `[B, ...]`. They do not depend on the weights."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def train_minibatch(
@@ -205,10 +225,10 @@ class Layer(Learner, ABC):
         """
         rows, num_trained, labels = minibatch.rows, minibatch.passes.num_trained, minibatch.labels
         inputs = self.prepare(rows.flatten(0, 1))
-        batch = rows.shape[1]
-        activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs, batch)
+        batch, noise = rows.shape[1], minibatch.noise
+        activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs, batch, noise)
         values = activations.detach().reshape(*rows.shape[:2], -1)
-        output, trained = self._output(values), values[:num_trained]
+        output, trained = self._output(values, noise), values[:num_trained]
         loss = self.objective.loss_of(trained, output.scores[:num_trained], labels)
         unmeasured = loss.metrics[0].new_full((), torch.nan)
         measured = (
@@ -217,7 +237,7 @@ class Layer(Learner, ABC):
         )
         metrics = torch.stack((*loss.metrics, *measured)).float()
         if lr_scale is not None:
-            self._learn(inputs, activations, trained, loss, labels, lr_scale)
+            self._learn(minibatch, inputs, activations, trained, loss, lr_scale)
         return output, metrics
 
     def _weight_rms(self) -> Tensor:
@@ -229,11 +249,11 @@ class Layer(Learner, ABC):
 
     def _learn(
         self,
+        minibatch: Minibatch,
         inputs: Tensor,
         activations: Tensor,
         trained: Tensor,
         loss: Loss,
-        labels: Tensor | None,
         lr_scale: float,
     ) -> None:
         """Makes the updates of a minibatch; the first one reuses the forward pass.
@@ -241,15 +261,17 @@ class Layer(Learner, ABC):
         The gradient is that of the mean over samples. Peer normalization adds a pull towards the mean activity of the
         layer to the positive pass. It reaches inactive units in layers whose gradient is in closed form.
         """
-        num_passes, batch = trained.shape[:2]
+        (num_passes, batch), labels = trained.shape[:2], minibatch.labels
         inputs = inputs[: num_passes * batch]
         parts = [slice(0, 1), slice(1, num_passes)] if self.rule.alternating else [slice(0, num_passes)]
         for number, part in enumerate(parts * self.rule.updates_per_minibatch):
             if number:
-                activations = self.compute_for_training(inputs, batch)
+                activations = self.compute_for_training(inputs, batch, minibatch.noise)
                 trained = activations.detach().view_as(trained)
                 loss = self.objective.loss_of(trained, self.objective.scores(trained, squared_norm(trained)), labels)
             direction = loss.direction(part)
+            if self.is_relu and not loss.is_masked:
+                direction.mul_(trained[part] != 0)
             if part.start == 0 and self.rule.peer_strength:
                 self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)
                 strength = self.rule.peer_strength / batch

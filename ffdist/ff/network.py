@@ -19,10 +19,10 @@ from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import neutral, one_hot
 from ffdist.ff.layers import MEASURED, Layer, Output
-from ffdist.ff.objectives import OBJECTIVES, RELEASE, Objective, Rule
+from ffdist.ff.objectives import RELEASE, Objective, Rule, find_objective
 from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_inference
 from ffdist.ff.readout import Readout
-from ffdist.ff.specs import LayerSpec, parse_layer
+from ffdist.ff.specs import LayerSpec, Module, parse_layer
 
 MAX_ROWS, MAX_VALUES = 4000, 2**25
 """Limits of the rows that pass through the layers at once when labels are predicted: their number, and the activations
@@ -118,7 +118,14 @@ class Architecture:
     @property
     def objective(self) -> type[Objective]:
         """Kind of the layers' objective."""
-        return OBJECTIVES[self.rule.objective]
+        return find_objective(self.rule)
+
+    @property
+    def custom_modules(self) -> list[str]:
+        """Names of the modules of the user that the network needs."""
+        names = [layer.name for layer in self.layers if isinstance(layer, Module)]
+        names += [self.rule.objective] * (":" in self.rule.objective)
+        return list(dict.fromkeys(name.partition(":")[0] for name in names))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -205,7 +212,7 @@ class Architecture:
                 threshold=self.thresholds[index] if self.thresholds else None,
                 classes=self.classes,
                 compute_dtype=self.compute_dtype,
-                generator=generator(self.seed, "layer", index) if trainable else None,
+                generator=generator(self.seed, "layer", index) if trainable or spec.needs_generator else None,
             )
         if trainable:
             layer.add_optimizer_state()
@@ -305,24 +312,26 @@ class Network(nn.Module):
             learner.optimizer = learner.statistics = nn.Module()
         return network.requires_grad_(False).eval()
 
-    def read(self, rows: Tensor, *, is_training: bool = False) -> list[Tensor]:
+    def read(self, rows: Tensor, noise: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Returns the readout's inputs for rows `[B, D']`: the normalized activations of each read layer `[B, H]`.
 
         Args:
             rows: The rows.
-            is_training: Whether they are a minibatch that is trained on by backpropagation.
+            noise: Result of `Layer.draw` of each layer, or None, if they are a minibatch that is trained on by
+                backpropagation.
         """
-        outputs = [*self._outputs(rows, is_training=is_training)]
+        outputs = [*self._outputs(rows, noise)]
         return [output.activations for output in outputs[self.architecture.predict_from - 1 :]]
 
     def goodness(self, rows: Tensor) -> Tensor:
         """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`, or its class scores, `[L, ..., C]`."""
         return torch.stack([output.scores for output in self._outputs(rows)])
 
-    def _outputs(self, rows: Tensor, *, is_training: bool = False) -> Iterator[Output]:
-        """Yields the output of each layer."""
-        for layer in self.layers:
-            output = layer(rows, is_training=is_training)
+    def _outputs(self, rows: Tensor, noise: Sequence[Tensor | None] | None = None) -> Iterator[Output]:
+        """Yields the output of each layer; for the arguments see `read`."""
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            output = layer(rows) if noise is None else layer.forward_for_training(rows, noise[index])
             rows = output.activations
             yield output
 

@@ -5,7 +5,7 @@ Shapes: `T` passes that are trained on, the positive one first, `B` samples, `H`
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffdist.ff.custom import find_class
 from ffdist.ff.forms import Form
-from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, squared_norm
+from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, TINY, squared_norm
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import LAYER_UPDATE, Update
 
@@ -40,13 +41,15 @@ class Rule:
     update: Update = LAYER_UPDATE
     """How parameters follow the gradient."""
     objective: str = "goodness"
-    """A key of `OBJECTIVES`."""
+    """A key of `OBJECTIVES`, or a subclass of `Objective` of the user, `package.module:Class`."""
     class_scores: str = "learned"
     """How features become class scores: `learned`, a linear map, or `groups`, the mean over a group of units."""
     pooled_features: int = 2048
     """Largest number of features that a learned map of class scores reads; maps are average-pooled to as many."""
     label_smoothing: float = 0.0
     """Probability that the target of class scores spreads evenly over all classes, in [0, 1)."""
+    may_import: bool = field(default=False, compare=False)
+    """Whether the objective may be imported, because the configuration is the user's own."""
 
 
 RELEASE = Rule()
@@ -60,9 +63,11 @@ class Loss(NamedTuple):
     """Values of `Objective.metrics`, scalars."""
     direction: Callable[[slice], Tensor]
     """Returns minus the gradient of the mean loss over samples with respect to the activations of some of the passes
-    `[t, B, H]`, as a new tensor. It is 0 where an activation is 0, as behind a ReLU."""
+    `[t, B, H]`, as a new tensor."""
     parameters: Mapping[str, Tensor] = MappingProxyType({})
     """Minus the gradient of the mean loss with respect to each parameter of the objective, by name."""
+    is_masked: bool = True
+    """Whether the direction is 0 where an activation is 0, as behind a ReLU."""
 
 
 class Objective(nn.Module, ABC):
@@ -145,9 +150,9 @@ class AutogradObjective(Objective):
 
         def direction(passes: slice) -> Tensor:
             (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-            return -gradient[passes] * (activations[passes] != 0)
+            return -gradient[passes]
 
-        return Loss((loss.detach(),), direction)
+        return Loss((loss.detach(),), direction, is_masked=False)
 
 
 class GoodnessObjective(Objective):
@@ -203,6 +208,8 @@ class Classifier(Objective):
 
     def __init__(self, rule: Rule, threshold: float | None, form: Form, classes: int) -> None:
         super().__init__(rule, threshold, form, classes)
+        self._channels = _num_channels(form)
+        self._group_size = self._channels // classes
         if rule.class_scores == "groups":
             self.factor = nn.Parameter(torch.ones(()), requires_grad=False)
         else:
@@ -220,60 +227,87 @@ class Classifier(Objective):
     @classmethod
     def validate(cls, rule: Rule, form: Form, classes: int) -> None:
         """Checks that each class gets a group of units."""
-        if rule.class_scores == "groups" and form.shape[0] < classes:
+        if rule.class_scores == "groups" and _num_channels(form) < classes:
             raise ValueError(
                 f"class_scores=groups needs a unit or channel of each layer for each of the {classes} classes (a layer "
-                f"has {form.shape[0]})"
+                f"has {_num_channels(form)})"
             )
 
-    def transform(self, activations: Tensor) -> Tensor:
+    def transform(self, normalized: Tensor) -> Tensor:
         """Returns the values that are pooled, from normalized activations: the same."""
-        return activations
+        return normalized
 
-    def features(self, activations: Tensor, squares: Tensor) -> Tensor:
-        """Returns the features `[..., F]` of activations `[..., H]` with the sums of squares `[...]`."""
-        values = self.transform(NORMALIZATIONS[self.rule.normalization](activations, squares))
-        return values if self.rule.class_scores == "groups" else self.form.pool(values, self._pooled)
+    def transform_gradient(self, normalized: Tensor, gradient: Tensor) -> Tensor:
+        """Returns the gradient with respect to normalized activations, from that with respect to `transform`."""
+        return gradient
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Returns the class scores `[..., C]` of features `[..., F]`, before the softmax."""
+    def features(self, normalized: Tensor) -> Tensor:
+        """Returns the features `[..., F]` of normalized activations `[..., H]`."""
+        values = self.transform(normalized)
         if self.rule.class_scores != "groups":
-            return F.linear(features, self.weight, self.bias)
-        maps = self.form.values(features.flatten(0, -2)).flatten(2) if self.form.is_map else features.unsqueeze(-1)
-        by_unit = maps.reshape(*features.shape[:-1], self.form.shape[0], -1).mean(-1)
-        size = self.form.shape[0] // self.classes  # units that are left over belong to no class
-        groups = by_unit[..., : size * self.classes].reshape(*by_unit.shape[:-1], self.classes, size)
-        logits: Tensor = self.factor * groups.mean(-1)
-        return logits
+            return self.form.pool(values, self._pooled)
+        maps = self.form.values(values.flatten(0, -2)).flatten(2) if self.form.is_map else values.unsqueeze(-1)
+        by_unit = maps.reshape(*values.shape[:-1], self._channels, -1).mean(-1)
+        groups = by_unit[..., : self._group_size * self.classes]  # units that are left over belong to no class
+        return groups.reshape(*by_unit.shape[:-1], self.classes, -1).mean(-1)
 
     def scores(self, activations: Tensor, squares: Tensor) -> Tensor:
         """Returns the logarithm of the probability of each class `[..., C]`."""
-        return self.logits(self.features(activations, squares)).log_softmax(-1)
+        features = self.features(NORMALIZATIONS[self.rule.normalization](activations, squares))
+        is_learned = self.rule.class_scores != "groups"
+        logits = F.linear(features, self.weight, self.bias) if is_learned else self.factor * features
+        return logits.log_softmax(-1)
 
     def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
-        """Returns the loss of a minibatch."""
+        """Returns the loss of a minibatch, with its gradient in closed form."""
         assert labels is not None, "it needs labels"
-        leaf = activations.detach().requires_grad_()
-        named = {name: parameter.detach().requires_grad_() for name, parameter in self.named_parameters()}
-        with torch.enable_grad():
-            logits = torch.func.functional_call(self, named, (leaf,))[0]
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.rule.label_smoothing)
-            gradient, *others = torch.autograd.grad(-loss, (leaf, *named.values()))
-        log_probability, index = scores[0], labels.unsqueeze(1)
-        wrong = log_probability.scatter(1, index, -torch.inf).amax(1)
+        log_probability, smoothing = scores[0], self.rule.label_smoothing
+        target = F.one_hot(labels, self.classes).to(scores.dtype) * (1 - smoothing) + smoothing / self.classes
+        loss, index = -(target * log_probability).sum(1).mean(), labels.unsqueeze(1)
+        pull = (target - log_probability.exp()) / len(labels)  # minus the gradient with respect to the logits
+        normalize = NORMALIZATIONS[self.rule.normalization]
+        normalized = normalize(activations[0], squared_norm(activations[0]))
+        features = self.features(normalized)
+        if self.rule.class_scores == "groups":
+            parameters = {"factor": (pull * features).sum()}
+        else:
+            parameters = {"weight": pull.t() @ features, "bias": pull.sum(0)}
+
+        def direction(passes: slice) -> Tensor:
+            gradient = self.transform_gradient(normalized, self._spread(pull))
+            return self._through_normalization(activations[0], normalized, gradient)[None][passes]
+
         metrics = (
-            loss.detach(),
+            loss,
             (log_probability.argmax(1) != labels).float().mean(),
             log_probability.gather(1, index).mean(),
-            wrong.mean(),
+            log_probability.scatter(1, index, -torch.inf).amax(1).mean(),
         )
-        return Loss(
-            metrics, lambda passes: gradient[passes] * (activations[passes] != 0), dict(zip(named, others, strict=True))
-        )
+        return Loss(metrics, direction, parameters, is_masked=False)
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Returns the class scores `[..., C]` of activations `[..., H]`, before the softmax."""
-        return self.logits(self.features(activations, squared_norm(activations)))
+    def _spread(self, pull: Tensor) -> Tensor:
+        """Returns the gradient with respect to `transform` `[B, H]`, from that with respect to the logits `[B, C]`."""
+        if self.rule.class_scores != "groups":
+            return self.form.unpool(pull @ self.weight, self._pooled)
+        channels, size = self._channels, self._group_size
+        num_places = self.form.size // channels
+        by_channel = pull.repeat_interleave(size, 1) * (self.factor / (size * num_places))
+        by_channel = F.pad(by_channel, (0, channels - by_channel.shape[1]))
+        return self.form.unpool(by_channel * num_places, Form((channels, 1, 1))) if self.form.is_map else by_channel
+
+    def _through_normalization(self, activations: Tensor, normalized: Tensor, gradient: Tensor) -> Tensor:
+        """Returns the gradient with respect to activations `[B, H]`, from that with respect to normalized ones."""
+        if self.rule.normalization == "none":
+            return gradient
+        count = activations.shape[-1] if self.rule.normalization == "rms" else 1
+        scale = torch.rsqrt(squared_norm(activations) / count + TINY).unsqueeze(-1)
+        along = (gradient * normalized).sum(-1, keepdim=True) / count
+        return scale * (gradient - normalized * along)
+
+
+def _num_channels(form: Form) -> int:
+    """Returns the number of units that are divided into groups; each channel of a map is one."""
+    return form.shape[0] if form.is_map else form.size
 
 
 class ClassGoodness(Classifier):
@@ -282,9 +316,13 @@ class ClassGoodness(Classifier):
     Every wrong class is a negative of the true one.
     """
 
-    def transform(self, activations: Tensor) -> Tensor:
+    def transform(self, normalized: Tensor) -> Tensor:
         """Returns the squares."""
-        return activations.square()
+        return normalized.square()
+
+    def transform_gradient(self, normalized: Tensor, gradient: Tensor) -> Tensor:
+        """Returns the gradient with respect to normalized activations."""
+        return gradient.mul_(normalized).mul_(2)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -293,6 +331,27 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "classifier": Classifier,
 }
 """Objectives, by the name in `training.objective`."""
+
+
+def find_objective(rule: Rule) -> type[Objective]:
+    """Returns the objective of a learning rule.
+
+    Raises:
+        ValueError: There is none, or it cannot be imported.
+    """
+    if ":" not in rule.objective:
+        if rule.objective in OBJECTIVES:
+            return OBJECTIVES[rule.objective]
+        raise ValueError(
+            f"training.objective must be one of {', '.join(OBJECTIVES)}, or package.module:Class (given: "
+            f"{rule.objective})"
+        )
+    try:
+        return find_class(rule.objective, Objective, may_import=rule.may_import)
+    except Exception as error:  # a custom module may raise anything
+        raise ValueError(
+            f"training.objective={rule.objective} cannot be used ({type(error).__name__}: {error})"
+        ) from error
 
 
 def signed_threshold(rule: Rule, threshold: float | None, num_units: int) -> float:

@@ -27,6 +27,8 @@ class ReluLayer(Layer):
         **settings: See `Layer`.
     """
 
+    is_relu = True
+
     def __init__(
         self, form: Form, shape: tuple[int, ...], *, generator: torch.Generator | None = None, **settings: Any
     ) -> None:
@@ -79,7 +81,7 @@ class ReluLayer(Layer):
         self._refresh_if_changed()
         return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
 
-    def compute_for_training(self, inputs: Tensor, batch: int) -> Tensor:
+    def compute_for_training(self, inputs: Tensor, batch: int, noise: Tensor | None) -> Tensor:
         """Returns the activations `[R, H]`; the closed form needs nothing else."""
         return self.compute(inputs)
 

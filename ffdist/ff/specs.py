@@ -5,9 +5,11 @@ The kinds here import torch only when a layer is built, so that configurations a
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ffdist.ff.forms import FLOAT32_BYTES as FLOAT32_BYTES
@@ -30,20 +32,28 @@ class LayerSpec(ABC):
 
     builds_on_meta: ClassVar[bool] = False
     """Whether `build` works on torch's device `meta`, which saves the memory of weights that are loaded afterwards."""
+    needs_generator: ClassVar[bool] = False
+    """Whether `build` needs a generator even if the weights are loaded, for values that are not part of the state."""
     working_values: ClassVar[int] = 12
     """Upper bound of the float32 values per activation of a minibatch while the layer is trained."""
 
     def __post_init__(self) -> None:
-        """Checks the settings that are whole numbers, by `min` in the metadata of a field (by default, 1), and names.
+        """Checks the settings by the metadata of their fields.
+
+        Whole numbers have a minimum, `min` (by default, 1), other numbers an upper bound, `below`, and names are
+        `one_of` a few.
 
         Raises:
-            ValueError: A number is less than its minimum, or greater than MAX_VALUE, or a name is not in `one_of`.
+            ValueError: A setting has another value.
         """
         for setting in fields(self):
             value, low = getattr(self, setting.name), setting.metadata.get("min", 1)
             is_number = setting.type in (int, "int") or (setting.type == "int | None" and value is not None)
             if is_number and not (type(value) is int and low <= value <= MAX_VALUE):
                 raise ValueError(f"{setting.name} must be a whole number from {low} to {MAX_VALUE} (given: {value!r})")
+            below = setting.metadata.get("below")
+            if below is not None and not (type(value) in (int, float) and 0 <= value < below):
+                raise ValueError(f"{setting.name} must be at least 0 and less than {below} (given: {value!r})")
             names = setting.metadata.get("one_of", (value,))
             if value not in names:
                 raise ValueError(f"{setting.name} must be one of {', '.join(names)} (given: {value!r})")
@@ -63,6 +73,10 @@ class LayerSpec(ABC):
     def num_buffers(self, form: Form) -> int:
         """Returns the number of values in buffers that are part of the state."""
         return 0
+
+    def with_imports(self) -> LayerSpec:
+        """Returns a layer that may import code of the user, because its configuration is the user's own."""
+        return self
 
     @abstractmethod
     def num_parameters(self, form: Form) -> int:
@@ -251,6 +265,9 @@ class Conv(LayerSpec):
     """Activation: `relu` or `leaky_relu`."""
     pool: str = field(default="none", metadata={"one_of": ("none", "max", "average")})
     """Pooling of 2 x 2 positions in what is passed on: `max`, `average` or `none`. The objective reads all of them."""
+    dropout: float = field(default=0.0, metadata={"below": 1})
+    """Probability with which a whole channel of what is passed on is set to 0 for a training sample. The objective
+    reads all channels."""
 
     builds_on_meta = True
 
@@ -319,7 +336,85 @@ class Conv(LayerSpec):
         return layer.get_parameter("weight")[:, : form.shape[0]]
 
 
-LAYERS: dict[str, type[LayerSpec]] = {"dense": Dense, "local": Local, "conv": Conv}
+@dataclass(frozen=True)
+class Module(LayerSpec):
+    """A class of the user: a `torch.nn.Module` that maps a tensor of samples to one tensor. Autograd trains it."""
+
+    name: str
+    """The class, `package.module:Class`, in the working directory or installed."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class."""
+    may_import: bool = field(default=False, compare=False, repr=False, metadata={"is_setting": False})
+
+    needs_generator = True
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: One is invalid.
+        """
+        super().__post_init__()
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name):
+            raise ValueError(f"name must be package.module:Class (given: {self.name!r})")
+        if self.name.startswith("__main__:"):
+            raise ValueError(f"name must be a class in a module file, which actors can import (given: {self.name})")
+        try:
+            is_json = isinstance(self.options, dict) and json.loads(json.dumps(self.options)) == self.options
+        except (TypeError, ValueError):
+            is_json = False
+        if not is_json:
+            raise ValueError(
+                f"options must be the arguments of the class by name, as numbers, strings, lists and mappings (given: "
+                f"{self.options!r})"
+            )
+
+    def __str__(self) -> str:
+        return self.name.partition(":")[2]
+
+    def with_imports(self) -> Module:
+        """Returns a layer that may import the class."""
+        return replace(self, may_import=True)
+
+    def output_form(self, form: Form) -> Form:
+        """Returns the form of the class's output."""
+        from ffdist.ff.module import infer
+
+        return Form(infer(self, form).shape)
+
+    def read_form(self, form: Form, most: int) -> Form:
+        """Returns the form of the output; a map is average-pooled."""
+        return self.output_form(form).pooled(most)
+
+    def num_parameters(self, form: Form) -> int:
+        """Returns the number of values of all parameters."""
+        from ffdist.ff.module import infer
+
+        return infer(self, form).num_parameters
+
+    def num_buffers(self, form: Form) -> int:
+        """Returns the number of values of all buffers that are part of the state."""
+        from ffdist.ff.module import infer
+
+        return infer(self, form).num_buffers
+
+    def validate(self, form: Form) -> None:
+        """Checks that the class can be created and reads the input."""
+        if form.shared:
+            raise ValueError(
+                f"is a module, which cannot read the {form.shared} label values beside its input; set data.label to "
+                f"overwrite or none"
+            )
+        self.output_form(form)
+
+    def build(self, form: Form, **settings: Any) -> Layer:
+        """Returns a new layer."""
+        from ffdist.ff.module import ModuleLayer
+
+        return ModuleLayer(self, form, **settings)
+
+
+LAYERS: dict[str, type[LayerSpec]] = {"dense": Dense, "local": Local, "conv": Conv, "module": Module}
 """Layer kinds, by the `kind` of an entry in `model.layers`."""
 
 
@@ -337,7 +432,7 @@ def parse_layer(entry: Any) -> LayerSpec:
     if not (isinstance(kind, str) and kind in LAYERS):
         raise ValueError(f"kind must be one of {', '.join(LAYERS)} (kind: {kind!r})")
     spec, settings = LAYERS[kind], {key: value for key, value in entry.items() if key != "kind"}
-    names = [each.name for each in fields(spec)]
+    names = [each.name for each in setting_fields(spec)]
     if unknown := [str(key) for key in settings if key not in names]:
         raise ValueError(f"a {kind} layer has no setting {', '.join(unknown)} (its settings: {', '.join(names)})")
     try:
@@ -351,4 +446,10 @@ def layer_entry(layer: LayerSpec) -> Any:
     if type(layer) is Dense:
         return layer.units
     kind = next(name for name, spec in LAYERS.items() if spec is type(layer))
-    return {"kind": kind, **asdict(layer)}
+    values = asdict(layer)
+    return {"kind": kind, **{each.name: values[each.name] for each in setting_fields(type(layer))}}
+
+
+def setting_fields(spec: type[LayerSpec]) -> list[Field[Any]]:
+    """Returns the fields of a kind of layers that are settings."""
+    return [each for each in fields(spec) if each.metadata.get("is_setting", True)]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ffdist.ff.keyed import generator
 from ffdist.ff.layers import Layer
 from ffdist.ff.network import Network
 from ffdist.pipeline.blueprint import Blueprint
@@ -69,8 +70,8 @@ class Backpropagation:
         labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
         metrics = torch.stack(
             [
-                self._train_minibatch(rows, of.to(self._device), chunk.lr_scale)
-                for rows, of in zip(self._source.read(chunk), labels, strict=True)
+                self._train_minibatch(rows, of.to(self._device), chunk.lr_scale, step)
+                for step, (rows, of) in enumerate(zip(self._source.read(chunk), labels, strict=True), chunk.step)
             ]
         ).cpu()
         self._refresh()
@@ -78,11 +79,12 @@ class Backpropagation:
         no_metrics = torch.empty(chunk.num_minibatches, 0, len(self.blueprint.architecture.metrics))
         return Trained(chunk, [Report(no_metrics, compute_s, 0.0)], Report(metrics, compute_s, 0.0))
 
-    def _train_minibatch(self, rows: Tensor, labels: Tensor, lr_scale: float) -> Tensor:
+    def _train_minibatch(self, rows: Tensor, labels: Tensor, lr_scale: float, step: int) -> Tensor:
         """Makes one update; returns loss and error before it `[2]`."""
+        noise = [self._draw(index, layer, len(rows), step) for index, layer in enumerate(self._network.layers)]
         self._network.requires_grad_().train()
         self._refresh()
-        logits = self._network.readout(self._network.read(rows, is_training=True))
+        logits = self._network.readout(self._network.read(rows, noise))
         self._network.eval()
         loss = F.cross_entropy(logits, labels)
         named = [dict(learner.named_parameters()) for learner in self._learners.values()]
@@ -92,6 +94,13 @@ class Backpropagation:
         for learner, names in zip(self._learners.values(), named, strict=True):
             learner.ascend({name: next(gradients) for name in names}, lr_scale=lr_scale)  # the loss is a mean
         return torch.stack((loss.detach(), (logits.argmax(1) != labels).float().mean()))
+
+    def _draw(self, index: int, layer: Any, batch: int, step: int) -> Tensor | None:
+        """Returns the random numbers of a layer for a minibatch, as a stage draws them; None if it needs none."""
+        if not layer.draws:
+            return None
+        noise: Tensor = layer.draw(batch, generator(self._order.seed, "noise", index, step))
+        return noise.to(self._device)
 
     def _refresh(self) -> None:
         for layer in self._network.layers:

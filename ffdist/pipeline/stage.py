@@ -128,6 +128,7 @@ class Stage:
             layer.refresh()
         self._source = Source(architecture, order, device, *source) if source else None
         self._measure_every, self._device, self._order, self._labels = measure_every, device, order, labels
+        self._drawing = [index for index, layer in self._layers.items() if layer.draws]
         self._execute = self._make_executor()
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
@@ -160,6 +161,11 @@ class Stage:
         if self._labels is not None:
             labels = self._labels[self._order.indices(chunk.epoch, chunk.first, chunk.num_minibatches)]
             inputs.append(labels.to(self._device) if self._source else labels)
+        for index in self._drawing:
+            draw, batch = self._layers[index].draw, self._order.batch_size
+            steps = range(chunk.step, chunk.step + chunk.num_minibatches)
+            noise = torch.stack([draw(batch, generator(self._order.seed, "noise", index, step)) for step in steps])
+            inputs.append(noise.to(self._device) if self._source else noise)
         steps_done = range(chunk.step + 1, chunk.step + 1 + chunk.num_minibatches)
         modes = [StepMode(chunk.lr_scale, chunk.layer, step % self._measure_every == 0) for step in steps_done]
         metrics, *outputs = self._execute(self._step, inputs, modes)
@@ -169,7 +175,9 @@ class Stage:
 
     def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> list[Tensor]:
         """Trains on a minibatch; returns metrics, the pass for the readout of each layer, and the signal."""
-        labels = None
+        num_drawn, labels = len(self._drawing), None
+        inputs, drawn = inputs[: len(inputs) - num_drawn], inputs[len(inputs) - num_drawn :]
+        noise = dict(zip(self._drawing, drawn, strict=True))
         if self._labels is not None:
             *inputs, labels = inputs
         if self._source:
@@ -182,7 +190,7 @@ class Stage:
         metrics, reads = [], []
         for (index, layer), is_sent, pools in zip(self._layers.items(), self._is_read_sent, self._pools, strict=True):
             (rows, _), layer_metrics = layer.train_minibatch(
-                Minibatch(rows, passes, labels),
+                Minibatch(rows, passes, labels, noise.get(index)),
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
                 measure=mode.measure,
             )

@@ -69,6 +69,7 @@ def draw_plots(
             else _training_goodness(config, dataset, network),
             thresholds,
             path,
+            are_probabilities=network.architecture.objective.scores_classes,
         )
     functions["errors.png"] = lambda path: plots.plot_errors(test, path)
     if "validation/readout_error" in history:
@@ -106,7 +107,8 @@ def draw_goodness(
     """
     path = path_in(folder, "goodness") / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    return plots.plot_goodness(_split_by_label(evaluation.goodness, labels), _thresholds(architecture), path)
+    goodness, are_probabilities = _split_by_label(evaluation.goodness, labels), architecture.objective.scores_classes
+    return plots.plot_goodness(goodness, _thresholds(architecture), path, are_probabilities=are_probabilities)
 
 
 def _plot_negatives(config: Config, dataset: Dataset, network: Network, path: Path) -> Path:

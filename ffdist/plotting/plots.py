@@ -112,7 +112,8 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
     for level in levels:
         panels[1].axhline(level, color="black", linestyle=":")
     if has_classes:
-        panels[1].set(xlabel="samples seen", ylabel="error", yscale="log", title="class error on training samples")
+        panels[1].set_yscale("symlog", linthresh=1e-3)  # shows 0 as well
+        panels[1].set(xlabel="samples seen", ylabel="error", title="class error on training samples")
     else:
         panels[1].set(xlabel="samples seen", ylabel="goodness", title="goodness")
         lines = GOODNESS_LINES | ({"threshold": ":"} if levels else {})
@@ -123,7 +124,9 @@ def plot_layers(history: History, thresholds: Sequence[float | None], path: Path
 
 
 @_style()
-def plot_goodness(goodness: dict[str, Tensor], thresholds: Sequence[float | None], path: Path) -> Path:
+def plot_goodness(
+    goodness: dict[str, Tensor], thresholds: Sequence[float | None], path: Path, *, are_probabilities: bool = False
+) -> Path:
     """Draws histograms of the goodness of positive and negative data in each layer, and returns the path.
 
     In a layer that learns, they are on different sides of its threshold.
@@ -132,6 +135,7 @@ def plot_goodness(goodness: dict[str, Tensor], thresholds: Sequence[float | None
         goodness: Goodness of positive, then of negative data `[L, N]`, by name; N may differ.
         thresholds: Threshold of each layer; None if the loss has none.
         path: File to write.
+        are_probabilities: Whether they are logarithms of class probabilities; those of true labels are close to 0.
     """
     figure = Figure(figsize=(min(16, 3.2 * len(thresholds) + 1), 3.2), layout="constrained")
     panels = figure.subplots(1, len(thresholds), squeeze=False)[0]
@@ -144,7 +148,10 @@ def plot_goodness(goodness: dict[str, Tensor], thresholds: Sequence[float | None
             panel.hist(values.numpy(), bins, density=bool(len(values)), label=name, **style)
         if threshold is not None:
             panel.axvline(threshold, color="black", linestyle=":", label="threshold")
-        panel.set(xlabel="goodness", yticks=[], title=f"layer {number}")
+        if are_probabilities:
+            panel.set(xlabel="log probability", yscale="log", title=f"layer {number}")
+        else:
+            panel.set(xlabel="goodness", yticks=[], title=f"layer {number}")
     panels[0].set_ylabel("density")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _save(figure, path)

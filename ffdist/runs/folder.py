@@ -20,6 +20,7 @@ from ffdist.data.datasets import Dataset
 from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE
 from ffdist.ff.network import Architecture, Network
+from ffdist.ff.specs import Module, layer_entry
 from ffdist.pipeline.stage import State, layer_name
 from ffdist.storage.files import UnsafeFile, file_in, read_json
 from ffdist.storage.folder import Folder
@@ -119,9 +120,12 @@ def unconfirmed_settings(config: Config) -> dict[str, Any]:
     """
     data, uri = config.data, config.tracking.uri
     imports = data.name != ARRAYS and not data.is_loadable
+    has_modules = any(isinstance(layer, Module) for layer in config.model.layers)
     settings = {
         "data.name": data.name if imports else None,
         "data.options": data.options or None if imports else None,
+        "model.layers": list(map(layer_entry, config.model.layers)) if has_modules else None,
+        "training.objective": config.training.objective if ":" in config.training.objective else None,
         "negatives.kind": config.negatives.kind if ":" in config.negatives.kind else None,
         "training.callbacks": config.training.callbacks or None,
         "tracking.uri": None if uri in (NO_TRACKING, os.environ.get("MLFLOW_TRACKING_URI")) else uri,

@@ -219,6 +219,8 @@ class Run:
                 samples = samples.to_numpy("float32" if self.features else None)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"samples must be numbers ({error}); convert the others") from error
+        if isinstance(samples, np.ndarray) and not samples.flags.writeable:
+            samples = samples.copy()  # torch would warn
         return torch.as_tensor(samples)
 
     def _to_class_numbers(self, labels: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """Ray actors of the pipeline's classes, and the serialization of tensors between them."""
 
 import os
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from ffdist.pipeline.hardware import Hardware, read_hardware
 from ffdist.pipeline.runner import configure_torch, keep_memory
 from ffdist.pipeline.source import NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage
+from ffdist.runtime.imports import import_settings, prepare_imports
 from ffdist.storage.folder import Folder
 
 
@@ -42,9 +42,7 @@ class _Actor:
     """Mixin that prepares the actor's process before the actor is constructed."""
 
     def __init__(self, num_threads: int, import_path: list[str], working_folder: Path, *args: Any) -> None:
-        sys.path += [folder for folder in import_path if folder not in sys.path]
-        with suppress(OSError):  # another node may not have the folder
-            os.chdir(working_folder)  # user-defined negatives are imported from there
+        prepare_imports(import_path, working_folder)
         configure_torch(num_threads)  # Ray's launcher sets one thread, regardless of the request
         with suppress(OSError):  # a sandbox may forbid it
             # Longer time slices on a shared CPU, because each switch finds the caches filled by other processes.
@@ -116,8 +114,7 @@ class ActorFactory:
 
     def _create(self, cls: type, name: str, *args: Any, **options: Any) -> Any:
         actor: Any = ray.remote(cls).options(**options, max_restarts=0, max_task_retries=0)
-        import_path = [str(Path(folder).absolute()) for folder in sys.path]  # the actor has another working folder
-        handle: Any = actor.remote(self._num_threads, import_path, Path.cwd(), *args)
+        handle: Any = actor.remote(self._num_threads, *import_settings(), *args)
         self.actors.append(handle)
         self.names[handle._actor_id.hex()] = name
         return handle

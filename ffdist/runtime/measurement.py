@@ -1,10 +1,12 @@
 """Runs a function on the machines of a run's stages."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ffdist.errors import ConfigError
 from ffdist.runtime.cluster import alive_nodes
+from ffdist.runtime.imports import import_settings, prepare_imports
 from ffdist.runtime.placement import Placement
 
 Result = TypeVar("Result")
@@ -34,7 +36,8 @@ def run_on_machines(function: Callable[[], Result], group: Any, placement: Place
     from ray.util.placement_group import placement_group_table
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    def call() -> Result:  # ray.remote does not accept functools.partial
+    def call(import_path: list[str], working_folder: Path) -> Result:  # ray.remote does not accept functools.partial
+        prepare_imports(import_path, working_folder)
         return function()
 
     nodes = {node["NodeID"]: node for node in alive_nodes()}
@@ -47,7 +50,7 @@ def run_on_machines(function: Callable[[], Result], group: Any, placement: Place
     tasks = {
         machine: remote.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        ).remote()
+        ).remote(*import_settings())
         for machine, index in machines.items()
         if machine != driver_machine
     }

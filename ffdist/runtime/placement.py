@@ -91,7 +91,8 @@ def _floor(fraction: float) -> float:
 def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
     """Describes a placement in one line."""
     layers = ", ".join("-".join(dict.fromkeys((str(r.start + 1), str(r.stop)))) for r in blueprint.stage_layers)
-    stages = f"{runner}: {placement.num_stages} stages on {placement.device} with layers {layers}"
+    count = f"{placement.num_stages} stage{'s' * (placement.num_stages > 1)}"
+    stages = f"{runner}: {count} on {placement.device} with layers {layers}"
     if runner == "backpropagation":
         return f"{runner}: all layers on {placement.device}, in this process"
     if runner == "serial":

@@ -24,14 +24,20 @@ DATA = "network"
 """Folder of the files of the network in the model's data."""
 
 
-def export_in_subprocess(folder: Path, path: Path) -> None:
+def export_in_subprocess(architecture: Architecture, folder: Path, path: Path) -> None:
     """Exports the network in a folder as a program, in another process: exporting would disturb a training here.
+
+    Args:
+        architecture: Architecture of the network, whose custom modules this process has imported.
+        folder: Folder of the network.
+        path: File to write.
 
     Raises:
         ValueError: The network cannot be exported.
         OSError: The other process was stopped, or the file cannot be written.
     """
     command = [sys.executable, "-P", "-m", "ffdist.export.program", str(folder), str(path)]
+    command += architecture.custom_modules
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # finds the same modules as this process
     process = subprocess.run(
         command,

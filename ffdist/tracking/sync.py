@@ -317,7 +317,7 @@ def _send_model(client: Any, run_id: str, outbox: Outbox, content: dict[str, Any
         path, program = Path(temporary) / NAME, outbox.programs.get(folder.name) or Path(temporary) / PROGRAM
         try:
             if folder.name not in outbox.programs:
-                export_in_subprocess(folder, program)
+                export_in_subprocess(network.architecture, folder, program)
         except ValueError as error:
             raise RejectedUpload(str(error)) from error
         mlflow_model = Model(artifact_path=location, model_uuid=model_id, run_id=run_id, model_id=model_id)

@@ -53,5 +53,6 @@ def plan(
     }
     if predicted:
         duration = timedelta(seconds=round(samples / predicted))
-        plan["training"] = f"{config.num_epochs} epochs of {samples // config.num_epochs:,} samples, about {duration}"
+        epochs = f"{config.num_epochs} epochs of {samples // config.num_epochs:,} samples"
+        plan["training"] = f"{epochs}, about {duration} without start and evaluation"
     return plan

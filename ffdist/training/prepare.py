@@ -52,7 +52,7 @@ def prepare(config: Config, data: Any = None) -> Prepared:
             f"training.batch_size must be at most the number of training samples "
             f"(batch_size: {order.batch_size}, training samples: {order.num_samples})"
         )
-    architecture = build_architecture(config, dataset.encoder, dataset.untrained)
+    architecture = build_architecture(config, dataset.encoder, dataset.untrained, may_import=True)
     host_memory.check(
         memory.driver_bytes(architecture), "the copy of the network in the driver, for resuming and for results,"
     )

@@ -70,7 +70,7 @@ class Session(AbstractContextManager["Session"]):
             should_stop: Returns whether a stop was requested.
         """
         while True:
-            record.say(self.placed.description, decided=self.placed.description, cluster=self.placed.cluster)
+            record.say(self.placed.description, pipeline=self.placed.description, cluster=self.placed.cluster)
             record.display.status("starting the pipeline")
             yield self._started(checkpoints)
             record.display.status("waiting for resources")

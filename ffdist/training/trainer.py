@@ -118,7 +118,7 @@ def train(  # noqa: PLR0913, the one entry point
         record = Record(tracker, display, Path(resume) if resume is not None else _new_folder(runs, name or "run"))
         record.begin(config, prepared.dataset, start, options, init_from)
         if session.precision.reason and not start.precision:
-            record.say(session.precision.reason, precision=session.precision.reason)
+            record.say(session.precision.reason, precision=session.precision.reason.removeprefix("precision: "))
         record.say(f"data: {prepared.dataset.describe()}")
 
         checkpoints, limits = checkpoints_of(config, record.folder), config.pipeline
