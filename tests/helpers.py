@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from ffdist import load_config, train
 from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.layers import Minibatch, Output, Passes
 from ffdist.ff.network import Architecture
@@ -22,3 +23,12 @@ def train_rows(layer, rows, batch, negatives=1, **options):
     passes = Passes(negatives, has_neutral=num_passes > 1 + negatives)
     output, metrics = layer.train_minibatch(Minibatch(rows.view(num_passes, batch, -1), passes), **options)
     return Output(*(part.flatten(0, 1) for part in output)), metrics
+
+
+def digests(name, settings, paces, runs) -> set[str]:
+    """Trains a configuration at each pace: runner, number of stages and chunk size; returns the digests of the runs."""
+    summaries = []
+    for runner, stages, chunk in paces:
+        config = load_config(name, [*settings, f"pipeline.stages={stages}", f"pipeline.chunk_size={chunk}"])
+        summaries.append(train(config, runner=runner, address=None, runs=runs).summary)
+    return {summary["weights_sha256"] for summary in summaries}

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import digests
 
 from ffdist import ConfigError, Run, load_config, load_network, train
 from ffdist.ff.dense import DenseLayer
@@ -173,21 +174,14 @@ def test_layers_learn_to_classify_and_predict_by_the_sum_of_their_scores(referen
 
 
 def test_runs_with_any_number_of_stages_and_chunks_are_equal(reference, ray_start_4_cpus, tmp_path):
-    digests = {reference.summary["weights_sha256"]}
-    for runner, stages, chunk in (("serial", 1, 7), ("ray", 3, 5)):
-        config = load_config("digits", [*SHORT, f"pipeline.stages={stages}", f"pipeline.chunk_size={chunk}"])
-        digests.add(train(config, runner=runner, address=None, runs=tmp_path).summary["weights_sha256"])
-    assert len(digests) == 1
+    paces = [("serial", 1, 7), ("ray", 3, 5)]
+    assert digests("digits", SHORT, paces, tmp_path) == {reference.summary["weights_sha256"]}
 
 
 @pytest.mark.parametrize("change", ["training.class_scores=groups", "training.objective=classifier"])
 def test_other_class_scores_are_equal_in_one_and_in_several_stages(change, tmp_path):
-    digests = set()
-    for stages, chunk in ((1, 7), (3, 20)):
-        pace = [f"pipeline.stages={stages}", f"pipeline.chunk_size={chunk}", "training.epochs=1"]
-        config = load_config("digits", [*SHORT, change, *pace])
-        digests.add(train(config, runner="serial", runs=tmp_path).summary["weights_sha256"])
-    assert len(digests) == 1
+    settings = [*SHORT, change, "training.epochs=1"]
+    assert len(digests("digits", settings, [("serial", 1, 7), ("serial", 3, 20)], tmp_path)) == 1
 
 
 def test_run_without_negatives_is_resumed_with_other_stages(reference, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import digests
 from torch import nn
 
 from ffdist import ConfigError, load_config, load_network, train
@@ -196,12 +197,8 @@ GOODNESS = ["training.objective=goodness", "negatives.kind=wrong_label", "data.l
 
 @pytest.mark.parametrize(("changes", "runner"), [([], "ray"), ([*GOODNESS, "model.normalization=rms"], "serial")])
 def test_runs_with_any_number_of_stages_and_chunks_are_equal(ray_start_4_cpus, changes, runner, tmp_path):
-    digests = set()
-    for each, stages, chunk in (("serial", 1, 7), (runner, 3, 20)):
-        pace = [f"pipeline.stages={stages}", f"pipeline.chunk_size={chunk}"]
-        config = load_config("digits", [*SHORT, *AUGMENTED, *changes, *pace])
-        digests.add(train(config, runner=each, address=None, runs=tmp_path).summary["weights_sha256"])
-    assert len(digests) == 1
+    settings = [*SHORT, *AUGMENTED, *changes]
+    assert len(digests("digits", settings, [("serial", 1, 7), (runner, 3, 20)], tmp_path)) == 1
 
 
 def test_run_is_resumed_with_other_stages(run, tmp_path):

@@ -59,13 +59,11 @@ class Config(Section):
     @classmethod
     def _set_defaults(cls, tree: Any) -> Any:
         """Sets the defaults of objectives without negatives: none, no label in the input, no peer normalization."""
-        sections = (
-            [tree.get(name) or {} for name in ("training", "data", "negatives")] if isinstance(tree, dict) else []
-        )
-        if not all(isinstance(section, dict) for section in sections) or not sections:
+        if not isinstance(tree, dict):
             return tree
-        training, data, negatives = sections
-        if training.get("objective") not in CLASS_OBJECTIVES:
+        training, data, negatives = sections = [tree.get(name) or {} for name in ("training", "data", "negatives")]
+        is_valid = all(isinstance(section, dict) for section in sections)
+        if not is_valid or training.get("objective") not in CLASS_OBJECTIVES:
             return tree
         shown = {"label": "none"} if data.get("label", "auto") == "auto" else {}
         training = {"peer_normalization": 0.0} | training  # its pull would be stronger than that of the objective
@@ -124,9 +122,15 @@ class Config(Section):
 
     def by_backpropagation(self) -> "Config":
         """Returns the configuration of the baseline: all parameters are trained with the settings of the readout."""
-        names = {"epochs", "batch_size", "precision", "momentum", "loss", "learning_rate_schedule", "warmup_epochs"}
-        names.add("pooled_features")
-        names |= {"validation_samples", "validate_every_epochs", "stop", "callbacks"}
+        names = {"epochs", "batch_size", "precision", "momentum", "loss", "pooled_features"}
+        names |= {
+            "learning_rate_schedule",
+            "warmup_epochs",
+            "validation_samples",
+            "validate_every_epochs",
+            "stop",
+            "callbacks",
+        }
         readout = {"readout_learning_rate", "readout_weight_decay"}
         training = Training(
             **self.training.model_dump(include=names | readout),

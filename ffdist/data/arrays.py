@@ -66,7 +66,7 @@ def read_given(data: Any, config: Data, *, seed: int) -> Splits:
     for split, each in arrays.items():
         if each.inputs.ndim != 4:
             raise ConfigError(f"all splits must hold images, or all must hold rows of tables ({split}: a table)")
-        parts[split] = _Pairs(_Pictures(each.inputs), each.labels)
+        parts[split] = _PairDataset(_PillowImages(each.inputs), each.labels)
     splits = _read_images(parts, given, config)
     return _hold_out_test(splits, seed) if len(parts) == 1 else splits
 
@@ -152,7 +152,7 @@ def call_function(config: Data, *, seed: int) -> Any:
         raise ConfigError(f"data.name={config.name} raised {type(error).__name__}: {error}") from error
 
 
-class _Pairs(Dataset[tuple[Any, Any]]):
+class _PairDataset(Dataset[tuple[Any, Any]]):
     """Inputs and their labels."""
 
     def __init__(self, inputs: Any, labels: Sequence[Any]) -> None:
@@ -165,7 +165,7 @@ class _Pairs(Dataset[tuple[Any, Any]]):
         return self._inputs[index], self._labels[index]
 
 
-class _Pictures:
+class _PillowImages:
     """Images `[N, C, H, W]` as a sequence of Pillow images."""
 
     def __init__(self, images: np.ndarray[Any, Any]) -> None:
@@ -180,6 +180,7 @@ class _Pictures:
 
 
 def _must_resize(arrays: Mapping[str, _Arrays], config: Data) -> bool:
+    """Returns whether all splits hold images, and some have another size than `data.image_size`."""
     shapes = [each.inputs.shape for each in arrays.values()]
     are_images = config.image_size is not None and all(len(shape) == 4 for shape in shapes)
     return are_images and any(shape[2:] != config.image_size for shape in shapes)
@@ -194,7 +195,7 @@ def _pair_images(part: Any, split: str) -> Any:
         return part
     labels = _to_labels(labels, split)
     _check_lengths(len(images), len(labels), split)
-    return _Pairs(images, labels)
+    return _PairDataset(images, labels)
 
 
 def _holds_images(part: Any, split: str) -> bool:

@@ -24,7 +24,7 @@ from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_inference
 from ffdist.ff.readout import Readout
 from ffdist.ff.specs import LayerSpec, Module, parse_layer
 
-MAX_ROWS, MAX_VALUES = 4000, 2**25
+MAX_ROWS, MAX_ACTIVATIONS = 4000, 2**25
 """Limits of the rows that pass through the layers at once when labels are predicted: their number, and the activations
 of a layer for them."""
 
@@ -154,7 +154,7 @@ class Architecture:
     def max_rows(self) -> int:
         """Largest number of rows that pass through the layers at once when labels are predicted."""
         widest = max(form.size for form in (*self.forms, *self.activation_forms))
-        return max(1, min(MAX_ROWS, MAX_VALUES // widest))
+        return max(1, min(MAX_ROWS, MAX_ACTIVATIONS // widest))
 
     @property
     def read_forms(self) -> list[tuple[Form, Form]]:

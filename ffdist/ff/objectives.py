@@ -230,7 +230,7 @@ class Classifier(Objective):
         if rule.class_scores == "groups" and _num_channels(form) < classes:
             raise ValueError(
                 f"class_scores=groups needs a unit or channel of each layer for each of the {classes} classes (a layer "
-                f"has {_num_channels(form)})"
+                f"has {_num_channels(form)}); add some, or set training.class_scores to learned"
             )
 
     def transform(self, normalized: Tensor) -> Tensor:

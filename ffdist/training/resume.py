@@ -199,6 +199,7 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
     modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
 
     def is_own(key: str) -> bool:
+        """Returns whether a tensor is of the layer itself, and neither of its optimizer nor of its objective."""
         return not is_optimizer_state(key) and not key.startswith(OBJECTIVE)
 
     for name, module in modules.items():
