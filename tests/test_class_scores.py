@@ -13,7 +13,7 @@ from ffdist.ff.forms import Form
 from ffdist.ff.goodness import squared_norm
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import Minibatch, Passes
-from ffdist.ff.objectives import ClassGoodness, Classifier, Rule
+from ffdist.ff.objectives import ClassGoodness, Classifier, Rule, num_parameters
 from ffdist.ff.optimizers import Update
 from ffdist.runs.export import export_network
 from ffdist.training.prepare import prepare
@@ -119,7 +119,7 @@ def test_maps_are_pooled_to_a_number_of_features():
     features = objective.features(maps.permute(0, 2, 3, 1).flatten(1))
     torch.testing.assert_close(features, F.avg_pool2d(maps, 2).flatten(1))
     assert objective.weight.shape == (2, 12)
-    assert Classifier.num_parameters(objective.rule, form, 2) == 2 * 13
+    assert num_parameters(objective.rule, form, 2) == 2 * 13
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -20,6 +20,7 @@ from ffdist.plotting.plots import (
     plot_goodness,
     plot_layers,
     plot_negatives,
+    plot_samples,
 )
 
 CONFIG = {
@@ -28,7 +29,7 @@ CONFIG = {
     "training": {"epochs": 3, "validation_samples": 0},
     "tracking": {"log_every_minibatches": 28},
 }
-PLOTS = {"layers", "negatives", "goodness", "errors", "fields", "confusion", "timeline"}
+PLOTS = {"layers", "negatives", "goodness", "samples", "errors", "fields", "confusion", "timeline"}
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,8 @@ def test_all_plots_are_drawn_for_every_kind_of_run(overrides, tmp_path):
     run = train(
         load_config("digits", ["model.layers=[20,20]", *overrides, "training.epochs=1"]), runner="serial", runs=tmp_path
     )
-    assert {path.stem for path in run.folder.glob("*.png")} == PLOTS
+    without_labels = {"samples"} if run.config.data.label == "none" else set()
+    assert {path.stem for path in run.folder.glob("*.png")} == PLOTS - without_labels
 
 
 def test_validated_run_has_a_plot_of_its_errors_over_time(tmp_path):
@@ -236,6 +238,16 @@ def test_run_finishes_if_all_plots_fail(tmp_path, monkeypatch, capsys):
 def test_goodness_plot_accepts_any_values(values, tmp_path):
     goodness = {"positive": torch.tensor([values]), "negative": torch.tensor([values[:1]])}
     assert plot_goodness(goodness, [None], tmp_path / "goodness.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("are_probabilities", [True, False])
+def test_samples_are_drawn_with_labels_that_are_not_tried(are_probabilities, tmp_path):
+    images, scores = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.full((3, 2, 12), -torch.inf)
+    scores[:, :, 3:] = -torch.arange(9.0)
+    scores[1, 0] = float("nan")
+    path = tmp_path / "samples.png"
+    plot_samples(images, torch.tensor([3, 11]), scores, (), path, are_probabilities=are_probabilities)
+    assert path.stat().st_size > 1000
 
 
 def test_weights_of_large_images_are_drawn(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ffdist import ConfigError, Run, load_config, train
 from ffdist.runs.export import export_network
+from ffdist.runs.folder import unconfirmed_settings
 from ffdist.training.prepare import prepare
 
 README = Path(__file__).parent.parent / "ffdist" / "ff" / "README.md"
@@ -66,6 +67,14 @@ class Residue(nn.Module):
 
     def forward(self, samples):
         return self.linear(samples.flatten(1).mul_(0.5)) + self.shift.to(samples.device)
+
+
+class Put(nn.Module):
+    """Has an operation without a deterministic implementation."""
+
+    def forward(self, samples):
+        places = torch.zeros(64, dtype=torch.int64, device=samples.device)
+        return samples.flatten(1).clone().put_(places, torch.ones(64, device=samples.device))
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +159,14 @@ def test_interrupted_run_has_to_repeat_its_modules(run, tmp_path, ffdist):
     assert "names code to import or a tracking server (model.layers)" in ffdist("resume", "half", code=2)
 
 
+def write_example(folder, name):
+    """Writes an example of the documentation, as an importable module."""
+    (code,) = (text for text in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if f"# {name}.py" in text)
+    (folder / f"{name}.py").write_text(code)
+
+
 def test_objective_of_the_user_trains_in_one_and_in_several_stages(blocks, ray_start_4_cpus, tmp_path):
-    (code,) = (text for text in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "class Hinge" in text)
-    (blocks / "hinges.py").write_text(code)
+    write_example(blocks, "hinges")
     settings = ["training.epochs=3", "tracking.artifacts=[]", "training.objective=hinges:Hinge", "model.layers=[60,50]"]
     runs = [
         train(
@@ -165,6 +179,23 @@ def test_objective_of_the_user_trains_in_one_and_in_several_stages(blocks, ray_s
     command = [sys.executable, "-c", program, str(runs[0].folder)]
     error = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     assert "training.objective=hinges:Hinge cannot be used (ImportError: hinges is not imported" in error
+
+
+def test_a_layer_has_its_own_loss_with_parameters(blocks, tmp_path):
+    write_example(blocks, "centers")
+    layers = "[{kind: conv, channels: 8, objective: 'centers:Centers'}, 100]"
+    runs = [
+        train(
+            load_config("digits", [*SHORT, f"model.layers={layers}", f"pipeline.stages={stages}"]),
+            runner="serial",
+            runs=tmp_path,
+        )
+        for stages in (1, 2)
+    ]
+    assert len({run.summary["weights_sha256"] for run in runs}) == 1
+    assert runs[0].network.layers[0].objective.centers.abs().max() > 0
+    assert runs[0].summary["layer_errors"][0] < 0.5
+    assert unconfirmed_settings(runs[0].config)["model.layers"][0]["objective"] == "centers:Centers"
 
 
 @pytest.mark.parametrize("name", ["test_module:make_evil", "subprocess:Popen", "builtins:__import__"])
@@ -248,3 +279,15 @@ def test_module_without_parameters_and_the_label_in_its_input(tmp_path):
     run = train(load_config("digits", [*settings, "data.label=overwrite"]), runner="serial", runs=tmp_path)
     assert run.summary["test_goodness_error"] is not None
     assert isinstance(Run.find(run.folder).network.layers[0].module, Mapping)
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_an_operation_that_is_not_deterministic_is_an_error_that_names_it(fills, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fills)
+    config = load_config("digits", [*SHORT, "model.layers=[{kind: module, name: 'test_module:Put'}, 20]"])
+    with pytest.raises(
+        Exception, match="Put uses the operation put_, which has no deterministic implementation on cpu"
+    ):
+        train(config, runner="serial", runs=tmp_path)
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills
+    assert not torch.are_deterministic_algorithms_enabled()

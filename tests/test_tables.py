@@ -41,7 +41,7 @@ def write_csv(path, *, train=TRAIN, test=TRAIN):
 
 
 def make_encoder(samples, **settings):
-    return TableEncoder((samples.shape[1],), 2, **TableEncoder.fit(samples), **settings)
+    return TableEncoder((samples.shape[1],), 2, **TableEncoder.fit(samples, samples.shape[1:], {}), **settings)
 
 
 def test_columns_of_the_training_set_have_mean_0_and_deviation_1():
@@ -57,7 +57,7 @@ def test_statistics_do_not_depend_on_the_number_of_threads():
     settings = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        settings.append(TableEncoder.fit(samples))
+        settings.append(TableEncoder.fit(samples, samples.shape[1:], {}))
     torch.set_num_threads(1)
     assert settings[0] == settings[1]
 

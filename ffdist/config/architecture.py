@@ -1,7 +1,7 @@
 """Builds the architecture of a network from a configuration, and validates it before a run starts."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ffdist.config.schema import Config
@@ -12,7 +12,9 @@ from ffdist.ff.network import Architecture
 from ffdist.ff.objectives import Rule, find_objective
 from ffdist.ff.optimizers import Update
 
-IMAGE_SETTINGS = ("flip", "image_column", "image_size", "jitter", "subtract_mean")
+IMAGE_SETTINGS = (
+    *("color", "crop", "cutout", "flip", "image_column", "image_size", "jitter", "standardize", "subtract_mean"),
+)
 """Settings of the section `data` that only images have."""
 
 
@@ -37,7 +39,7 @@ def build_encoder(config: Data, kind: str, shape: Sequence[int], classes: int, *
     if settings["label"] == "auto":
         settings["label"] = ENCODERS[kind].label
     if settings.get("subtract_mean") == "auto":
-        settings["subtract_mean"] = shape[0] > 1
+        settings["subtract_mean"] = shape[0] > 1 and not settings["standardize"]
     try:
         return ENCODERS[kind](shape=tuple(shape), classes=classes, **settings)
     except ValueError as error:
@@ -61,19 +63,19 @@ def build_architecture(
     model, training = config.model, config.training
     try:
         rule = _build_rule(config, may_import=may_import)
-        needs_negatives = find_objective(rule).needs_negatives
+        objective = model.layers[0].rule(rule).objective  # those of the other layers need the same
+        needs_negatives = find_objective(replace(rule, objective=objective)).needs_negatives
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if needs_negatives == (config.negatives.kind == "none") or not (needs_negatives or encoder.label == "none"):
         raise ConfigError(
-            f"training.objective={training.objective} needs {'' if needs_negatives else 'no '}negatives"
+            f"training.objective={objective} needs {'' if needs_negatives else 'no '}negatives"
             f"{'' if needs_negatives else ' and shows no label'} (negatives.kind: {config.negatives.kind}, data.label: "
             f"{encoder.label}); correct these settings"
         )
     if not needs_negatives and training.updates == "alternating":
         raise ConfigError(
-            f"training.updates=alternating is for negatives, and training.objective={training.objective} has none; "
-            f"leave it out"
+            f"training.updates=alternating is for negatives, and training.objective={objective} has none; leave it out"
         )
     try:
         return Architecture(
@@ -100,6 +102,8 @@ def _build_rule(config: Config, *, may_import: bool) -> Rule:
         class_scores=training.class_scores,
         pooled_features=training.pooled_features,
         label_smoothing=training.label_smoothing,
+        similarity=training.similarity,
+        contrast=training.contrast,
         goodness=model.goodness,
         normalization=model.normalization,
         loss=training.loss,
@@ -107,5 +111,7 @@ def _build_rule(config: Config, *, may_import: bool) -> Rule:
         alternating=training.updates == "alternating",
         updates_per_minibatch=training.updates_per_minibatch,
         peer_strength=training.peer_normalization,
-        update=Update(training.learning_rate, training.weight_decay, training.momentum, training.optimizer),
+        update=Update(
+            training.learning_rate, training.weight_decay, training.momentum, training.optimizer, training.clip_norm
+        ),
     )

@@ -36,6 +36,7 @@ def settings_reference() -> str:
     parts = [_format_table(setting_rows())]
     for name, section in SECTIONS.items():
         parts += [f"### {name}", " ".join(str(section.__doc__).split()), _format_table(setting_rows(name))]
+    parts += ["### All layers", "Settings of every kind of layer.", _layer_table(LayerSpec)]  # type: ignore[type-abstract]
     for kind, spec in LAYERS.items():
         parts += [f"### Layers of `kind: {kind}`", " ".join(str(spec.__doc__).split()), _layer_table(spec)]
     return "\n\n".join(parts)
@@ -60,6 +61,7 @@ def _layer_table(spec: type[LayerSpec]) -> str:
             " ".join(str(texts.get(field.name, "")).split()),
         )
         for field in setting_fields(spec)
+        if field.name in texts
     ]
     return _format_table(rows)
 
@@ -75,12 +77,12 @@ def _layer_default(field: Field[Any]) -> str:
 def _layer_values(field: Field[Any]) -> str:
     """Returns a description of the values of a setting of a layer."""
     if names := field.metadata.get("one_of"):
-        return ", ".join(f"`{name}`" for name in names)
+        return ", ".join(f"`{name}`" for name in names if name)
     if field.type in (int, "int", "int | None"):
         return f"integer >= {field.metadata.get('min', 1)}"
     if (below := field.metadata.get("below")) is not None:
-        return f"number >= 0, < {below}"
-    return {"str": "text", "dict[str, Any]": "mapping"}.get(str(field.type), str(field.type))
+        return f"number >= 0, < {below}" if below < MAX_VALUE else "number >= 0"
+    return {"str": "text", "str | None": "text", "dict[str, Any]": "mapping"}.get(str(field.type), str(field.type))
 
 
 def setting_rows(section: str = "") -> list[tuple[str, ...]]:

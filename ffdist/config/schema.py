@@ -1,6 +1,7 @@
 """The schema of a configuration: typed sections, validated before a run starts."""
 
 import re
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from typing import Annotated, Any
@@ -125,6 +126,8 @@ class Config(Section):
         names = {"epochs", "batch_size", "precision", "momentum", "loss", "pooled_features"}
         names |= {
             "learning_rate_schedule",
+            "learning_rate_steps",
+            "learning_rate_factor",
             "warmup_epochs",
             "validation_samples",
             "validate_every_epochs",
@@ -139,7 +142,9 @@ class Config(Section):
             peer_normalization=0.0,
         )
         negatives = Negatives(kind="noise")  # validated but not used
-        return self.model_copy(update={"training": training, "negatives": negatives})
+        plain = [replace(layer, objective=None, optimizer=None, learning_rate=None) for layer in self.model.layers]
+        model = self.model.model_copy(update={"layers": plain})
+        return self.model_copy(update={"model": model, "training": training, "negatives": negatives})
 
     def with_precision(self, precision: str) -> "Config":
         """Returns a copy with another precision."""

@@ -92,12 +92,23 @@ class Data(Section):
     have a standard deviation of 1."""
     subtract_mean: bool | Literal["auto"] = "auto"
     """Whether to subtract each image's own mean. `auto`: only for color images, because the paper does not do it
-    for grayscale ones."""
+    for grayscale ones, and not with `standardize`."""
     jitter: Annotated[int, Number, Field(ge=0, le=MAX_VALUE)] = 0
     """Maximum random shift of each training image in pixels, vertically and horizontally, drawn anew in every epoch.
     At least 0, and less than the height and the width of the images."""
     flip: bool = False
     """Whether each training image is mirrored left to right with probability 1/2, drawn anew in every epoch."""
+    standardize: bool = False
+    """Whether to subtract from each channel of the images its mean in the training set, and to divide it by its
+    standard deviation."""
+    crop: Annotated[float, Number, Field(gt=0, le=1)] = 1.0
+    """Smallest fraction of its area to which each training image is cropped, greater than 0. The crop is drawn anew in
+    every epoch, with sides of a ratio from 3/4 to 4/3, and enlarged to the image's size. 1: no crop."""
+    color: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0
+    """Largest random change of each training image's brightness, contrast and saturation, as a fraction; 0: none."""
+    cutout: Annotated[int, Number, Field(ge=0, le=MAX_VALUE)] = 0
+    """Side length in pixels of a square at a random place of each training image that is replaced by black, or with
+    `standardize` by the mean of the training set. At least 0, and less than the height and the width of the images."""
     image_column: str | None = None
     """Column of the images, or of the names of image files (`csv`). Default: the only column with images, or, of a CSV
     file, the column named `file_name`, `file` or `path`. Without such a column, the data is a table of numbers."""
@@ -291,9 +302,14 @@ class Training(Section):
     """Optimizer of the layers: `hinton` is the update of the paper's released code; the others are those of torch."""
     learning_rate: NotNegative = 0.01
     """Learning rate of the layers, see learning_rate_schedule."""
-    learning_rate_schedule: Literal["hinton", "cosine", "constant"] = "hinton"
+    learning_rate_schedule: Literal["hinton", "cosine", "one_cycle", "steps", "constant"] = "hinton"
     """How the learning rates of layers and readout change from epoch to epoch. `hinton`: constant in the first half of
-    the epochs, and then a linear decay; `cosine`: the first half of a cosine, to 0."""
+    the epochs, and then a linear decay; `cosine`: the first half of a cosine, to 0; `one_cycle`: half a cosine up from
+    1/25 in the first 30% of the epochs, and then one to 0; `steps`: see learning_rate_steps."""
+    learning_rate_steps: list[Count] = []
+    """With `steps`: numbers of epochs after each of which the learning rates are multiplied by learning_rate_factor."""
+    learning_rate_factor: Positive = 0.1
+    """Factor on the learning rates at each of learning_rate_steps, greater than 0."""
     warmup_epochs: Annotated[int, Number, Field(ge=0, le=MAX_VALUE)] = 0
     """Number of epochs at the start, fewer than all, in which the learning rates rise linearly to the schedule's."""
     weight_decay: NotNegative = 0.001
@@ -303,6 +319,15 @@ class Training(Section):
     """Learning rate of the readout, see learning_rate_schedule."""
     readout_weight_decay: NotNegative = 0.003
     """Weight decay of the readout, decoupled from the gradient."""
+    similarity: NotNegative = 0.0
+    """Weight of a loss that is added to the objective of each layer: the mean square of the differences between the
+    similarities of the samples of a minibatch and those of their labels (Nokland and Eidnes 2019)."""
+    contrast: NotNegative = 0.0
+    """Weight of a loss that is added to the objective of each layer: the supervised contrastive loss (Khosla et al.
+    2020)."""
+    clip_norm: Positive | None = None
+    """Largest L2 norm of the gradient of all parameters of a layer together; a longer gradient is scaled down to it.
+    Default: no limit."""
     momentum: Fraction = 0.9
     """Momentum of `hinton`, `sgd` and the readout, and the first of the `betas` of `adam` and `adamw`, in [0, 1)."""
     peer_normalization: NotNegative = 0.03
@@ -315,6 +340,15 @@ class Training(Section):
             raise ValueError(
                 f"training.warmup_epochs must be fewer than all epochs (warmup_epochs: {self.warmup_epochs}, epochs: "
                 f"{self.epochs})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "Training":
+        if (self.learning_rate_schedule == "steps") != bool(self.learning_rate_steps):
+            raise ValueError(
+                f"training.learning_rate_steps are for training.learning_rate_schedule=steps, which needs them "
+                f"(schedule: {self.learning_rate_schedule}, steps: {self.learning_rate_steps}); give both, or neither"
             )
         return self
 

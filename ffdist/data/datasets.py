@@ -159,7 +159,7 @@ def load_dataset(
         note = "the data's own validation split is not used, because of training.validation_samples=0"
         splits = splits._replace(origin=splits.origin._replace(notes=(*splits.origin.notes, note)))
     samples, labels = _with_validation(splits, seed, validation_samples)
-    settings = {**splits.encoder_settings, **ENCODERS[splits.encoder].fit(samples["train"])}
+    settings = {**splits.encoder_settings, **ENCODERS[splits.encoder].fit(samples["train"], shape, config.model_dump())}
     dataset = Dataset(
         samples,
         labels,

@@ -7,16 +7,27 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ffdist.ff import MAX_CLASSES
+from ffdist.ff.augmentation import Augmentation, Color, Crop, Cutout, Flip, Shift
 from ffdist.ff.forms import Form
 from ffdist.ff.labels import LABELS
 from ffdist.ff.specs import MAX_VALUE
+
+FIT_ROWS = 4096
+"""Number of samples whose copy in a wider type is in memory at once when an encoder is fitted."""
+MAX_SCALE = 1e30
+"""Largest reciprocal of a deviation, so that it is a float32 number."""
+MAX_FLOAT = torch.finfo(torch.float32).max
+MAX_DEVIATIONS = 1e6
+"""Largest standardized value. Larger ones are clamped, because the square of an outlier could overflow."""
+AUGMENTED_BYTES = 20
+"""Bytes per value of the integers that crops and colors compute with."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,14 @@ class Encoder(ABC):
     """Type of the values of a sample. It must not be int64, the type of labels."""
 
     @classmethod
-    def fit(cls, samples: Tensor) -> dict[str, Any]:
-        """Returns the settings that depend on the training samples `[N, D]`."""
+    def fit(cls, samples: Tensor, shape: tuple[int, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings that depend on the training samples.
+
+        Args:
+            samples: `[N, D]`.
+            shape: Shape of a sample.
+            settings: The section `data` of the configuration.
+        """
         return {}
 
     def __post_init__(self) -> None:
@@ -99,6 +116,40 @@ class Encoder(ABC):
         values = self.values(samples)
         return values if claims is None else LABELS[self.label](values, claims * self.label_scale)
 
+    def _set_moments(self, count: int, repeats: int) -> None:
+        """Checks the fields `mean` and `deviation`, and converts them to tuples.
+
+        Args:
+            count: Number of values that each of them must have.
+            repeats: Number of values of a sample that have the same mean and deviation, next to each other.
+
+        Raises:
+            ValueError: They are invalid.
+        """
+        for name in ("mean", "deviation"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if len(values) != count or not all(isinstance(each, int | float) for each in values):
+                noun = "columns" if repeats == 1 else "channels"
+                raise ValueError(f"{name} must be a number for each of the {count} {noun} (given: {len(values)})")
+        moments = torch.tensor([getattr(self, name) for name in ("mean", "deviation")], dtype=torch.float64)
+        if not (moments.isfinite().all() and (moments[1] >= 0).all()):
+            raise ValueError("mean and deviation must be finite, and no deviation negative")
+        scale = moments[1].reciprocal().clamp(max=MAX_SCALE)
+        moments = torch.stack((moments[0], torch.where(moments[1] > 0, scale, 0))).to(torch.float32)
+        repeated = moments.repeat_interleave(repeats, 1)
+        object.__setattr__(self, "_moments", {torch.device("cpu"): repeated})  # no field: it follows from the others
+
+    def _standardized(self, values: Tensor) -> Tensor:
+        """Returns values `[..., D]` minus their mean in the training set, divided by the standard deviation."""
+        by_device: dict[torch.device, Tensor] = self.__dict__["_moments"]
+        if values.device not in by_device:  # copied once: a CUDA graph cannot copy from host memory
+            by_device[values.device] = by_device[torch.device("cpu")].to(values.device)
+        mean, scale = by_device[values.device]
+        differences = (values - mean).clamp(-MAX_FLOAT, MAX_FLOAT)  # infinity times the scale 0 would be NaN
+        standardized: Tensor = (differences * scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+        return standardized
+
     @property
     def augments(self) -> bool:
         """Whether training samples are augmented."""
@@ -134,12 +185,39 @@ class ImageEncoder(Encoder):
 
     subtract_mean: bool = False
     """Whether to subtract each image's own mean."""
+    standardize: bool = False
+    """Whether to subtract the mean of each channel in the training set, and to divide by its standard deviation."""
+    crop: float = 1.0
+    """Smallest fraction of its area to which a training image is cropped; 1 for no crop."""
     jitter: int = 0
     """Largest random shift of a training image in each direction, in pixels."""
     flip: bool = False
     """Whether training images are mirrored left to right at random."""
+    color: float = 0.0
+    """Largest difference of the factors of brightness, contrast and saturation from 1."""
+    cutout: int = 0
+    """Side length of the square that is cut out of training images, in pixels."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel in the training set, from 0 to 1; empty if images are not standardized."""
+    deviation: tuple[float, ...] = ()
+    """Standard deviation of each channel in the training set."""
 
     dtype = torch.uint8
+
+    @classmethod
+    def fit(cls, samples: Tensor, shape: tuple[int, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the mean and the standard deviation of each channel, from exact sums of integers."""
+        if not settings["standardize"]:
+            return {}
+        channels = samples.view(len(samples), shape[0], -1).unbind(1)
+        counts = [
+            torch.stack([torch.bincount(part.flatten(), minlength=256) for part in torch.split(each, FIT_ROWS)]).sum(0)
+            for each in channels
+        ]
+        moments = [[int((count * torch.arange(256) ** power).sum()) for power in range(3)] for count in counts]
+        means = [total / count / 255 for count, total, _ in moments]
+        deviations = [math.sqrt(count * square - total**2) / count / 255 for count, total, square in moments]
+        return {"mean": tuple(means), "deviation": tuple(deviations)}
 
     def __post_init__(self) -> None:
         """Checks the settings.
@@ -150,12 +228,21 @@ class ImageEncoder(Encoder):
         super().__post_init__()
         if len(self.shape) != 3:
             raise ValueError(f"the shape of images must be channels, height and width (shape: {self.shape})")
-        _, height, width = self.shape
+        channels, height, width = self.shape
         if self.jitter >= min(height, width):
             raise ValueError(
                 f"data.jitter must be smaller than the images (jitter: {self.jitter}, images: {height} x {width}); "
                 f"otherwise a shift can move the whole image out of view"
             )
+        if self.cutout >= min(height, width):
+            raise ValueError(
+                f"data.cutout must be smaller than the images (cutout: {self.cutout}, images: {height} x {width})"
+            )
+        if self.standardize and self.subtract_mean:
+            raise ValueError(
+                "data.standardize and data.subtract_mean both subtract a mean; set data.subtract_mean to false"
+            )
+        self._set_moments(channels if self.standardize else 0, height * width)
 
     def describe(self) -> str:
         """Returns the size and the number of channels."""
@@ -163,48 +250,48 @@ class ImageEncoder(Encoder):
         return f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}"
 
     def values(self, samples: Tensor) -> Tensor:
-        """Returns the pixels, from 0 to 1, or with a mean of 0."""
+        """Returns the pixels: from 0 to 1, or with a mean of 0."""
         values = samples.to(torch.float32) / 255
         if self.subtract_mean:  # the sum of integers does not depend on their order
             values = values - samples.sum(-1, keepdim=True) / (255 * self.size)
-        return values
+        return self._standardized(values) if self.standardize else values
+
+    @cached_property
+    def augmentations(self) -> list[Augmentation]:
+        """Augmentations of training images, in their order."""
+        fill = tuple(round(255 * mean) for mean in self.mean) or (0,) * self.shape[0]
+        every = {
+            Crop(self.crop): self.crop < 1,
+            Shift(self.jitter): self.jitter > 0,
+            Flip(): self.flip,
+            Color(self.color): self.color > 0,
+            Cutout(self.cutout, fill): self.cutout > 0,
+        }
+        return [augmentation for augmentation, is_used in every.items() if is_used]
 
     @property
     def augments(self) -> bool:
-        """Whether images are shifted or mirrored."""
-        return self.jitter > 0 or self.flip
+        """Whether there are augmentations."""
+        return bool(self.augmentations)
 
     def draw_augmentation(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Draws the shift of each image, down and right, from 0 to 2 * jitter, and whether it is mirrored `[3, B]`."""
-        shifts = torch.randint(2 * self.jitter + 1, (2, batch), generator=generator)
-        flips = torch.randint(2, (1, batch), generator=generator) if self.flip else shifts.new_zeros(1, batch)
-        return torch.cat((shifts, flips))
+        """Draws the numbers of all augmentations for a minibatch `[V, B]`."""
+        return torch.cat([each.draw(batch, self.shape, generator) for each in self.augmentations])
 
     def augment(self, samples: Tensor, drawn: Tensor) -> Tensor:
-        """Returns shifted and mirrored images `[K, B, D]`; pixels from beyond the border are 0."""
-        channels, height, width = self.shape
-        padded = F.pad(samples.reshape(-1, channels, height, width), (self.jitter,) * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        down, right, flipped = drawn.transpose(0, 1).flatten(1)
-        images = windows[torch.arange(len(padded), device=padded.device), :, down, right]
-        if self.flip:
-            images = torch.where(flipped.bool()[:, None, None, None], images.flip(3), images)
+        """Returns augmented images `[K, B, D]`."""
+        images, numbers = samples.reshape(-1, *self.shape), drawn.transpose(0, 1).flatten(1)
+        parts = torch.split(numbers, [each.num_drawn for each in self.augmentations])
+        for each, part in zip(self.augmentations, parts, strict=True):
+            images = each.apply(images, part)
         return images.reshape(samples.shape)
 
     @property
     def augmentation_bytes(self) -> int:
-        """Bytes of an image with a border."""
+        """Bytes of an image with a border, and of the integers of crops and colors."""
         channels, height, width = self.shape
-        return channels * (height + 2 * self.jitter) * (width + 2 * self.jitter)
-
-
-FIT_ROWS = 4096
-"""Number of rows whose float64 copy is in memory at once when a table encoder is fitted."""
-MAX_SCALE = 1e30
-"""Largest reciprocal of a deviation, so that it is a float32 number."""
-MAX_FLOAT = torch.finfo(torch.float32).max
-MAX_DEVIATIONS = 1e6
-"""Largest standardized value. Larger ones are clamped, because the square of an outlier could overflow."""
+        integers = AUGMENTED_BYTES * self.size if self.crop < 1 or self.color else 0
+        return channels * (height + 2 * self.jitter) * (width + 2 * self.jitter) + integers
 
 
 @dataclass(frozen=True)
@@ -221,7 +308,7 @@ class TableEncoder(Encoder):
     dtype = torch.float32
 
     @classmethod
-    def fit(cls, samples: Tensor) -> dict[str, Any]:
+    def fit(cls, samples: Tensor, shape: tuple[int, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the mean and the standard deviation of each column.
 
         The sums are numpy's, in float64, because those of torch depend on the number of threads.
@@ -243,17 +330,7 @@ class TableEncoder(Encoder):
         super().__post_init__()
         if len(self.shape) != 1:
             raise ValueError(f"the shape of rows of a table must be the number of columns (shape: {self.shape})")
-        for name in ("mean", "deviation"):
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)
-            if len(values) != self.size or not all(isinstance(each, int | float) for each in values):
-                raise ValueError(f"{name} must be a number for each of the {self.size} columns (given: {len(values)})")
-        moments = torch.tensor([self.mean, self.deviation], dtype=torch.float64)
-        if not (moments.isfinite().all() and (moments[1] >= 0).all()):
-            raise ValueError("mean and deviation must be finite, and no deviation negative")
-        scale = moments[1].reciprocal().clamp(max=MAX_SCALE)
-        moments = torch.stack((moments[0], torch.where(moments[1] > 0, scale, 0))).to(torch.float32)
-        object.__setattr__(self, "_moments", {torch.device("cpu"): moments})  # no field: it follows from the others
+        self._set_moments(self.size, 1)
 
     def describe(self) -> str:
         """Returns the number of columns."""
@@ -261,13 +338,7 @@ class TableEncoder(Encoder):
 
     def values(self, samples: Tensor) -> Tensor:
         """Returns the columns with a mean of 0 and a standard deviation of 1."""
-        by_device: dict[torch.device, Tensor] = self.__dict__["_moments"]
-        if samples.device not in by_device:  # copied once: a CUDA graph cannot copy from host memory
-            by_device[samples.device] = by_device[torch.device("cpu")].to(samples.device)
-        mean, scale = by_device[samples.device]
-        differences = (samples - mean).clamp(-MAX_FLOAT, MAX_FLOAT)  # infinity times the scale 0 would be NaN
-        values: Tensor = (differences * scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-        return values
+        return self._standardized(samples)
 
 
 ENCODERS: dict[str, type[Encoder]] = {"image": ImageEncoder, "table": TableEncoder}

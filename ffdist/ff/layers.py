@@ -89,6 +89,8 @@ class Layer(Learner, ABC):
         classes: Number of classes C.
         compute_dtype: Type of input and output rows and of matrix products. Parameters, activations, goodness and
             updates are float32.
+        objective_generator: Source of the initial weights of the losses that are added to the objective, or None if
+            they are loaded.
     """
 
     is_relu: ClassVar[bool] = False
@@ -102,10 +104,12 @@ class Layer(Learner, ABC):
         threshold: float | None = None,
         classes: int = 2,
         compute_dtype: torch.dtype = torch.float32,
+        objective_generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(rule.update)
         self.rule, self.compute_dtype = rule, compute_dtype
         self.objective = find_objective(rule)(rule, threshold, form, classes)
+        self.objective.add_terms(compute_dtype, objective_generator)
         self._normalize = NORMALIZATIONS[rule.normalization]
         self.statistics.register_buffer("mean_activity", torch.full((form.size,), INITIAL_MEAN_ACTIVITY))
 
@@ -174,7 +178,7 @@ class Layer(Learner, ABC):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics of a minibatch, in their order."""
-        return (*self.objective.metrics, *MEASURED)
+        return (*self.objective.metrics, *self.rule.terms, *MEASURED)
 
     def forward_for_training(self, rows: Tensor, noise: Tensor | None) -> Output:
         """Returns the output for the positive rows `[B, D]` of a minibatch, with its graph, for backpropagation."""
@@ -229,7 +233,7 @@ class Layer(Learner, ABC):
         activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs, batch, noise)
         values = activations.detach().reshape(*rows.shape[:2], -1)
         output, trained = self._output(values, noise), values[:num_trained]
-        loss = self.objective.loss_of(trained, output.scores[:num_trained], labels)
+        loss = self.objective.total_loss_of(trained, output.scores[:num_trained], labels)
         unmeasured = loss.metrics[0].new_full((), torch.nan)
         measured = (
             (trained != 0).to(trained.dtype).mean() if measure else unmeasured,
@@ -268,7 +272,9 @@ class Layer(Learner, ABC):
             if number:
                 activations = self.compute_for_training(inputs, batch, minibatch.noise)
                 trained = activations.detach().view_as(trained)
-                loss = self.objective.loss_of(trained, self.objective.scores(trained, squared_norm(trained)), labels)
+                loss = self.objective.total_loss_of(
+                    trained, self.objective.scores(trained, squared_norm(trained)), labels
+                )
             direction = loss.direction(part)
             if self.is_relu and not loss.is_masked:
                 direction.mul_(trained[part] != 0)
@@ -278,5 +284,6 @@ class Layer(Learner, ABC):
                 direction[0] += strength * (self.mean_activity.mean() - self.mean_activity)
             rows = slice(part.start * batch, part.stop * batch)
             gradients = dict(self.gradients(direction.flatten(0, 1), inputs, activations, rows))
-            gradients |= {f"{OBJECTIVE}{name}": gradient for name, gradient in loss.parameters.items()}
+            if part.start == 0:
+                gradients |= {f"{OBJECTIVE}{name}": gradient for name, gradient in loss.parameters.items()}
             self.update_parameters(gradients, lr_scale)

@@ -1,7 +1,8 @@
 """Layers that are modules of the user."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import lru_cache
@@ -95,7 +96,8 @@ class ModuleLayer(Layer):
     def compute(self, inputs: Tensor) -> Tensor:
         """Returns the activations `[R, H]`."""
         is_half = self.compute_dtype == torch.bfloat16
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16) if is_half else nullcontext():
+        precision = torch.autocast(inputs.device.type, dtype=torch.bfloat16) if is_half else nullcontext()
+        with precision, self._deterministic(inputs.device):
             output: Tensor = self.module(inputs.clone())  # it may change them in place
         return (output.float() if output.dtype == torch.bfloat16 else output).flatten(1)
 
@@ -107,6 +109,42 @@ class ModuleLayer(Layer):
             return self._compute_on_gpu(inputs, batch, noise)
         with _seeded(int(noise)):
             return super().compute_for_training(inputs, batch, noise)
+
+    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
+        """Returns the gradient of each parameter, by name."""
+        with self._deterministic(inputs.device):
+            return super().gradients(direction, inputs, activations, rows)
+
+    @contextmanager
+    def _deterministic(self, device: torch.device) -> Iterator[None]:
+        """Makes operations whose result may differ from call to call errors in a `with` block.
+
+        Raises:
+            ValueError: The module has one.
+        """
+        if torch.compiler.is_compiling():
+            yield
+            return
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        options: Any = torch.utils.deterministic
+        fills = options.fill_uninitialized_memory
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch needs for deterministic products
+        torch.use_deterministic_algorithms(True)
+        options.fill_uninitialized_memory = False
+        try:
+            yield
+        except RuntimeError as error:
+            operation, is_nondeterministic, _ = str(error).partition(" does not have a deterministic implementation")
+            if not is_nondeterministic:
+                raise
+            raise ValueError(
+                f"{type(self.module).__name__} uses the operation {operation}, which has no deterministic "
+                f"implementation on {device.type}, so that its results cannot be repeated; use another one"
+            ) from error
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            options.fill_uninitialized_memory = fills
 
     def _compute_on_gpu(self, inputs: Tensor, batch: int, noise: Tensor) -> Tensor:
         is_captured = torch.cuda.is_current_stream_capturing()  # the first call is not

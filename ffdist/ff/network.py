@@ -19,7 +19,7 @@ from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import neutral, one_hot
 from ffdist.ff.layers import MEASURED, Layer, Output
-from ffdist.ff.objectives import RELEASE, Objective, Rule, find_objective
+from ffdist.ff.objectives import RELEASE, Objective, Rule, find_objective, num_parameters
 from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_inference
 from ffdist.ff.readout import Readout
 from ffdist.ff.specs import LayerSpec, Module, parse_layer
@@ -70,7 +70,14 @@ class Architecture:
             except ValueError as error:
                 raise ValueError(f"layer {number} {error}") from error
             form, activations = layer.output_form(form), layer.activation_form(form)
-            self.objective.validate(self.rule, activations, self.classes)
+            rule = self.rules[number - 1]
+            find_objective(rule).validate(rule, activations, self.classes)
+        if len({(each.needs_negatives, each.scores_classes) for each in self.objectives}) > 1:
+            names = ", ".join(rule.objective for rule in self.rules)
+            raise ValueError(
+                f"the objectives of all layers must need negatives, or none, and all or none must score classes "
+                f"(objectives: {names}); choose others for some layers"
+            )
         if not 1 <= self.predict_from <= len(self.layers):
             raise ValueError(
                 f"predict_from must be one of the layers, 1 to {len(self.layers)} (predict_from: {self.predict_from})"
@@ -103,7 +110,7 @@ class Architecture:
     @property
     def goodness_predicts(self) -> bool:
         """Whether the layers predict: the label with the most goodness of all that are tried, or by class scores."""
-        return self.learned_goodness and (self.labels_shown or self.objective.scores_classes)
+        return self.learned_goodness and (self.labels_shown or self.scores_classes)
 
     @property
     def tried(self) -> list[int]:
@@ -113,24 +120,53 @@ class Architecture:
     @property
     def prediction_batch(self) -> int:
         """Number of samples that are predicted at once."""
-        return max(1, self.max_rows // (1 if self.objective.scores_classes else len(self.tried)))
+        return max(1, self.max_rows // (1 if self.scores_classes else len(self.tried)))
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """Learning rule of each layer."""
+        return tuple(layer.rule(self.rule) for layer in self.layers)
 
     @property
-    def objective(self) -> type[Objective]:
-        """Kind of the layers' objective."""
-        return find_objective(self.rule)
+    def objectives(self) -> list[type[Objective]]:
+        """Kind of objective of each layer."""
+        return [find_objective(rule) for rule in self.rules]
+
+    @property
+    def scores_classes(self) -> bool:
+        """Whether layers score every class in one pass."""
+        return self.objectives[0].scores_classes
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether layers need negatives."""
+        return self.objectives[0].needs_negatives
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether layers need the true labels."""
+        return any(
+            objective.needs_labels or rule.terms for objective, rule in zip(self.objectives, self.rules, strict=True)
+        )
 
     @property
     def custom_modules(self) -> list[str]:
         """Names of the modules of the user that the network needs."""
         names = [layer.name for layer in self.layers if isinstance(layer, Module)]
-        names += [self.rule.objective] * (":" in self.rule.objective)
+        names += [rule.objective for rule in self.rules if ":" in rule.objective]
         return list(dict.fromkeys(name.partition(":")[0] for name in names))
 
-    @property
+    @cached_property
+    def layer_metrics(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the metrics of each layer for a minibatch."""
+        pairs = zip(self.objectives, self.rules, strict=True)
+        return tuple((*objective.metrics, *rule.terms, *MEASURED) for objective, rule in pairs)
+
+    @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics of each layer for a minibatch, in their order."""
-        return (*self.objective.metrics, *MEASURED)
+        """Names of the metrics of all layers for a minibatch, in the order of their values in reports."""
+        names = dict.fromkeys(name for names in self.layer_metrics for name in names if name not in MEASURED)
+        return (*names, *MEASURED)
 
     @cached_property
     def forms(self) -> tuple[Form, ...]:
@@ -172,8 +208,10 @@ class Architecture:
     def num_parameters(self) -> tuple[int, ...]:
         """Number of learned values of each layer."""
         return tuple(
-            layer.num_parameters(form) + self.objective.num_parameters(self.rule, output, self.classes)
-            for (layer, form), output in zip(self._layers_and_forms, self.activation_forms, strict=True)
+            layer.num_parameters(form) + num_parameters(rule, output, self.classes)
+            for (layer, form), output, rule in zip(
+                self._layers_and_forms, self.activation_forms, self.rules, strict=True
+            )
         )
 
     @property
@@ -181,9 +219,9 @@ class Architecture:
         """Bytes of the state of each layer, and then of the readout: parameters, optimizer state and statistics."""
         readout = self.readout_update.num_values(self.classes * (1 + self.num_features))
         values = [
-            self.rule.update.num_values(count) + output.size + layer.num_buffers(form)
-            for count, output, (layer, form) in zip(
-                self.num_parameters, self.activation_forms, self._layers_and_forms, strict=True
+            rule.update.num_values(count) + output.size + layer.num_buffers(form)
+            for rule, count, output, (layer, form) in zip(
+                self.rules, self.num_parameters, self.activation_forms, self._layers_and_forms, strict=True
             )
         ]
         return tuple(torch.float32.itemsize * each for each in (*values, readout))
@@ -208,11 +246,12 @@ class Architecture:
         with torch.device("cpu" if trainable or not spec.builds_on_meta else "meta"):
             layer = spec.build(
                 self.forms[index],
-                rule=self.rule,
+                rule=self.rules[index],
                 threshold=self.thresholds[index] if self.thresholds else None,
                 classes=self.classes,
                 compute_dtype=self.compute_dtype,
                 generator=generator(self.seed, "layer", index) if trainable or spec.needs_generator else None,
+                objective_generator=generator(self.seed, "objective", index) if trainable else None,
             )
         if trainable:
             layer.add_optimizer_state()
@@ -256,7 +295,7 @@ class Architecture:
         if not self.untrained or not goodness.shape[-1]:
             return goodness
         every = goodness.new_full((*goodness.shape[:-1], self.classes), -torch.inf)
-        every[..., self.tried] = goodness[..., self.tried] if self.objective.scores_classes else goodness
+        every[..., self.tried] = goodness[..., self.tried] if self.scores_classes else goodness
         return every
 
     def neutral_rows(self, samples: Tensor) -> Tensor:
@@ -360,7 +399,7 @@ class Network(nn.Module):
         if not architecture.goodness_predicts:
             no_goodness = probabilities.new_empty(len(self.layers), samples.shape[0], 0)
             return Prediction(probabilities, no_goodness, probabilities.argmax(-1))
-        if architecture.objective.scores_classes:
+        if architecture.scores_classes:
             by_layer = architecture.by_class(torch.stack([output.scores for output in outputs]))
         else:
             by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))

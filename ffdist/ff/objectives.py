@@ -18,6 +18,7 @@ from ffdist.ff.forms import Form
 from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, TINY, squared_norm
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import LAYER_UPDATE, Update
+from ffdist.ff.terms import TERMS
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,17 @@ class Rule:
     """Largest number of features that a learned map of class scores reads; maps are average-pooled to as many."""
     label_smoothing: float = 0.0
     """Probability that the target of class scores spreads evenly over all classes, in [0, 1)."""
+    similarity: float = 0.0
+    """Weight of the loss `Similarity`, which is added to the objective."""
+    contrast: float = 0.0
+    """Weight of the loss `Contrast`, which is added to the objective."""
     may_import: bool = field(default=False, compare=False)
     """Whether the objective may be imported, because the configuration is the user's own."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Weights of the losses that are added to the objective, by key of `TERMS`."""
+        return {name: weight for name in TERMS if (weight := getattr(self, name))}
 
 
 RELEASE = Rule()
@@ -94,16 +104,23 @@ class Objective(nn.Module, ABC):
     def __init__(self, rule: Rule, threshold: float | None, form: Form, classes: int) -> None:
         super().__init__()
         self.rule, self.form, self.classes = rule, form, classes
+        self.terms = nn.ModuleDict()
+
+    def add_terms(self, compute_dtype: torch.dtype, generator: torch.Generator | None) -> None:
+        """Adds the losses of `Rule.terms`; for the arguments see `Term`."""
+        for name in self.rule.terms:
+            self.terms[name] = TERMS[name](
+                self.form,
+                self.classes,
+                pooled_features=self.rule.pooled_features,
+                compute_dtype=compute_dtype,
+                generator=generator,
+            )
 
     @property
     def num_units(self) -> int:
         """Number of outputs of the layer H."""
         return self.form.size
-
-    @classmethod
-    def num_parameters(cls, rule: Rule, form: Form, classes: int) -> int:
-        """Returns the number of learned values."""
-        return 0
 
     @classmethod
     def validate(cls, rule: Rule, form: Form, classes: int) -> None:
@@ -134,9 +151,32 @@ class Objective(nn.Module, ABC):
             labels: True labels `[B]`, or None if it does not need them.
         """
 
+    def total_loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+        """Returns the loss of a minibatch and of the terms, whose losses are further metrics."""
+        loss = self.loss_of(activations, scores, labels)
+        if not self.terms:
+            return loss
+        values: list[Tensor] = []
+
+        def added(positive: Tensor) -> Tensor:
+            values.extend(term(positive, labels) for term in self.terms.values())
+            weights = self.rule.terms.values()
+            return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
+
+        _, gradient, parameters = _differentiate(self.terms, added, activations[0])
+
+        def direction(passes: slice) -> Tensor:
+            direction = loss.direction(passes)
+            if passes.start == 0:
+                direction[0] += gradient
+            return direction
+
+        parameters = {**loss.parameters, **{f"terms.{name}": each for name, each in parameters.items()}}
+        return Loss((*loss.metrics, *(each.detach() for each in values)), direction, parameters, is_masked=False)
+
 
 class AutogradObjective(Objective):
-    """An objective whose gradient is computed by autograd."""
+    """An objective whose gradient, also that of its parameters, is computed by autograd."""
 
     @abstractmethod
     def loss(self, activations: Tensor, labels: Tensor | None) -> Tensor:
@@ -144,15 +184,21 @@ class AutogradObjective(Objective):
 
     def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch."""
-        leaf = activations.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(leaf, labels)
+        loss, gradient, parameters = _differentiate(self, lambda leaf: self.loss(leaf, labels), activations)
+        return Loss((loss,), lambda passes: gradient[passes].clone(), parameters, is_masked=False)
 
-        def direction(passes: slice) -> Tensor:
-            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-            return -gradient[passes]
 
-        return Loss((loss.detach(),), direction, is_masked=False)
+def _differentiate(
+    module: nn.Module, function: Callable[[Tensor], Tensor], activations: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns a loss, and minus its gradients with respect to activations and to the parameters of a module."""
+    leaf, named = activations.detach().requires_grad_(), dict(module.named_parameters())
+    module.requires_grad_()
+    with torch.enable_grad():
+        loss = function(leaf)
+        gradient, *others = torch.autograd.grad(loss, [leaf, *named.values()], materialize_grads=True)
+    module.requires_grad_(False)
+    return loss.detach(), -gradient, {name: -each for name, each in zip(named, others, strict=True)}
 
 
 class GoodnessObjective(Objective):
@@ -216,13 +262,6 @@ class Classifier(Objective):
             self._pooled = form.pooled(rule.pooled_features)
             self.weight = nn.Parameter(torch.zeros(classes, self._pooled.size), requires_grad=False)
             self.bias = nn.Parameter(torch.zeros(classes), requires_grad=False)
-
-    @classmethod
-    def num_parameters(cls, rule: Rule, form: Form, classes: int) -> int:
-        """Returns the number of weights and biases, or 1 for groups."""
-        if rule.class_scores == "groups":
-            return 1
-        return classes * (1 + form.pooled(rule.pooled_features).size)
 
     @classmethod
     def validate(cls, rule: Rule, form: Form, classes: int) -> None:
@@ -352,6 +391,14 @@ def find_objective(rule: Rule) -> type[Objective]:
         raise ValueError(
             f"training.objective={rule.objective} cannot be used ({type(error).__name__}: {error})"
         ) from error
+
+
+def num_parameters(rule: Rule, form: Form, classes: int) -> int:
+    """Returns the number of learned values of an objective and of the losses that are added to it."""
+    with torch.device("meta"):
+        objective = find_objective(rule)(rule, None, form, classes)
+        objective.add_terms(torch.float32, None)
+    return sum(parameter.numel() for parameter in objective.parameters())
 
 
 def signed_threshold(rule: Rule, threshold: float | None, num_units: int) -> float:

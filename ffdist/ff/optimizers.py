@@ -35,6 +35,8 @@ class Update:
     """Momentum of `hinton` and `sgd`, in [0, 1); first of the `betas` of `adam` and `adamw`."""
     optimizer: str = "hinton"
     """A key of `OPTIMIZERS`."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters together; None for no limit."""
 
     def num_values(self, parameters: int) -> int:
         """Returns the number of values of two parameters, such as weight and bias, with their optimizer state."""
@@ -150,6 +152,8 @@ class Learner(nn.Module):
             copies: Copies of parameters in other types, which get the new values, too.
         """
         step = replace(self.update, learning_rate=lr_scale * self.update.learning_rate)
+        if self.update.clip_norm is not None:
+            gradients = _clipped(gradients, self.update.clip_norm)
         for name, gradient in gradients.items():
             parameter = self.get_parameter(name)
             with_decay = step if parameter.dim() > 1 else replace(step, weight_decay=0.0)
@@ -166,6 +170,13 @@ class Learner(nn.Module):
             optimizer.ascend(block, block_slots, block_gradient, step)
             if copy is not None:
                 rest[-1].copy_(block)
+
+
+def _clipped(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
+    """Returns gradients whose norm, taken together, is at most `clip_norm`."""
+    norm = torch.stack([torch.linalg.vector_norm(each.float()) for each in gradients.values()]).square().sum().sqrt()
+    factor = (clip_norm / norm).clamp(max=1)
+    return {name: gradient * factor.to(gradient.dtype) for name, gradient in gradients.items()}
 
 
 def _buffer_name(parameter: str, slot: str) -> str:

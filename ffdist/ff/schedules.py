@@ -1,18 +1,30 @@
 """Schedules of the learning rates."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+RISE, LOWEST = 0.3, 0.04
+"""Fraction of a run in which `one_cycle` rises, and the factor that it begins with, as in torch's OneCycleLR."""
 
 
-def lr_scales(schedule: str, epochs: int, warmup: int = 0) -> list[float]:
+def lr_scales(
+    schedule: str, epochs: int, warmup: int = 0, steps: Sequence[int] = (), step_factor: float = 1.0
+) -> list[float]:
     """Returns the factor on the learning rates in each epoch.
 
     Args:
         schedule: A key of `SCHEDULES`.
         epochs: Number of epochs.
         warmup: Number of epochs at the start in which the factor rises linearly to that of the schedule.
+        steps: Numbers of epochs after each of which the factor is multiplied by `step_factor`.
+        step_factor: See `steps`.
     """
-    return [SCHEDULES[schedule](epoch, epochs) * min(1.0, (epoch + 1) / (warmup + 1)) for epoch in range(epochs)]
+    return [
+        SCHEDULES[schedule](epoch, epochs)
+        * min(1.0, (epoch + 1) / (warmup + 1))
+        * step_factor ** sum(step <= epoch for step in steps)
+        for epoch in range(epochs)
+    ]
 
 
 def hinton(epoch: int, epochs: int) -> float:
@@ -26,10 +38,24 @@ def cosine(epoch: int, epochs: int) -> float:
     return (1 + math.cos(math.pi * (epoch + 0.5) / epochs)) / 2
 
 
+def one_cycle(epoch: int, epochs: int) -> float:
+    """Returns half a cosine from LOWEST to 1, and then one from 1 to 0, in the middle of each epoch."""
+    done = (epoch + 0.5) / epochs
+    if done < RISE:
+        return LOWEST + (1 - LOWEST) * (1 - math.cos(math.pi * done / RISE)) / 2
+    return (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
+
+
 def constant(epoch: int, epochs: int) -> float:
     """Returns 1."""
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {"hinton": hinton, "cosine": cosine, "constant": constant}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "hinton": hinton,
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+    "steps": constant,
+    "constant": constant,
+}
 """Schedules, by the name in `training.learning_rate_schedule`."""

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ffdist.ff.layers import Layer
+    from ffdist.ff.objectives import Rule
 
 MAX_VALUE = 10**9
 """Largest number in a setting. Larger numbers exceed float32, time limits of the system, or memory."""
+OPTIMIZER_NAMES = ("hinton", "sgd", "adam", "adamw")
+"""The keys of `OPTIMIZERS`, which imports torch."""
 MIN_UNITS_PER_FIELD = 32
 """With fewer units per field, one product for each row of fields is faster than one for each field."""
 
@@ -29,6 +32,13 @@ MIN_UNITS_PER_FIELD = 32
 @dataclass(frozen=True)
 class LayerSpec(ABC):
     """Describes a layer in a configuration. Its fields are the settings of the kind."""
+
+    objective: str | None = field(default=None, kw_only=True)
+    """Objective of this layer. Default: `training.objective`."""
+    optimizer: str | None = field(default=None, kw_only=True, metadata={"one_of": (None, *OPTIMIZER_NAMES)})
+    """Optimizer of this layer. Default: `training.optimizer`."""
+    learning_rate: float | None = field(default=None, kw_only=True, metadata={"below": MAX_VALUE})
+    """Learning rate of this layer. Default: `training.learning_rate`."""
 
     builds_on_meta: ClassVar[bool] = False
     """Whether `build` works on torch's device `meta`, which saves the memory of weights that are loaded afterwards."""
@@ -52,11 +62,20 @@ class LayerSpec(ABC):
             if is_number and not (type(value) is int and low <= value <= MAX_VALUE):
                 raise ValueError(f"{setting.name} must be a whole number from {low} to {MAX_VALUE} (given: {value!r})")
             below = setting.metadata.get("below")
-            if below is not None and not (type(value) in (int, float) and 0 <= value < below):
+            if below is not None and value is not None and not (type(value) in (int, float) and 0 <= value < below):
                 raise ValueError(f"{setting.name} must be at least 0 and less than {below} (given: {value!r})")
             names = setting.metadata.get("one_of", (value,))
             if value not in names:
-                raise ValueError(f"{setting.name} must be one of {', '.join(names)} (given: {value!r})")
+                known = ", ".join(filter(None, names))
+                raise ValueError(f"{setting.name} must be one of {known} (given: {value!r})")
+        if not isinstance(self.objective, str | None):
+            raise ValueError(f"objective must be a name (given: {self.objective!r})")
+
+    def rule(self, rule: Rule) -> Rule:
+        """Returns the learning rule of this layer, from that of all layers."""
+        changes = {name: value for name in ("optimizer", "learning_rate") if (value := getattr(self, name)) is not None}
+        objective = rule.objective if self.objective is None else self.objective
+        return replace(rule, objective=objective, update=replace(rule.update, **changes))
 
     @abstractmethod
     def output_form(self, form: Form) -> Form:
@@ -443,13 +462,16 @@ def parse_layer(entry: Any) -> LayerSpec:
 
 def layer_entry(layer: LayerSpec) -> Any:
     """Returns the entry of a layer, the inverse of `parse_layer`."""
-    if type(layer) is Dense:
+    if layer == Dense(getattr(layer, "units", 1)):
         return layer.units
     kind = next(name for name, spec in LAYERS.items() if spec is type(layer))
     values = asdict(layer)
-    return {"kind": kind, **{each.name: values[each.name] for each in setting_fields(type(layer))}}
+    settings = {each.name: values[each.name] for each in setting_fields(type(layer))}
+    return {"kind": kind, **{name: value for name, value in settings.items() if value is not None}}
 
 
 def setting_fields(spec: type[LayerSpec]) -> list[Field[Any]]:
-    """Returns the fields of a kind of layers that are settings."""
-    return [each for each in fields(spec) if each.metadata.get("is_setting", True)]
+    """Returns the fields of a kind of layers that are settings; those of all kinds are last."""
+    return sorted(
+        (each for each in fields(spec) if each.metadata.get("is_setting", True)), key=lambda each: bool(each.kw_only)
+    )

@@ -138,7 +138,7 @@ class Blueprint(NamedTuple):
         """
         architecture, order, negatives = self.architecture, self.order, self.negatives
         source = (negatives, samples, labels)
-        needed_labels = labels if architecture.objective.needs_labels else None
+        needed_labels = labels if architecture.needs_labels else None
         return Actors(
             stages=[
                 make(Stage, architecture, layers, order, self.measure_every, self.device, needed_labels, *first)

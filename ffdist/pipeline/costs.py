@@ -113,7 +113,7 @@ def _layer_s(sample: Sample, index: int) -> float:
         width, passes = architecture.widths[index], blueprint.negatives.per_sample + architecture.labels_shown
         signal, read = (_values(blueprint, *passes, order.batch_size, width) for passes in ((passes,), ()))
         message = signal, read
-    labels = sample.labels if architecture.objective.needs_labels else None
+    labels = sample.labels if architecture.needs_labels else None
     stage = Stage(architecture, range(index, index + 1), order, blueprint.measure_every, device, labels, *data)
     return _minibatch_s(lambda chunk: stage.train(chunk, *message)[0], blueprint)
 

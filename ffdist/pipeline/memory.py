@@ -10,6 +10,9 @@ from ffdist.pipeline.schedule import EVALUATION_ROWS
 PROCESS_BYTES = 350_000_000
 """Memory of an actor's process without data: torch and Ray (335 MB measured, torch 2.14 and Ray 2.60)."""
 
+TERM_VALUES = 8
+"""Upper bound of the float32 values per activation of a minibatch for a loss that is added to an objective."""
+
 
 def driver_bytes(architecture: Architecture) -> int:
     """Returns the memory of the driver for a network.
@@ -45,9 +48,9 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
     evaluated = min(EVALUATION_ROWS, architecture.max_rows)
     rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), evaluated)
     values = [
-        spec.working_values * max(form.width, activations.width)
-        for spec, form, activations in zip(
-            architecture.layers, architecture.forms, architecture.activation_forms, strict=False
+        (spec.working_values + TERM_VALUES * len(rule.terms)) * max(form.width, activations.width)
+        for spec, form, activations, rule in zip(
+            architecture.layers, architecture.forms, architecture.activation_forms, architecture.rules, strict=False
         )
     ]
     outputs = 2 * blueprint.chunk_size * blueprint.bytes_out(layers)  # each minibatch, and all of them stacked

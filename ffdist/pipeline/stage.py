@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
-from ffdist.ff.layers import Minibatch, Passes
+from ffdist.ff.layers import Layer, Minibatch, Passes
 from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.executor import Executor, StepMode, make_executor
@@ -132,7 +132,8 @@ class Stage:
         self._execute = self._make_executor()
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
-        self._by_class, self._scores_classes = architecture.by_class, architecture.objective.scores_classes
+        self._metrics = architecture.metrics
+        self._by_class, self._scores_classes = architecture.by_class, architecture.scores_classes
         read = range(architecture.predict_from - 1, len(architecture.layers))
         is_sent_on = [index == layers[-1] and not self._is_last for index in layers]
         self._is_read_sent = [index in read or is_sent for index, is_sent in zip(layers, is_sent_on, strict=True)]
@@ -194,10 +195,15 @@ class Stage:
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
                 measure=mode.measure,
             )
-            metrics.append(layer_metrics)
+            metrics.append(layer_metrics if layer.metrics == self._metrics else self._spread(layer, layer_metrics))
             read = rows[passes.readout]
             reads += [self._pool_read(index, read) if pools else read] * is_sent
         return [torch.stack(metrics), *reads, *([] if self._is_last else [rows[passes.others]])]
+
+    def _spread(self, layer: Layer, metrics: Tensor) -> Tensor:
+        """Returns the metrics of a layer in the places of their names, with 0 for those that it has not."""
+        by_name = dict(zip(layer.metrics, metrics, strict=True))
+        return torch.stack([by_name.get(name, torch.zeros_like(metrics[0])) for name in self._metrics])
 
     def evaluate(self, block: Evaluate, *message: Tensor) -> list[Tensor | None]:
         """Evaluates a block, at fixed weights.

@@ -22,8 +22,8 @@ from ffdist.pipeline.timeline import Span
 from ffdist.plotting import plots
 from ffdist.storage.files import path_in
 
-NUM_NEGATIVES, NUM_HISTOGRAM_SAMPLES = 10, 1000
-"""Number of samples in the plot of negatives, and, if no label is shown, in the plot of goodness."""
+NUM_NEGATIVES, NUM_SAMPLES, NUM_HISTOGRAM_SAMPLES = 10, 8, 1000
+"""Number of samples in the plots of negatives and of test samples, and, if no label is shown, in that of goodness."""
 
 
 def draw_plots(
@@ -69,8 +69,10 @@ def draw_plots(
             else _training_goodness(config, dataset, network),
             thresholds,
             path,
-            are_probabilities=network.architecture.objective.scores_classes,
+            are_probabilities=network.architecture.scores_classes,
         )
+    if network.architecture.goodness_predicts and _is_visible(dataset):
+        functions["samples.png"] = lambda path: _plot_samples(config, dataset, network, test, path)
     functions["errors.png"] = lambda path: plots.plot_errors(test, path)
     if "validation/readout_error" in history:
         order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
@@ -107,7 +109,7 @@ def draw_goodness(
     """
     path = path_in(folder, "goodness") / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    goodness, are_probabilities = _split_by_label(evaluation.goodness, labels), architecture.objective.scores_classes
+    goodness, are_probabilities = _split_by_label(evaluation.goodness, labels), architecture.scores_classes
     return plots.plot_goodness(goodness, _thresholds(architecture), path, are_probabilities=are_probabilities)
 
 
@@ -116,6 +118,24 @@ def _plot_negatives(config: Config, dataset: Dataset, network: Network, path: Pa
     images, labels = dataset.samples["train"][indices], dataset.labels["train"][indices]
     negatives = _make_negatives(config, dataset, network, indices)
     return plots.plot_negatives(images, labels, negatives, dataset.shape, dataset.names, path)
+
+
+def _is_visible(dataset: Dataset) -> bool:
+    """Returns whether samples can be drawn as images."""
+    return isinstance(dataset.encoder, ImageEncoder) and dataset.shape[0] in (1, 3)
+
+
+def _plot_samples(config: Config, dataset: Dataset, network: Network, test: Evaluation, path: Path) -> Path:
+    samples, labels = dataset.samples["test"], dataset.labels["test"]
+    indices = torch.randperm(len(labels), generator=generator(config.seed, "plotted samples"))[:NUM_SAMPLES]
+    return plots.plot_samples(
+        samples[indices].view(-1, *dataset.shape),
+        labels[indices],
+        test.goodness[:, indices],
+        dataset.names,
+        path,
+        are_probabilities=network.architecture.scores_classes,
+    )
 
 
 def _training_goodness(config: Config, dataset: Dataset, network: Network) -> dict[str, Tensor]:
@@ -142,7 +162,7 @@ def _split_by_label(goodness: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def _thresholds(architecture: Architecture) -> list[float | None]:
     """Returns each layer's threshold, with the sign of its goodness; None if it has none."""
-    if architecture.rule.objective != "goodness" or architecture.rule.loss == "symmetric":
+    if any(rule.objective != "goodness" for rule in architecture.rules) or architecture.rule.loss == "symmetric":
         return [None for _ in architecture.layers]
     pairs = zip(architecture.thresholds, architecture.activation_forms, strict=True)
     return [signed_threshold(architecture.rule, threshold, form.size) for threshold, form in pairs]

@@ -36,7 +36,7 @@ MAX_UNITS, NUM_BINS = 64, 60
 """Units in the plot of receptive fields, and bins of a histogram."""
 MAX_CHUNKS, FIRST_CHUNK = 14, 4
 """Chunks in the plot of the timeline, and the first of them; earlier ones fill the pipeline."""
-MAX_NAME_LENGTH = 20
+MAX_NAME_LENGTH, MAX_LABEL_TICKS = 20, 10
 GOODNESS_LINES: dict[str, Any] = {"positive": "-", "negative": "--"}
 """Line styles of the goodness of positive and negative samples."""
 ERROR_TICKS = (0, 1, 2, 5, 10, 20, 50, 100)
@@ -154,6 +154,48 @@ def plot_goodness(
             panel.set(xlabel="goodness", yticks=[], title=f"layer {number}")
     panels[0].set_ylabel("density")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
+def _scaled(scores: Tensor) -> Tensor:
+    """Returns the scores of each layer `[L, C]`, from 0 for the lowest to 1 for the highest."""
+    is_finite = scores.isfinite()
+    low = scores.masked_fill(~is_finite, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~is_finite, -torch.inf).amax(1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=1e-12)
+
+
+@_style(grid=False)
+def plot_samples(
+    images: Tensor, labels: Tensor, scores: Tensor, names: Sequence[str], path: Path, *, are_probabilities: bool = False
+) -> Path:
+    """Draws images above what each layer makes of every label, and returns the path.
+
+    Args:
+        images: uint8 `[n, C, Y, X]`, with one or three channels.
+        labels: True labels `[n]`.
+        scores: Goodness or class scores of each layer for every label `[L, n, C]`.
+        names: Names of the classes; may be empty.
+        path: File to write.
+        are_probabilities: Whether scores are logarithms of class probabilities. Otherwise, each layer's goodness is
+            scaled from 0 to 1.
+    """
+    num_layers, count, classes = scores.shape
+    figure = Figure(figsize=(1.5 * count + 1, 1.6 + 0.2 * num_layers), layout="constrained")
+    panels = figure.subplots(2, count, squeeze=False, height_ratios=(1.1, max(0.4, 0.2 * num_layers)))
+    for column, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        shades = scores[:, column].exp() if are_probabilities else _scaled(scores[:, column])
+        above, below = panels[:, column]
+        above.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        above.set(xticks=[], yticks=[])
+        above.set_title(_name(label, names, MAX_NAME_LENGTH // 2), parse_math=False)
+        mappable = below.imshow(shades.numpy(), cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        below.plot([label], [-0.75], marker="v", color="#2a6f97", clip_on=False)
+        below.set(yticks=[], xlabel="label", xticks=range(classes) if classes <= MAX_LABEL_TICKS else [0, classes - 1])
+        below.tick_params(labelsize=6)
+    panels[1, 0].set(yticks=range(num_layers), yticklabels=range(1, num_layers + 1), ylabel="layer")
+    text = "class probability" if are_probabilities else "goodness (scaled)"
+    figure.colorbar(mappable, ax=panels, label=text, shrink=0.8)
     return _save(figure, path)
 
 

@@ -120,11 +120,12 @@ def unconfirmed_settings(config: Config) -> dict[str, Any]:
     """
     data, uri = config.data, config.tracking.uri
     imports = data.name != ARRAYS and not data.is_loadable
-    has_modules = any(isinstance(layer, Module) for layer in config.model.layers)
+    layers = config.model.layers
+    has_modules = any(isinstance(layer, Module) or ":" in (layer.objective or "") for layer in layers)
     settings = {
         "data.name": data.name if imports else None,
         "data.options": data.options or None if imports else None,
-        "model.layers": list(map(layer_entry, config.model.layers)) if has_modules else None,
+        "model.layers": list(map(layer_entry, layers)) if has_modules else None,
         "training.objective": config.training.objective if ":" in config.training.objective else None,
         "negatives.kind": config.negatives.kind if ":" in config.negatives.kind else None,
         "training.callbacks": config.training.callbacks or None,

@@ -22,6 +22,8 @@ TASK_PREFIXES = (
 """Prefixes of the parameters that must be equal in a run and its baseline."""
 TASK_EXCEPTIONS = ("data.label", "data.label_scale", "data.root")
 """Parameters that may differ in spite of their prefix: how the input shows the label, and the location of the data."""
+AUGMENTATIONS = ("crop", "jitter", "flip", "color", "cutout", "standardize")
+"""Settings of the section `data` that change the images."""
 RULE_PARAMETERS = (
     *("training.objective", "model.goodness", "model.threshold", "model.normalization", "training.loss"),
     *(
@@ -32,6 +34,8 @@ RULE_PARAMETERS = (
         "training.optimizer",
         "training.class_scores",
         "training.label_smoothing",
+        "training.similarity",
+        "training.contrast",
         "training.learning_rate_schedule",
         "training.warmup_epochs",
     ),
@@ -141,15 +145,18 @@ def _row(runs: list[Any], baselines: list[list[Any]]) -> Row:
     first = (runs or baselines[0])[0]
     params = first.data.params
     paper, target = params.get("reference.paper_error", "None"), params.get("reference.target_error", "None")
-    jitter = params.get("data.jitter", "0")
-    is_flipped = params.get("data.flip") == "True"
+    augmented = [
+        name if value == "True" else f"{name} {value}"
+        for name in AUGMENTATIONS
+        if (value := params.get(f"data.{name}", DEFAULTS[f"data.{name}"])) != DEFAULTS[f"data.{name}"]
+    ]
     changed = [key for key in RULE_PARAMETERS if params.get(key, DEFAULTS[key]) != DEFAULTS[key]]
     fitted_error = _errors(runs, FITTED_ERROR)
     times = [run.data.metrics["train_s"] for run in runs or baselines[0] if "train_s" in run.data.metrics]
     return {
         "run": re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", first.info.run_name),
         "network": "-".join(str(parse_layer(layer)) for layer in ast.literal_eval(params["model.layers"])),
-        "label": params["data.label"] + (f", jitter {jitter}" if jitter != "0" else "") + ", flip" * is_flipped,
+        "label": ", ".join((params["data.label"], *augmented)),
         "negatives": params["negatives.kind"] if runs else "",
         "rule": ", ".join(f"{key.split('.')[1]} {params[key]}" for key in changed),
         "epochs": ("up to " if any("stopped" in run.data.tags for run in runs) else "") + params["training.epochs"],

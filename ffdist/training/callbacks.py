@@ -161,15 +161,15 @@ class Callbacks(Observer):
         self._step, self._method = 0, ""
 
     def on_start(self, start: Start, pipeline: Pipeline) -> None:
-        """Notes the names of the metrics."""
-        self._step, self._metrics = start.step, pipeline.blueprint.architecture.metrics
+        """Notes the architecture, which has the names of the metrics."""
+        self._step, self._architecture = start.step, pipeline.blueprint.architecture
 
     def on_chunk(self, trained: Trained, step: int) -> None:
         """Calls `Callback.on_chunk`."""
         self._step = step
         if self._callbacks:
             layers = torch.cat([report.metrics for report in trained.stages], 1)
-            metrics = average_metrics(layers, trained.readout.metrics, self._metrics)
+            metrics = average_metrics(layers, trained.readout.metrics, self._architecture)
             self._call("on_chunk", metrics)
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:

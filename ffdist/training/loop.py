@@ -180,7 +180,13 @@ class Loop:
         config, validation_samples = self._config, len(self._dataset.labels["validation"])
         training = config.training
         return schedule(
-            lr_scales=lr_scales(training.learning_rate_schedule, training.epochs, training.warmup_epochs),
+            lr_scales=lr_scales(
+                training.learning_rate_schedule,
+                training.epochs,
+                training.warmup_epochs,
+                training.learning_rate_steps,
+                training.learning_rate_factor,
+            ),
             minibatches=self._order.num_minibatches,
             chunk_size=chunk_size,
             greedy_layers=len(config.model.layers) if training.schedule == "greedy" else None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ffdist.ff.layers import MEASURED
+from ffdist.ff.network import Architecture
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, Trained
 from ffdist.training.observer import Observer
@@ -22,13 +23,13 @@ def is_learned(metric: str) -> bool:
     return metric.startswith(("layer_", "readout/", "validation/", "test/"))
 
 
-def average_metrics(layers: Tensor, readout: Tensor, names: Sequence[str]) -> dict[str, float]:
+def average_metrics(layers: Tensor, readout: Tensor, architecture: Architecture) -> dict[str, float]:
     """Returns metrics of training by name, as means over minibatches, without those that were not measured.
 
     Args:
         layers: Values of each layer `[K, L, M]` in K minibatches.
         readout: Loss and error of the readout `[K, 2]`.
-        names: Names of the M values.
+        architecture: Of the network; it has the names of the M values.
     """
     stacked = layers.double()
     means = stacked.mean(0)
@@ -36,8 +37,9 @@ def average_metrics(layers: Tensor, readout: Tensor, names: Sequence[str]) -> di
     metrics = {
         f"layer_{layer}/{name}": value
         for layer, values in enumerate(means.tolist(), 1)
-        for name, value in zip(names, values, strict=True)
-        if name not in MEASURED or value == value  # a last, partial point has none
+        for name, value in zip(architecture.metrics, values, strict=True)
+        if name in architecture.layer_metrics[layer - 1]
+        and (name not in MEASURED or value == value)  # a last, partial point has none
     }
     return metrics | dict(zip(("readout/loss", "readout/error"), readout.double().mean(0).tolist(), strict=True))
 
@@ -97,7 +99,7 @@ class Metrics(Observer):
         state = start.state.get("position", {})
         self._layers = list(state.get("layer_metrics", []))
         self._readout = list(state.get("readout_metrics", []))
-        self._names = pipeline.blueprint.architecture.metrics
+        self._architecture = pipeline.blueprint.architecture
         self._times: list[tuple[float, float, float]] = []
         self._minibatches = 0
 
@@ -136,7 +138,7 @@ class Metrics(Observer):
         return {"layer_metrics": torch.stack(self._layers), "readout_metrics": torch.stack(self._readout)}
 
     def _log_averages(self, step: int) -> None:
-        metrics = average_metrics(torch.stack(self._layers), torch.stack(self._readout), self._names)
+        metrics = average_metrics(torch.stack(self._layers), torch.stack(self._readout), self._architecture)
         self._layers, self._readout = [], []
         self._log(metrics | self._speed(), step * self._batch_size)
         self._check(metrics, step * self._batch_size)
