@@ -1,8 +1,12 @@
 """Pipelines by backpropagation, in real processes, train the network of `ffdist baseline`."""
 
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
 import pytest
-import torch
-import torch.nn.functional as F
 
 from ffdist import load_config
 from ffdist.bench.backpropagation import SCHEDULES, PipelinePlan, start_backpropagation
@@ -71,15 +75,55 @@ def test_there_are_no_more_stages_than_cores(monkeypatch):
 
 
 def fail(index):
-    return {0: F.relu}[index]
+    return {0: abs}[index]
 
 
 def test_a_process_that_ends_ends_the_benchmark():
     with start_processes(fail, [(0,), (1,)]) as connections, pytest.raises(RunFailed, match="process of the benchmark"):
-        request(connections, torch.ones(1))
+        request(connections, -1)
 
 
 def test_backpropagation_is_compared_on_cpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(ConfigError, match=r"--backprop measures on CPUs; set pipeline\.device=cpu"):
         measure_pipeline(load_config("digits"), 0.1, print, backpropagation=True)
+
+
+INTERRUPTED = """
+import multiprocessing
+from ffdist import load_config
+from ffdist.bench.backpropagation import start_backpropagation
+from ffdist.bench.pipeline import plan_backpropagation
+from ffdist.training.prepare import prepare
+
+if __name__ == "__main__":
+    config = load_config("digits")
+    prepared = prepare(config)
+    plan = plan_backpropagation(config, prepared, [range(2), range(2, 3)], None)
+    with start_backpropagation(plan, prepared.dataset.samples, prepared.dataset.labels["train"]) as measure:
+        measure("gpipe", 0.0)
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+        measure("1f1b", 3600.0)
+"""
+
+
+def test_ctrl_c_ends_all_processes(tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert len(pids) == 2, errors
+    assert not any(map(psutil.pid_exists, pids))
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1, "only the driver is interrupted"
+    assert not [*tmp_path.glob("*/store")]
