@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from ffdist.bench.stretch import request, start_processes
 from ffdist.data.order import SampleOrder
@@ -27,8 +26,8 @@ from ffdist.pipeline.runner import configure_torch
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import NegativePlan, Source
 
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-"""Schedules of torch, by the name in figures."""
+SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
+"""Names of torch's schedules, by the name in figures."""
 MICROBATCHES_PER_STAGE = 2
 """Number of microbatches of a minibatch, per stage, if the size of the minibatch is divisible by it."""
 
@@ -128,14 +127,18 @@ class Worker:
     """
 
     def __init__(self, plan: PipelinePlan, index: int, store: str, samples: dict[str, Tensor], labels: Tensor) -> None:
+        from torch.distributed import pipelining  # imported here because it takes a second
+
         configure_torch(plan.threads)
         num_stages, architecture, order = len(plan.stage_layers), plan.architecture, plan.order
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise other machines could connect
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=num_stages)
         self._stage = BackpropagationStage(plan, index)
         self._schedules = {
-            name: schedule(
-                PipelineStage(self._stage, index, num_stages, torch.device("cpu")), plan.num_microbatches, minus_loss
+            name: getattr(pipelining, schedule)(
+                pipelining.PipelineStage(self._stage, index, num_stages, torch.device("cpu")),
+                plan.num_microbatches,
+                minus_loss,
             )
             for name, schedule in SCHEDULES.items()
         }
