@@ -39,7 +39,7 @@ def test_step_reports_fractions_of_the_floor(tmp_path, monkeypatch):
 def test_pipeline_reports_efficiency_and_overhead(tmp_path):
     before_s = process_age_s()
     output, figures = run_bench(
-        tmp_path, "pipeline", "digits", "pipeline.stages=2", "model.layers=[30,20]", "--seconds", "0.1"
+        tmp_path, "pipeline", "digits", "pipeline.stages=2", "model.layers=[30,20]", "--seconds", "0.1", "--backprop"
     )
     one_stage = {
         name.removeprefix("stages_1/"): value for name, value in figures.items() if name.startswith("stages_1/")
@@ -52,6 +52,8 @@ def test_pipeline_reports_efficiency_and_overhead(tmp_path):
     assert "stages_2/pipeline_efficiency" not in figures
     assert "| pipeline_efficiency" in output
     assert {"checkpointing_over_not", "epoch_boundary_over_not", "predicted_over_ray"} < set(figures)
+    assert {"gpipe_samples_per_s", "ray_over_gpipe", "1f1b_samples_per_s", "ray_over_1f1b"} < set(figures)
+    assert "ray_over_gpipe" not in one_stage
     assert figures["evaluation_s"] > 0
     assert 0 < figures["busy_fraction"] <= 1
 

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +11,9 @@ from ffdist import load_config, train
 from ffdist.errors import ConfigError
 from ffdist.ff.network import Architecture
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.costs import Costs, predicted_samples_per_s
+from ffdist.pipeline.costs import Costs, _minibatch_s, predicted_samples_per_s, send_s
+from ffdist.pipeline.partition import partition
+from ffdist.pipeline.stage import Report
 from ffdist.runtime.placement import Placement, reserve
 from ffdist.training.precision import measurement
 from ffdist.training.prepare import prepare
@@ -89,18 +94,50 @@ def test_greedy_training_estimated_balance_and_backpropagation_are_not_measured(
     assert measure("backpropagation", prepared_digits, load_config("digits")) is None
 
 
+def test_first_chunk_is_never_counted_even_if_it_takes_all_the_time(prepared_digits, monkeypatch):
+    """The cost of a convolution was that of its first chunk alone; the predicted throughput was half the real one."""
+    monkeypatch.setattr("ffdist.pipeline.costs.MAX_ACTOR_S", 0)
+    chunks = []
+
+    def train(chunk):
+        chunks.append(chunk.step)
+        return Report(torch.empty(0), compute_s=0.001 if chunk.step else 1.0, wait_s=0.0)
+
+    blueprint = make_blueprint(prepared_digits, [range(3)])._replace(device="cuda")  # whose time is that of the report
+    blueprint = blueprint._replace(order=replace(blueprint.order, num_samples=blueprint.order.batch_size))
+    assert _minibatch_s(train, blueprint) == 0.001
+    assert chunks == [0, 1]
+
+
+def test_balance_accounts_for_the_size_of_what_stages_send(monkeypatch):
+    """The output of a convolution without pooling is large, so a stage ends after the next one, which pools."""
+    monkeypatch.setattr("ffdist.pipeline.costs.BYTE_S", 1e-6)
+    layers = "model.layers=[{kind: conv, channels: 8}, {kind: conv, channels: 8, pool: max}, 20]"
+    config = load_config(
+        "digits", [layers, "training.objective=class_goodness", "negatives.kind=none", "data.label=none"]
+    )
+    prepared, costs = prepare(config), Costs([0.02, 0.01, 0.01], 0.001, 0.0, "cpu")
+    sends = send_s(make_blueprint(prepared, []))
+    batch = prepared.order.batch_size
+    assert sends[:2] == pytest.approx([batch * 4 * 1e-6 * values for values in (8 * 8 * 8, 8 * 4 * 4)])
+    assert partition(costs.layers, 2) == [range(1), range(1, 3)]
+    assert partition(costs.layers, 2, sends) == [range(2), range(2, 3)]
+
+
 @pytest.mark.parametrize(
-    ("stage_layers", "cpus", "seconds"),
+    ("stage_layers", "cpus", "byte_s", "seconds"),
     [
-        ([range(3)], None, 0.07),  # sum of all actors
-        ([range(1), range(1, 2), range(2, 3)], None, 0.07),
-        ([range(1), range(1, 2), range(2, 3)], 16, 0.03),  # the slowest stage
-        ([range(1), range(1, 3)], 16, 0.05),
+        ([range(3)], None, 1, 0.07),  # sum of all actors
+        ([range(1), range(1, 2), range(2, 3)], None, 1, 0.07),
+        ([range(1), range(1, 2), range(2, 3)], 16, 0, 0.03),  # the slowest stage
+        ([range(1), range(1, 2), range(2, 3)], 16, 1e-6, 0.03 + 50 * 3 * 500 * 4e-6),
+        ([range(1), range(1, 3)], 16, 0, 0.05),
     ],
 )
 def test_slowest_stage_limits_predicted_throughput_if_there_are_enough_cpus(
-    stage_layers, cpus, seconds, prepared_digits
+    stage_layers, cpus, byte_s, seconds, prepared_digits, monkeypatch
 ):
+    monkeypatch.setattr("ffdist.pipeline.costs.BYTE_S", byte_s)
     costs, blueprint = Costs([0.01, 0.03, 0.02], 0.006, 0.004, "cpu"), make_blueprint(prepared_digits, stage_layers)
     predicted = predicted_samples_per_s(costs, blueprint, processors=cpus)
     assert predicted == pytest.approx(prepared_digits.order.batch_size / seconds)
@@ -149,3 +186,19 @@ def test_balance_changes_stages_but_not_the_results(tmp_path):
     assert len({summary["weights_sha256"] for summary in summaries.values()}) == 1
     assert [summary["stages"] for summary in summaries.values()] == [3, 3, 2]
     assert [bool(summary["predicted_samples_per_s"]) for summary in summaries.values()] == [True, False, True]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parameters of glibc")
+def test_memory_that_is_kept_for_a_measurement_is_given_back():
+    """Layers are measured with the same memory settings as in their actors, and the driver is left as it was."""
+    code = (
+        "import psutil, torch; from ffdist.pipeline.runner import memory_kept\n"
+        "def free(): [torch.ones(2**24).sum() for _ in range(2)]; return psutil.Process().memory_info().rss // 2**20\n"
+        "before = free()\n"
+        "with memory_kept(): kept = free()\n"
+        "print(before, kept, psutil.Process().memory_info().rss // 2**20, free())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, timeout=200, capture_output=True, text=True)
+    before, kept, *after = map(int, result.stdout.split())
+    assert kept > before + 50
+    assert max(after) < before + 30

@@ -20,3 +20,10 @@ def test_partition_minimizes_the_slowest_stage(costs):
             for ends in combinations(range(1, len(costs)), num_stages - 1)
         )
         assert max_stage_cost(costs, assignment) == min(max_stage_cost(costs, candidate) for candidate in candidates)
+
+
+def test_a_stage_ends_where_it_has_little_to_send():
+    assert partition([2, 2, 2, 2], 2) == [range(2), range(2, 4)]
+    assert partition([2, 2, 2, 2], 2, [0, 9, 1, 0]) == [range(1), range(1, 4)]
+    assert partition([2, 2, 2, 2], 3, [9, 1, 2, 0]) == [range(2), range(2, 3), range(3, 4)]
+    assert partition([1, 1, 1], 1, [9, 9, 0]) == [range(3)]

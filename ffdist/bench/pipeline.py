@@ -2,41 +2,55 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
 
 import psutil
+from torch import Tensor
 
-from ffdist.bench.stretch import Measurement, Trainer, start_copies
+from ffdist.bench.backpropagation import SCHEDULES, PipelinePlan, start_backpropagation
+from ffdist.bench.stretch import Measurement, Trainer, request, serve_copy, start_processes
 from ffdist.checkpoint.checkpoints import CheckpointError
+from ffdist.config.architecture import build_architecture
 from ffdist.config.schema import Config
+from ffdist.errors import ConfigError
 from ffdist.pipeline.costs import Costs
+from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Runner
 from ffdist.pipeline.schedule import Evaluate, evaluation, evaluation_block
 from ffdist.runtime.cluster import Resources
 from ffdist.storage.folder import Folder
 from ffdist.training.launch import PlacedPipeline, allocate, assign_layers, machine, measure
-from ffdist.training.precision import resolve, with_precision
+from ffdist.training.precision import driver_device, resolve, with_precision
 from ffdist.training.prepare import Prepared, prepare
 
 NUM_ROUNDS = 3
 """Number of rounds for the configured number of stages; other numbers of stages are measured in one round."""
 
 
-def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
+def measure_pipeline(
+    config: Config, seconds: float, say: Callable[[str], None], *, backpropagation: bool = False
+) -> dict[str, float]:
     """Measures a configuration over Ray with its number of stages, and then with every other number of stages.
 
     Args:
         config: Configuration to train.
         seconds: Duration of each measurement.
         say: Gets a text about the progress.
+        backpropagation: Whether to compare with pipelines of the same network that are trained by backpropagation.
 
     Returns:
         Figures by name: samples per second, ratios, fractions in [0, 1], seconds and bytes. The names of figures for
         other numbers of stages start with `stages_N/`.
+
+    Raises:
+        ConfigError: The configuration cannot be trained, or `backpropagation` is set and the device is not a CPU.
     """
+    if backpropagation and driver_device(config) != "cpu":
+        raise ConfigError("--backprop measures on CPUs; set pipeline.device=cpu")
     figures, prepared, layers = dict[str, float](), prepare(config), len(config.model.layers)
     with ExitStack() as stack:
         say("starting Ray")
@@ -51,10 +65,11 @@ def measure_pipeline(config: Config, seconds: float, say: Callable[[str], None])
             num_cores, num_stages = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
             say(f"starting a copy of the network on each of {num_cores} cores")
             data = prepared.dataset.samples, prepared.dataset.labels["train"]
-            connections = stack.enter_context(start_copies(num_cores, placed.blueprint, *data))
+            connections = stack.enter_context(start_processes(serve_copy, [(placed.blueprint, *data)] * num_cores))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
-            figures |= _compare(trainer, connections, seconds, NUM_ROUNDS, say, test) | _max_memory()
+            with _start_schedules(config, prepared, placed, costs, *data) if backpropagation else nullcontext() as more:
+                figures |= _compare(trainer, connections, seconds, NUM_ROUNDS, say, test, more) | _max_memory()
             if placed.predicted_samples_per_s:
                 figures["predicted_over_ray"] = placed.predicted_samples_per_s / figures["ray_samples_per_s"]
         for stages in range(1, layers + 1):
@@ -86,6 +101,37 @@ def start_pipeline(
         yield Trainer(pipeline), placed
 
 
+@contextmanager
+def _start_schedules(
+    config: Config,
+    prepared: Prepared,
+    placed: PlacedPipeline,
+    costs: Costs | None,
+    samples: dict[str, Tensor],
+    labels: Tensor,
+) -> Iterator[Callable[[float], dict[str, float]]]:
+    """Starts pipelines by backpropagation; yields a function of seconds that returns samples per second by schedule."""
+    plan = plan_backpropagation(config, prepared, placed.blueprint.stage_layers, costs)
+    with start_backpropagation(plan, samples, labels) as measure:
+        yield lambda seconds: {name: measure(name, seconds)[0] for name in SCHEDULES}
+
+
+def plan_backpropagation(
+    config: Config, prepared: Prepared, stage_layers: list[range], costs: Costs | None
+) -> PipelinePlan:
+    """Returns the plan of a pipeline by backpropagation, with the update rule of `ffdist baseline`.
+
+    It has the same stages, but no more than there are cores, or samples in a minibatch.
+    """
+    baseline, dataset = config.by_backpropagation(), prepared.dataset
+    architecture = build_architecture(baseline, dataset.encoder, dataset.untrained, may_import=True)
+    architecture = replace(architecture, precision=prepared.architecture.precision)
+    most = min(len(os.sched_getaffinity(0)), prepared.order.batch_size)
+    if len(stage_layers) > most:
+        stage_layers = partition(costs.layers if costs else architecture.num_parameters, most)
+    return PipelinePlan(architecture, prepared.order, stage_layers, config.pipeline.threads_per_stage)
+
+
 def _compare(
     trainer: Trainer,
     connections: Sequence[Connection],
@@ -93,10 +139,12 @@ def _compare(
     num_rounds: int,
     say: Callable[[str], None],
     test: Sequence[Evaluate] = (),
+    measure_others: Callable[[float], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Returns throughputs and their ratios: medians over `num_rounds` interleaved rounds.
 
-    If `test` is not empty, the cost of checkpoints, epoch boundaries and evaluation is measured, too.
+    If `test` is not empty, the cost of checkpoints, epoch boundaries and evaluation is measured, too. `measure_others`
+    returns the samples per second of other pipelines, by name.
     """
     rounds: list[dict[str, float]] = []
     for number in range(1, num_rounds + 1):
@@ -118,6 +166,12 @@ def _compare(
                 **_time_fractions(training),
             }
         )
+        if measure_others:
+            for name, samples_per_s in measure_others(seconds).items():
+                rounds[-1] |= {
+                    f"{name}_samples_per_s": samples_per_s,
+                    f"ray_over_{name}": training.samples_per_s / samples_per_s,
+                }
         if test:
             checkpointing, boundary = trainer.train(seconds, checkpoint=True), trainer.train(seconds, boundary=True)
             evaluating = trainer.train(seconds, evaluation=test)
@@ -132,9 +186,7 @@ def _compare(
 
 def _measure_copies(connections: Sequence[Connection], threads: int, seconds: float) -> float:
     """Trains copies of the network in parallel; returns the sum of their samples per second."""
-    for connection in connections:
-        connection.send((threads, seconds))
-    return float(sum(connection.recv() for connection in connections))
+    return float(sum(request(connections, (threads, seconds))))
 
 
 def _time_fractions(training: Measurement) -> dict[str, float]:

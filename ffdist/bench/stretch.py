@@ -1,17 +1,18 @@
 """Measures training in steady state, in this process or in child processes."""
 
-import multiprocessing
+import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import psutil
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from ffdist import IMPORTED_AT
+from ffdist.errors import RunFailed
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.runner import Evaluated, Runner, SnapshotTaken, Trained, keep_memory, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Command, Evaluate, Position, Snapshot, Train, schedule
@@ -133,34 +134,71 @@ def _cpu_times() -> tuple[float, float]:
 
 
 @contextmanager
-def start_copies(num_copies: int, *network: Any) -> Iterator[list[Connection]]:
-    """Starts copies of a whole network in child processes, for the duration of a `with` block.
+def start_processes(make: Callable[..., Callable[[Any], Any]], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """Starts processes for the duration of a `with` block, also if it ends by Ctrl-C.
 
     Args:
-        num_copies: Number of child processes, one copy each.
-        *network: Arguments of `_serve` after the connection.
+        make: Returns a function that answers requests.
+        arguments: Arguments of `make` in each process.
 
     Yields:
-        Connections to the processes. Each takes `(threads, seconds)`, and returns samples per second.
+        Connections to the processes, for `request`.
     """
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(num_copies)]
-    processes = [context.Process(target=_serve, args=(child, *network), daemon=True) for _, child in pipes]
+    pipes = [context.Pipe() for _ in arguments]
+    processes = [
+        context.Process(target=_serve, args=(child, make, *rest), daemon=True)
+        for (_, child), rest in zip(pipes, arguments, strict=True)
+    ]
     try:
-        for process in processes:
+        for process, (_, child) in zip(processes, pipes, strict=True):
             process.start()
+            child.close()  # so that the end of the process closes the connection
         yield [parent for parent, _ in pipes]
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid:
+                process.kill()
+                process.join()
 
 
-def _serve(connection: Connection, blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor) -> None:
-    """Trains one network and measures it, once per request; samples and labels are those of `serial_runner`."""
+def request(connections: Sequence[Connection], message: Any) -> list[Any]:
+    """Sends a request to processes, and returns the answer of each.
+
+    Raises:
+        RunFailed: A process has ended.
+    """
+    try:
+        for connection in connections:
+            connection.send(message)
+        return [connection.recv() for connection in connections]
+    except (EOFError, OSError) as error:
+        raise RunFailed(
+            "a process of the benchmark has ended; its error is above, unless its memory ran out"
+        ) from error
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too, and the driver ends it
     keep_memory()
+    answer = make(*arguments)
+    with suppress(EOFError):  # the driver has ended
+        while True:
+            connection.send(answer(connection.recv()))
+
+
+def serve_copy(
+    blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor
+) -> Callable[[tuple[int, float]], float]:
+    """Returns a function of threads and seconds that trains a network in this process.
+
+    It returns samples per second. Arguments are those of `serial_runner`.
+    """
     trainer = Trainer(serial_runner(blueprint, samples, labels, None))
-    while True:
-        threads, seconds = connection.recv()
+
+    def train(message: tuple[int, float]) -> float:
+        threads, seconds = message
         with torch_threads(threads):
-            connection.send(trainer.train(seconds).samples_per_s)
+            return trainer.train(seconds).samples_per_s
+
+    return train

@@ -102,8 +102,9 @@ def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path
 @bench.command()
 @config_argument
 @seconds_option
+@click.option("--backprop", is_flag=True, help="Also measure pipelines by backpropagation: GPipe and 1F1B of torch.")
 @json_option
-def pipeline(arguments: tuple[str, ...], seconds: float, path: Path | None) -> None:
+def pipeline(arguments: tuple[str, ...], seconds: float, backprop: bool, path: Path | None) -> None:
     """Measure training CONFIG over Ray, relative to one process and to one independent copy per core."""
     with report_errors():
         check_writable("--json", path)
@@ -111,7 +112,7 @@ def pipeline(arguments: tuple[str, ...], seconds: float, path: Path | None) -> N
         from ffdist.bench.pipeline import measure_pipeline
         from ffdist.bench.report import print_figures
 
-        figures = measure_pipeline(config, seconds, lambda text: click.echo(text, err=True))
+        figures = measure_pipeline(config, seconds, lambda text: click.echo(text, err=True), backpropagation=backprop)
         print_figures(figures)
         write_json(path, figures)
 

@@ -369,8 +369,8 @@ class Pipeline(Section):
     """Number of stages, at most the number of layers. `auto`: one per layer, or one per GPU if there are fewer GPUs."""
     balance: Literal["measured", "estimated"] | list[Count] = "measured"
     """How layers are assigned to stages. `measured` and `estimated` minimize the time of the slowest stage, from costs
-    that are measured before the run starts, or from the number of weights. A list gives the number of layers of each
-    stage."""
+    that are measured before the run starts and the size of messages, or from the number of weights. A list gives the
+    number of layers of each stage."""
     chunk_size: Count | Literal["auto"] = "auto"
     """Number of minibatches per chunk, the unit of transfer. `auto`: 0.35 s of the slowest stage's time, or 20 without
     measured costs, limited by 32 MiB per message, `checkpoint.every_minibatches` and, with hard labels,

@@ -20,7 +20,7 @@ from ffdist.pipeline.stage import ReadoutStage, Stage
 SIZE = {"cpu": 1, "cuda": 40}
 """Minibatches per measured chunk; on a GPU, enough for copies to overlap with computation."""
 MAX_CHUNKS, MAX_ACTOR_S, LIMIT_S = 64, 0.25, 10.0
-"""Largest number of chunks and time per actor, and the time after which no further layer is measured."""
+"""Largest number of chunks and time per actor, and the CPU time after which no further layer is measured."""
 CALL_S, BYTE_S = 4e-3, 0.35e-9
 """CPU time of a call of an actor, summed over driver and Ray, and of a byte sent to the next actor (Ray 2.60)."""
 
@@ -83,12 +83,12 @@ def measure_costs(sample: Sample, threads: int) -> Costs:
         threads: torch's threads.
     """
     blueprint, of_shape = sample.blueprint, dict[str, float]()
-    architecture, deadline = blueprint.architecture, time.monotonic() + LIMIT_S
+    architecture, deadline = blueprint.architecture, time.thread_time() + LIMIT_S
     layers = list[float | None]()
     with torch_threads(threads):
         for index, layer in enumerate(architecture.layers):
             shape = str((architecture.forms[index], repr(layer), index == 0))
-            if shape not in of_shape and (not index or time.monotonic() < deadline):
+            if shape not in of_shape and (not index or time.thread_time() < deadline):
                 of_shape[shape] = _layer_s(sample, index)
             layers.append(of_shape.get(shape))
         readout = _readout_s(sample)
@@ -136,7 +136,11 @@ def _values(blueprint: Blueprint, *shape: int) -> Tensor:
 
 
 def _minibatch_s(train: Callable[[Train], Any], blueprint: Blueprint) -> float:
-    """Returns the time of a minibatch; `train` trains on a chunk and returns the report."""
+    """Returns the time of a minibatch; `train` trains on a chunk and returns the report.
+
+    The first chunk does not count. It may take ten times as long as the others, because libraries choose their code and
+    memory is new to the process.
+    """
     size, times, start = blueprint.order.num_minibatches, list[float](), time.perf_counter()
     for number in range(MAX_CHUNKS):
         since, worked_since = time.perf_counter(), time.thread_time()
@@ -144,9 +148,17 @@ def _minibatch_s(train: Callable[[Train], Any], blueprint: Blueprint) -> float:
         # CPU time only: other processes, such as a starting Ray, may run in between.
         worked, elapsed = time.thread_time() - worked_since, time.perf_counter() - since
         times.append(report.compute_s / size * (worked / elapsed if blueprint.device == "cpu" else 1.0))
-        if time.perf_counter() - start > MAX_ACTOR_S:
+        if number and time.perf_counter() - start > MAX_ACTOR_S:
             break
-    return median(times[1:] or times)  # the first warms up
+    return median(times[1:])
+
+
+def send_s(blueprint: Blueprint) -> list[float]:
+    """Returns the time to send a minibatch from the stage that ends with each layer, to the next stage and the readout.
+
+    Layers inside a stage that the readout reads are left out: they are sent wherever stages end.
+    """
+    return [BYTE_S * blueprint.bytes_out([layer]) for layer in range(len(blueprint.architecture.layers))]
 
 
 def slowest_stage_s(costs: Costs, stage_layers: Sequence[Sequence[int]]) -> float:
@@ -167,10 +179,10 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
     if processors is None:
         return batch / (trained_s + costs.negatives)
     transfer_s = [BYTE_S * blueprint.bytes_out(layers) for layers in stages]
+    slowest_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, transfer_s, strict=True))
     if costs.device == "cpu":
         shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(transfer_s)
-        return batch / max(slowest_stage_s(costs, stages), shared_s / processors)
+        return batch / max(slowest_s, shared_s / processors)
     # Serialization and negatives run on CPUs while the GPUs compute.
-    slowest_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, transfer_s, strict=True))
     negatives_s = costs.negatives / max(1, blueprint.negatives.num_actors)
     return batch / max(slowest_s + call_s, trained_s / processors, negatives_s)

@@ -20,8 +20,11 @@ from ffdist.pipeline.hardware import Hardware, hardware_of_actors, read_hardware
 from ffdist.pipeline.schedule import Command, Evaluate, Snapshot, Train
 from ffdist.pipeline.stage import Report, State, layer_name
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 """Parameters of glibc's mallopt: when memory is given back, how much is requested at once, and use of mmap."""
+KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
+RELEASE = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_TOP_PAD: 2**17}
+"""glibc's own values; it raises the two thresholds to these as a process frees large blocks."""
 
 
 class Call(Protocol):
@@ -238,10 +241,26 @@ def keep_memory() -> None:
 
     Does nothing if the C library is not glibc.
     """
+    _set_malloc(KEEP)
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Keeps memory as `keep_memory` does for the duration of a `with` block, and then gives it back."""
+    keep_memory()
+    try:
+        yield
+    finally:
+        _set_malloc(RELEASE)
+
+
+def _set_malloc(parameters: dict[int, int]) -> None:
+    """Sets parameters of glibc's malloc, and then gives back all memory beyond them."""
     with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            mallopt(parameter, value)
+        glibc = ctypes.CDLL("libc.so.6")
+        for parameter, value in parameters.items():
+            glibc.mallopt(parameter, value)
+        glibc.malloc_trim(0)
 
 
 def configure_torch(threads: int) -> None:

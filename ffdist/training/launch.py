@@ -12,7 +12,7 @@ from ffdist.errors import ConfigError
 from ffdist.pipeline import memory
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.costs import Costs, predicted_samples_per_s, slowest_stage_s
+from ffdist.pipeline.costs import Costs, predicted_samples_per_s, send_s, slowest_stage_s
 from ffdist.pipeline.partition import partition, partition_of_sizes
 from ffdist.pipeline.runner import Pipeline, serial_runner, torch_threads
 from ffdist.runtime.cluster import AUTOSCALER, Resources, check_object_store, connect, machine_resources, num_nodes
@@ -131,8 +131,11 @@ def assign_layers(
     pipeline, (runner, totals, placement, group) = config.pipeline, allocation
     if isinstance(pipeline.balance, list):
         stage_layers = partition_of_sizes(pipeline.balance)
+    elif costs:
+        sends = send_s(make_blueprint(prepared, config, [], placement.device)) if runner == "ray" else ()
+        stage_layers = partition(costs.layers, placement.num_stages, sends)
     else:
-        stage_layers = partition(costs.layers if costs else architecture.num_parameters, placement.num_stages)
+        stage_layers = partition(architecture.num_parameters, placement.num_stages)
     blueprint = make_blueprint(prepared, config, stage_layers, placement.device).with_pace(
         pipeline.chunk_size,
         pipeline.max_in_flight,

@@ -1,6 +1,7 @@
 """Measurement of a run's devices: the costs of its layers, and the speed of bfloat16, which decides its precision."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from ffdist.pipeline import memory
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.costs import Costs, Sample, draw_sample, measure_costs
 from ffdist.pipeline.hardware import bfloat16_speedup, device_name
-from ffdist.pipeline.runner import torch_threads
+from ffdist.pipeline.runner import memory_kept, torch_threads
 from ffdist.runtime.cluster import is_connected
 from ffdist.training.prepare import Prepared
 
@@ -79,7 +80,9 @@ def measurement(runner: str, prepared: Prepared, config: Config, device: str) ->
             )
         except NegativesError as error:
             raise ConfigError(f"negatives.kind={config.negatives.kind}: {error}") from error
-    return partial(_measure, sample, config.training.precision, device, config.pipeline.threads_per_stage)
+    # As in actors. A serial run is measured in its own process, which may keep memory already.
+    keep: Callable[[], AbstractContextManager[None]] = memory_kept if runner == "ray" else nullcontext
+    return partial(_measure, sample, config.training.precision, device, config.pipeline.threads_per_stage, keep)
 
 
 def make_blueprint(prepared: Prepared, config: Config, stage_layers: list[range], device: str) -> Blueprint:
@@ -101,7 +104,13 @@ def make_blueprint(prepared: Prepared, config: Config, stage_layers: list[range]
     )
 
 
-def _measure(sample: Sample | None, setting: str, device: str, threads: int) -> DeviceMeasurement:
+def _measure(
+    sample: Sample | None,
+    setting: str,
+    device: str,
+    threads: int,
+    keep_memory: Callable[[], AbstractContextManager[None]],
+) -> DeviceMeasurement:
     with torch_threads(threads):
         measured = DeviceMeasurement(device_name(device), bfloat16_speedup(device))
     if not sample:
@@ -111,7 +120,8 @@ def _measure(sample: Sample | None, setting: str, device: str, threads: int) -> 
     blueprint = blueprint._replace(architecture=architecture)
     if device == "cpu":
         host_memory.check(memory.layer_bytes(architecture), "the largest layer")
-    return measured._replace(costs=measure_costs(sample._replace(blueprint=blueprint), threads))
+    with keep_memory():
+        return measured._replace(costs=measure_costs(sample._replace(blueprint=blueprint), threads))
 
 
 def with_precision(config: Config, prepared: Prepared, precision: str) -> tuple[Config, Prepared]:
