@@ -80,6 +80,7 @@ def build_architecture(
             encoder,
             tuple(layer.with_imports() if may_import else layer for layer in model.layers),
             predict_from=config.predict_from,
+            predict_to=model.predict_to,
             seed=config.seed,
             rule=rule,
             thresholds=config.thresholds,

@@ -104,7 +104,7 @@ class Config(Section):
     @property
     def predict_from(self) -> int:
         """First layer, counted from 1, that predicts: by its goodness, and as an input of the readout."""
-        return self.model.predict_from or min(2, len(self.model.layers))
+        return self.model.predict_from or min(2, self.model.predict_to or len(self.model.layers))
 
     @model_validator(mode="after")
     def _check_threshold(self) -> "Config":

@@ -176,14 +176,18 @@ class Model(Section):
     normalization: Literal["rms", "l2", "none"] = "rms"
     """Norm by which the input of each layer is divided, per sample: the root mean square, the L2 norm, or none."""
     predict_from: Count | None = None
-    """First layer, counted from 1, that predicts. The goodness of this and all later layers is summed, and the readout
-    reads their activations. Default: 2, or 1 if there is only one layer."""
+    """First layer, counted from 1, that predicts. The goodness or the class scores of the layers from this one to
+    `predict_to` are summed, and the readout reads their activations. Default: 2, or 1 if that is the last one."""
+    predict_to: Count | None = None
+    """Last layer, counted from 1, that predicts. Default: the last layer."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> "Model":
-        if self.predict_from is not None and self.predict_from > len(self.layers):
+        last = len(self.layers) if self.predict_to is None else self.predict_to
+        if not (self.predict_from or 1) <= last <= len(self.layers):
             raise ValueError(
-                f"model.predict_from must be one of the {len(self.layers)} layers (predict_from: {self.predict_from})"
+                f"model.predict_from and model.predict_to must be layers, 1 to {len(self.layers)}, in this order "
+                f"(predict_from: {self.predict_from}, predict_to: {self.predict_to})"
             )
         if isinstance(self.threshold, list) and len(self.threshold) != len(self.layers):
             raise ValueError(

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 
-def total_goodness(goodness: Tensor, predict_from: int) -> Tensor:
+def total_goodness(goodness: Tensor, layers: range) -> Tensor:
     """Sums each layer's goodness for every label over the layers that predict: `[L, N, C] -> [N, C]`.
 
     Args:
         goodness: Goodness of all layers.
-        predict_from: First layer, counted from 1, that predicts. The label with the greatest total is predicted.
+        layers: Layers that predict, counted from 0. The label with the greatest total is predicted.
     """
-    return goodness[predict_from - 1 :].sum(0)
+    return goodness[layers.start : layers.stop].sum(0)
 
 
 def error(predicted: Tensor, labels: Tensor) -> float:

@@ -52,6 +52,8 @@ class Architecture:
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
     untrained: tuple[int, ...] = ()
     """Classes without training samples, whose labels are never tried."""
+    predict_to: int | None = None
+    """Last layer, counted from 1, that predicts; None for the last layer of the network."""
 
     def __post_init__(self) -> None:
         """Converts numbers to dense layers, and checks that everything fits together.
@@ -71,9 +73,10 @@ class Architecture:
                 raise ValueError(f"layer {number} {error}") from error
             form, activations = layer.output_form(form), layer.activation_form(form)
             self.objective.validate(self.rule, activations, self.classes)
-        if not 1 <= self.predict_from <= len(self.layers):
+        if not 1 <= self.predict_from <= (self.predict_to or self.predict_from) <= len(self.layers):
             raise ValueError(
-                f"predict_from must be one of the layers, 1 to {len(self.layers)} (predict_from: {self.predict_from})"
+                f"predict_from and predict_to must be layers, 1 to {len(self.layers)}, in this order (predict_from: "
+                f"{self.predict_from}, predict_to: {self.predict_to})"
             )
         if not set(self.untrained) < set(range(self.classes)):
             raise ValueError(f"untrained must be some of the {self.classes} classes (untrained: {self.untrained})")
@@ -104,6 +107,11 @@ class Architecture:
     def goodness_predicts(self) -> bool:
         """Whether the layers predict: the label with the most goodness of all that are tried, or by class scores."""
         return self.learned_goodness and (self.labels_shown or self.objective.scores_classes)
+
+    @property
+    def read_layers(self) -> range:
+        """Layers that the readout reads, counted from 0."""
+        return range(self.predict_from - 1, self.predict_to or len(self.layers))
 
     @property
     def tried(self) -> list[int]:
@@ -159,7 +167,7 @@ class Architecture:
     @property
     def read_forms(self) -> list[tuple[Form, Form]]:
         """Form of the output of each layer that the readout reads, and of what it reads of it."""
-        pairs = [*self._layers_and_forms][self.predict_from - 1 :]
+        pairs = [*self._layers_and_forms][self.read_layers.start : self.read_layers.stop]
         most = self.rule.pooled_features
         return [(layer.output_form(form), layer.read_form(form, most)) for layer, form in pairs]
 
@@ -220,7 +228,7 @@ class Architecture:
 
     def pool_read(self, index: int, rows: Tensor) -> Tensor:
         """Returns what the readout reads of the output of a layer, counted from 0, `[..., H] -> [..., F]`."""
-        form, to = self.read_forms[index + 1 - self.predict_from]
+        form, to = self.read_forms[index - self.read_layers.start]
         return rows if form.shape == to.shape else form.pool(rows, to)
 
     def readout(self) -> Readout:
@@ -320,8 +328,11 @@ class Network(nn.Module):
             noise: Result of `Layer.draw` of each layer, or None, if they are a minibatch that is trained on by
                 backpropagation.
         """
-        outputs = [*self._outputs(rows, noise)]
-        return [output.activations for output in outputs[self.architecture.predict_from - 1 :]]
+        return self._read(list(self._outputs(rows, noise)))
+
+    def _read(self, outputs: Sequence[Output]) -> list[Tensor]:
+        """Returns the readout's inputs from the output of each layer."""
+        return [outputs[index].activations for index in self.architecture.read_layers]
 
     def goodness(self, rows: Tensor) -> Tensor:
         """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`, or its class scores, `[L, ..., C]`."""
@@ -355,8 +366,7 @@ class Network(nn.Module):
         """Predicts the labels of samples `[B, D]` in one batch."""
         architecture = self.architecture
         outputs = list(self._outputs(architecture.neutral_rows(samples)))
-        read = [output.activations for output in outputs[architecture.predict_from - 1 :]]
-        probabilities = self.readout(read).softmax(-1)
+        probabilities = self.readout(self._read(outputs)).softmax(-1)
         if not architecture.goodness_predicts:
             no_goodness = probabilities.new_empty(len(self.layers), samples.shape[0], 0)
             return Prediction(probabilities, no_goodness, probabilities.argmax(-1))
@@ -364,4 +374,4 @@ class Network(nn.Module):
             by_layer = architecture.by_class(torch.stack([output.scores for output in outputs]))
         else:
             by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
-        return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))
+        return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.read_layers).argmax(-1))

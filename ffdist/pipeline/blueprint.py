@@ -72,7 +72,7 @@ class Blueprint(NamedTuple):
         limits = (
             most or wanted,
             delay // busy if delay else wanted,
-            MAX_CHUNK_BYTES // max(self.bytes_out(layers) for layers in self.stage_layers),
+            MAX_CHUNK_BYTES // max(1, *(self.bytes_out(layers) for layers in self.stage_layers)),
         )
         size = max(1, min(wanted, *limits)) if chunk_size == "auto" else chunk_size
         size, window = min(size, self.order.num_minibatches), busy if max_in_flight == "auto" else max_in_flight
@@ -98,13 +98,13 @@ class Blueprint(NamedTuple):
         architecture, is_sent_on = self.architecture, layer == layers[-1] and layer + 1 < len(self.architecture.layers)
         if is_sent_on:
             return architecture.widths[1 + layer]
-        form, to = architecture.read_forms[layer + 1 - architecture.predict_from]
+        form, to = architecture.read_forms[layer - architecture.read_layers.start]
         return form.size if form.shape == to.shape else 4 // architecture.compute_dtype.itemsize * to.size
 
     def _is_read(self, layer: int, layers: Sequence[int]) -> bool:
         """Returns whether a stage sends the rows of the readout pass after this layer."""
         is_sent_on = layer == layers[-1] and layer + 1 < len(self.architecture.layers)
-        return is_sent_on or layer + 1 >= self.architecture.predict_from
+        return is_sent_on or layer in self.architecture.read_layers
 
     @property
     def bytes_in_flight(self) -> int:

@@ -123,7 +123,7 @@ def _readout_s(sample: Sample) -> float:
     architecture, order = blueprint.architecture, blueprint.order
     draws = bool(blueprint.negatives.prediction_delay)
     readout = ReadoutStage(architecture, labels, order, draws, blueprint.device)
-    widths = architecture.widths[architecture.predict_from :]
+    widths = [architecture.widths[1 + layer] for layer in architecture.read_layers]
     read = [_values(blueprint, order.batch_size, width) for width in widths]
     return _minibatch_s(lambda chunk: readout.train(chunk, *read)[0], blueprint)
 

@@ -83,7 +83,7 @@ def evaluate(goodness: Tensor, readout_labels: Tensor, labels: Tensor, architect
     readout_error, classes = error(readout_labels, labels), architecture.classes
     if not goodness.shape[-1]:
         return Evaluation(None, readout_error, None, confusion_matrix(readout_labels, labels, classes), goodness)
-    goodness_labels = total_goodness(goodness, architecture.predict_from).argmax(-1)
+    goodness_labels = total_goodness(goodness, architecture.read_layers).argmax(-1)
     return Evaluation(
         goodness_error=error(goodness_labels, labels),
         readout_error=readout_error,

@@ -181,7 +181,8 @@ class Runner:
             results.append(report)
             read += passed
             message = [signal, passed[-1]]
-        read = read[self.blueprint.architecture.predict_from - 1 :]
+        read_layers = self.blueprint.architecture.read_layers
+        read = read[read_layers.start : read_layers.stop]
         if isinstance(command, Evaluate):
             return [*results, self._call(self._actors.readout, method, *read)]
         report, drawn = self._call(self._actors.readout, method, command, *read, returns=2)

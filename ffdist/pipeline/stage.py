@@ -133,7 +133,7 @@ class Stage:
         self._clock = _Clock()
         self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
         self._by_class, self._scores_classes = architecture.by_class, architecture.objective.scores_classes
-        read = range(architecture.predict_from - 1, len(architecture.layers))
+        read = architecture.read_layers
         is_sent_on = [index == layers[-1] and not self._is_last for index in layers]
         self._is_read_sent = [index in read or is_sent for index, is_sent in zip(layers, is_sent_on, strict=True)]
         # What only the readout reads is pooled here; what the next stage reads as well is pooled by the readout.

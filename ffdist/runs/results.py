@@ -17,7 +17,7 @@ lacked some of them, share a row with those of later versions."""
 TASK_PREFIXES = (
     *("data.", "model.layers", "model.normalization"),
     *("model.predict_from", "training.epochs", "training.batch_size", "training.validation_samples"),
-    "training.pooled_features",
+    *("model.predict_to", "training.pooled_features"),
 )
 """Prefixes of the parameters that must be equal in a run and its baseline."""
 TASK_EXCEPTIONS = ("data.label", "data.label_scale", "data.root")
