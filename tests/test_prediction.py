@@ -2,10 +2,23 @@
 
 import pytest
 import torch
-from helpers import digests
+from helpers import digests, image_architecture
 
-from ffdist import load_config, load_network, train
+from ffdist import Callback, ConfigError, load_config, load_network, resume, train
+from ffdist.data.order import SampleOrder
+from ffdist.ff.network import Network
+from ffdist.ff.objectives import Rule
+from ffdist.ff.optimizers import Update
+from ffdist.pipeline.blueprint import Blueprint
+from ffdist.pipeline.costs import draw_sample, measure_costs
+from ffdist.pipeline.schedule import Train
+from ffdist.pipeline.source import NegativePlan, Shard
+from ffdist.pipeline.stage import Stage
 from ffdist.runs.export import export_network
+from ffdist.runs.readout import fit_readout
+from ffdist.training.callbacks import CallbackFailed
+from ffdist.training.precision import make_blueprint
+from ffdist.training.prepare import prepare
 
 SMALL = ("model.layers=[30, 25, 20]", "training.epochs=1", "training.precision=float32", "tracking.artifacts=[]")
 PACES = (("serial", 1, 7), ("serial", 3, 40), ("serial", 2, 1))
@@ -42,3 +55,178 @@ def test_only_the_layers_of_the_range_predict(tmp_path):
 def test_results_of_a_range_do_not_depend_on_the_distribution(predict_to, tmp_path):
     settings = [*SMALL, "model.predict_from=1", f"model.predict_to={predict_to}"]
     assert len(digests("digits", settings, PACES, tmp_path)) == 1
+
+
+OBJECTIVES = {
+    "goodness": ("data.label=overwrite",),
+    "class_goodness": (
+        "data.label=auto",
+        "training.objective=class_goodness",
+        "training.optimizer=adamw",
+        "training.learning_rate=0.005",
+    ),
+}
+CONV = "model.layers=[{kind: conv, channels: 6, pool: max}, {kind: conv, channels: 8}, 20]"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("readout", ["per_layer", "none"])
+def test_results_do_not_depend_on_the_distribution(readout, objective, tmp_path):
+    settings = [*SMALL, *OBJECTIVES[objective], f"model.readout={readout}"]
+    assert len(digests("digits", settings, PACES, tmp_path)) == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_readouts_of_pooled_layers_do_not_depend_on_the_distribution(precision, tmp_path):
+    settings = [*SMALL, *OBJECTIVES["class_goodness"], CONV, "model.readout=per_layer", "training.pooled_features=100"]
+    settings += ["model.predict_from=1", f"training.precision={precision}"]
+    assert len(digests("digits", settings, PACES, tmp_path)) == 1
+
+
+@pytest.mark.parametrize("readout", ["per_layer", "none"])
+def test_ray_trains_what_the_serial_runner_trains(readout, ray_start_4_cpus, tmp_path):
+    settings = [*SMALL, f"model.readout={readout}", "model.predict_from=1", "model.predict_to=2"]
+    assert len(digests("digits", settings, (("serial", 1, 7), ("ray", 3, 40)), tmp_path)) == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("readout", ["per_layer", "none"])
+def test_exported_network_predicts_as_the_run(readout, objective, tmp_path):
+    run = train_small(tmp_path / "runs", *OBJECTIVES[objective], f"model.readout={readout}")
+    assert_exported_network_predicts_as(run, tmp_path / "out")
+    test = run.evaluate(run.dataset.samples["test"], run.dataset.labels["test"])
+    assert (test.goodness_error, test.readout_error) == (
+        run.summary["test_goodness_error"],
+        run.summary["test_readout_error"],
+    )
+
+
+def test_layers_train_their_readouts_on_their_own_cross_entropy(tmp_path):
+    """A readout of a layer is what a joint readout of only that layer would be."""
+    run = train_small(tmp_path, "model.readout=per_layer")
+    network, samples = run.network, run.dataset.samples["test"]
+    for layer in (2, 3):
+        alone = train_small(tmp_path, f"model.predict_from={layer}", f"model.predict_to={layer}").network
+        own = network.readout[str(layer - 1)]
+        assert torch.equal(own.weight, alone.readout.weight)
+        assert torch.equal(own.bias, alone.readout.bias)
+    read = network.read(network.architecture.neutral_rows(samples))
+    logits = sum(readout([part]) for readout, part in zip(network.readout.values(), read, strict=True))
+    assert torch.equal(network(samples), logits)
+
+
+def test_without_a_readout_its_results_are_left_out(tmp_path):
+    run = train_small(tmp_path, "model.readout=none", "tracking.artifacts=[plots]", "training.validation_samples=200")
+    assert run.summary["test_readout_error"] is None
+    assert not [name for name in run.metrics if "readout" in name]
+    assert {"test/goodness_error", "validation/goodness_error", "layer_1/loss"} <= run.metrics.keys()
+    assert {"errors.png", "errors_over_time.png", "confusion.png", "layers.png"} <= {
+        path.name for path in run.folder.iterdir()
+    }
+    assert not list((run.folder / "checkpoints").rglob("readout*"))
+    prediction = run.predict(run.dataset.samples["test"])
+    assert torch.equal(prediction.probabilities, prediction.goodness[1:].sum(0).softmax(-1))
+
+
+class StopsAfterMinibatches(Callback):
+    """Raises an error, as a crash would end a run."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def on_chunk(self, run, metrics):
+        if run.step >= self.count:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("readout", ["joint", "per_layer", "none"])
+def test_runs_resume_with_other_stages(readout, tmp_path):
+    settings = [*SMALL, f"model.readout={readout}", "checkpoint.every_minibatches=3", "model.predict_to=2"]
+    expected = train(load_config("digits", settings), runner="serial", runs=tmp_path / "whole").summary
+    with pytest.raises(CallbackFailed):
+        train(
+            load_config("digits", [*settings, "pipeline.stages=3", "pipeline.chunk_size=1"]),
+            runner="serial",
+            runs=tmp_path,
+            callbacks=[StopsAfterMinibatches(8)],
+        )
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.yaml"))
+    summary = resume(folder, ["pipeline.stages=1", "pipeline.chunk_size=5"], runs=tmp_path).summary
+    for name in ("weights_sha256", "test_goodness_error", "test_readout_error", "layer_errors"):
+        assert summary[name] == expected[name]
+
+
+@pytest.mark.parametrize("readout", ["joint", "per_layer", "none"])
+@pytest.mark.parametrize("optimizer", ["hinton", "adamw"])
+def test_state_bytes_are_those_of_the_state(readout, optimizer):
+    rule = Rule(update=Update(0.1, 0.1, optimizer=optimizer))
+    architecture = image_architecture((1, 9, 9), 3, (60, 50, 40), rule=rule, readout_kind=readout)
+    network = Network(architecture)
+    sizes = [
+        sum(tensor.nbytes for tensor in network.get_submodule(module).state_dict().values())
+        for module in architecture.parts.values()
+    ]
+    assert sum(architecture.state_bytes) == sum(sizes)
+    own = sizes[3:] if readout == "per_layer" else [0, 0]
+    expected = [size + of_readout for size, of_readout in zip(sizes[:3], [0, *own], strict=True)]
+    assert list(architecture.state_bytes[:3]) == expected
+
+
+@pytest.mark.parametrize("readout", ["joint", "per_layer", "none"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bytes_out_are_those_of_the_messages(readout, precision):
+    architecture = image_architecture((1, 4, 5), 3, (9, 8, 7, 6), precision=precision, readout_kind=readout)
+    order, labels = SampleOrder(0, 40, 5), torch.arange(40) % 3
+    stage_layers, plan = [range(2), range(2, 4)], NegativePlan("wrong_label")
+    blueprint = Blueprint(architecture, order, plan, stage_layers, measure_every=1, device="cpu")
+    samples = torch.randint(0, 256, (40, 20), dtype=torch.uint8)
+    message = [Shard(0, (labels[order.shard(0, 0)] + 1) % 3, 0.0, 0.0)]
+    for layers in stage_layers:
+        source = (plan, {"train": samples}, labels) if 0 in layers else ()
+        stage = Stage(architecture, layers, order, 1, "cpu", labels, *source)
+        _, *outputs = stage.train(Train(0, 0, 2, 0, 1.0), *message)
+        assert 2 * blueprint.bytes_out(layers) == sum(part.nbytes for part in outputs if part is not None)
+        message = [outputs[0], outputs[-1]] if readout == "joint" else outputs[:1]
+
+
+def test_costs_are_measured_with_any_readout():
+    for readout in ("joint", "per_layer", "none"):
+        config = load_config("digits", [*SMALL, f"model.readout={readout}"])
+        prepared = prepare(config)
+        blueprint = make_blueprint(prepared, config, [range(3)], "cpu")
+        sample = draw_sample(blueprint, prepared.dataset.samples, prepared.dataset.labels["train"])
+        costs = measure_costs(sample, 1)
+        assert (costs.readout > 0) == (readout != "none")
+        assert all(cost > 0 for cost in costs.layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["negatives.kind=hard_label"], r"model.readout=none predicts no labels .*kind: hard_label"),
+        (["training.stop.metric=readout_error"], r"model.readout=none .*metric: readout_error"),
+        (["data.label=none", "negatives.kind=hybrid"], r"readout=none needs layers that predict .*label: none"),
+    ],
+)
+def test_layers_must_predict_what_no_readout_predicts(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(load_config("digits", [*SMALL, "model.readout=none", *settings]))
+
+
+@pytest.mark.parametrize("readout", ["per_layer", "none"])
+def test_baseline_and_fitted_readout_are_joint(readout, tmp_path):
+    run = train_small(tmp_path, f"model.readout={readout}", "tracking.uri=none")
+    assert fit_readout(run, runs=tmp_path) < 0.5
+    baseline = train_small(tmp_path, f"model.readout={readout}", runner="backpropagation")
+    assert baseline.network.architecture.readout_kind == "joint"
+
+
+def test_another_readout_is_initialized_in_a_warm_start(tmp_path, capsys):
+    source = train_small(tmp_path, "model.readout=joint")
+    train_small(tmp_path, "model.readout=per_layer", init_from=source.folder)
+    assert "the readout_2 of that run does not fit, and is initialized instead" in capsys.readouterr().out
+
+
+def test_hard_labels_are_drawn_from_the_sum_of_the_readouts(tmp_path):
+    settings = [*SMALL, "model.readout=per_layer", "negatives.kind=hard_label", "negatives.prediction_delay=7"]
+    assert len(digests("digits", settings, (("serial", 1, 7), ("serial", 3, 2)), tmp_path)) == 1

@@ -81,6 +81,7 @@ def build_architecture(
             tuple(layer.with_imports() if may_import else layer for layer in model.layers),
             predict_from=config.predict_from,
             predict_to=model.predict_to,
+            readout_kind=model.readout,
             seed=config.seed,
             rule=rule,
             thresholds=config.thresholds,

@@ -101,6 +101,17 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_readout(self) -> "Config":
+        kind, metric = self.negatives.kind, self.training.stop.metric
+        if self.model.readout == "none" and (kind == "hard_label" or metric == "readout_error"):
+            raise ValueError(
+                f"model.readout=none predicts no labels for negatives.kind=hard_label and training.stop.metric="
+                f"readout_error (negatives.kind: {kind}, training.stop.metric: {metric}); set them to other values, or "
+                f"model.readout to joint or per_layer"
+            )
+        return self
+
     @property
     def predict_from(self) -> int:
         """First layer, counted from 1, that predicts: by its goodness, and as an input of the readout."""
@@ -121,7 +132,7 @@ class Config(Section):
         return self
 
     def by_backpropagation(self) -> "Config":
-        """Returns the configuration of the baseline: all parameters are trained with the settings of the readout."""
+        """Returns the configuration of the baseline: parameters have the settings of the readout, which is joint."""
         names = {"epochs", "batch_size", "precision", "momentum", "loss", "pooled_features"}
         names |= {
             "learning_rate_schedule",
@@ -139,7 +150,8 @@ class Config(Section):
             peer_normalization=0.0,
         )
         negatives = Negatives(kind="noise")  # validated but not used
-        return self.model_copy(update={"training": training, "negatives": negatives})
+        model = self.model.model_copy(update={"readout": "joint"})
+        return self.model_copy(update={"model": model, "training": training, "negatives": negatives})
 
     def with_precision(self, precision: str) -> "Config":
         """Returns a copy with another precision."""

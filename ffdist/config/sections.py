@@ -180,6 +180,9 @@ class Model(Section):
     `predict_to` are summed, and the readout reads their activations. Default: 2, or 1 if that is the last one."""
     predict_to: Count | None = None
     """Last layer, counted from 1, that predicts. Default: the last layer."""
+    readout: Literal["joint", "per_layer", "none"] = "joint"
+    """Softmax readout of the predicting layers: `joint`: one for all of them; `per_layer`: one for each, trained with
+    the layer in its process, whose logits are summed; `none`: labels are predicted by goodness or class scores only."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> "Model":

@@ -34,6 +34,7 @@ RULE_PARAMETERS = (
         "training.label_smoothing",
         "training.learning_rate_schedule",
         "training.warmup_epochs",
+        "model.readout",
     ),
 )
 """Parameters of the learning rule, which the table shows unless they are at their default."""
@@ -111,7 +112,7 @@ def _search(client: Any, experiments: Sequence[str]) -> Iterator[Any]:
     token = None
     while True:
         page = client.search_runs(experiments, FINISHED_FILTER, page_token=token)
-        yield from (run for run in page if READOUT_ERROR in run.data.metrics and _has_row(run))
+        yield from (run for run in page if {READOUT_ERROR, GOODNESS_ERROR} & run.data.metrics.keys() and _has_row(run))
         token = page.token
         if not token:
             return

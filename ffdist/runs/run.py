@@ -294,7 +294,8 @@ class Run:
                 f"labels must be integers in [0, {architecture.classes}), one per sample "
                 f"(samples: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
             )
-        return evaluate(prediction.goodness, prediction.probabilities.argmax(-1), labels.long(), architecture)
+        by_readout = prediction.probabilities.argmax(-1) if architecture.has_readout else None
+        return evaluate(prediction.goodness, by_readout, labels.long(), architecture)
 
 
 @dataclass(frozen=True)
@@ -367,7 +368,7 @@ def _check_summary(summary: Any) -> dict[str, Any]:
         "runner": isinstance(summary.get("runner"), str),
         "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
         "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
-        "test_readout_error": isinstance(summary.get("test_readout_error"), float),
+        "test_readout_error": isinstance(summary.get("test_readout_error", ""), float | None),
         "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
         "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),

@@ -169,8 +169,10 @@ class Loop:
             return
         blocks, self._blocks = self._blocks, []
         goodness = torch.cat([torch.cat(block.goodness) for block in blocks], 1)
-        predicted = torch.cat([block.predicted for block in blocks])
-        result = evaluate(goodness, predicted, self._dataset.labels[split], self._architecture)
+        predicted = [block.predicted for block in blocks if block.predicted is not None]
+        result = evaluate(
+            goodness, torch.cat(predicted) if predicted else None, self._dataset.labels[split], self._architecture
+        )
         if split == "test":
             self.test = result
         for observer in self._observers:
@@ -237,7 +239,7 @@ class Loop:
 
     def _check_finite(self, trained: Trained) -> None:
         layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, : -len(MEASURED)]
-        finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
+        finite = torch.cat((layers.isfinite().all(2), trained.readout_metrics.isfinite().all(1, keepdim=True)), 1)
         if finite.all():
             return
         self._complete_checkpoint(wait=True)  # its state was taken before

@@ -118,7 +118,7 @@ class Display(Observer):
         self.status(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
         if (
             not self.console.is_terminal
-            and "readout/loss" in self._metrics
+            and {"readout/loss", "layer_1/loss"} & self._metrics.keys()
             and time.monotonic() > self._plain_at + PLAIN_EVERY_S
         ):
             self._plain_at = time.monotonic()
@@ -188,7 +188,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
     predicted = summary["predicted_samples_per_s"] if summary["train_s"] >= MIN_COMPARED_S else None
     by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
-    is_worse = by_goodness is not None and by_goodness > by_readout + MAX_EXCESS_ERROR
+    is_worse = None not in (by_goodness, by_readout) and by_goodness > by_readout + MAX_EXCESS_ERROR
     suffix = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""
     lines = {
         "test error": format_errors(summary["test_goodness_error"], summary["test_readout_error"]),
