@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import digests, image_architecture
 
-from ffdist import Callback, ConfigError, load_config, load_network, resume, train
+from ffdist import Callback, ConfigError, Run, load_config, load_network, resume, train
 from ffdist.data.order import SampleOrder
+from ffdist.ff.classify import best_layers
 from ffdist.ff.network import Network
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
@@ -16,6 +17,7 @@ from ffdist.pipeline.source import NegativePlan, Shard
 from ffdist.pipeline.stage import Stage
 from ffdist.runs.export import export_network
 from ffdist.runs.readout import fit_readout
+from ffdist.runs.results import finished_runs, result_rows
 from ffdist.training.callbacks import CallbackFailed
 from ffdist.training.precision import make_blueprint
 from ffdist.training.prepare import prepare
@@ -230,3 +232,91 @@ def test_another_readout_is_initialized_in_a_warm_start(tmp_path, capsys):
 def test_hard_labels_are_drawn_from_the_sum_of_the_readouts(tmp_path):
     settings = [*SMALL, "model.readout=per_layer", "negatives.kind=hard_label", "negatives.prediction_delay=7"]
     assert len(digests("digits", settings, (("serial", 1, 7), ("serial", 3, 2)), tmp_path)) == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("readout", ["joint", "none"])
+def test_auto_chooses_the_layers_with_the_least_validation_error(readout, objective, tmp_path):
+    settings = [*OBJECTIVES[objective], f"model.readout={readout}", "training.validation_samples=200"]
+    settings += ["training.epochs=3", "training.validate_every_epochs=1"]
+    run = train_small(tmp_path / "runs", *settings, "model.predict_from=auto")
+    default = train_small(tmp_path / "runs", *settings)
+    assert run.summary["weights_sha256"] == default.summary["weights_sha256"]
+    assert run.summary["test_readout_error"] == default.summary["test_readout_error"]
+    goodness = default.predict(run.dataset.samples["validation"]).goodness
+    errors = {}
+    for first in range(3):
+        for last in range(first, 3):
+            wrong = goodness[first : last + 1].sum(0).argmax(-1) != run.dataset.labels["validation"]
+            errors[first + 1, last + 1] = wrong.sum().item()
+    least = [layers for layers, count in errors.items() if count == min(errors.values())]
+    first, last = run.summary["chosen_layers"]
+    assert (first, last) == min(least, key=lambda layers: (layers[1] - layers[0], -layers[0]))
+    prediction = run.predict(run.dataset.samples["test"])
+    assert torch.equal(prediction.label, prediction.goodness[first - 1 : last].sum(0).argmax(-1))
+    assert run.summary["test_goodness_error"] == (prediction.label != run.dataset.labels["test"]).double().mean().item()
+    again = Run.find(run.folder)
+    assert again.network.architecture == run.network.architecture
+    assert_exported_network_predicts_as(again, tmp_path / "out")
+
+
+def test_best_layers_are_the_fewest_and_last_of_those_with_the_least_error():
+    right, wrong = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.5, 0.0]])
+    labels = torch.tensor([1])
+    assert best_layers(torch.stack((right, wrong)), labels) == range(1)
+    assert best_layers(torch.stack((wrong, right, right)), labels) == range(2, 3)
+    assert best_layers(torch.stack((wrong, wrong)), labels) == range(1, 2)
+
+
+def test_chosen_layers_do_not_depend_on_the_distribution(tmp_path, capsys):
+    settings = [*SMALL, "model.predict_from=auto", "training.validation_samples=200", "training.epochs=2"]
+    summaries = []
+    for stages, chunk in ((1, 7), (3, 40)):
+        config = load_config("digits", [*settings, f"pipeline.stages={stages}", f"pipeline.chunk_size={chunk}"])
+        summaries.append(train(config, runner="serial", runs=tmp_path).summary)
+    for name in ("chosen_layers", "test_goodness_error", "weights_sha256"):
+        assert summaries[0][name] == summaries[1][name]
+    text = "predicted by    layers {} to {}, with the least validation error".format(*summaries[0]["chosen_layers"])
+    assert text in capsys.readouterr().out
+
+
+def test_run_that_resumes_at_its_end_chooses_the_same_layers(tmp_path):
+    settings = [*SMALL, "model.predict_from=auto", "training.validation_samples=200", "training.epochs=2"]
+    expected = train(load_config("digits", settings), runner="serial", runs=tmp_path / "whole").summary
+
+    class Fails(Callback):
+        def on_evaluation(self, run, split, errors):
+            if split == "test":
+                raise RuntimeError("stopped")
+
+    with pytest.raises(CallbackFailed):
+        train(load_config("digits", settings), runner="serial", runs=tmp_path, callbacks=[Fails()])
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.yaml"))
+    summary = resume(folder, ["pipeline.stages=2"], runs=tmp_path).summary
+    for name in ("chosen_layers", "test_goodness_error", "layer_errors"):
+        assert summary[name] == expected[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.validation_samples=0"], r"predict_from=auto chooses layers on validation samples, but none"),
+        (["data.label=none", "negatives.kind=hybrid"], r"predict_from=auto needs layers that predict .*label: none"),
+        (["model.predict_to=2"], r"predict_from=auto chooses the last predicting layer as well \(predict_to: 2\)"),
+    ],
+)
+def test_auto_needs_layers_that_predict_validation_samples(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(
+            load_config("digits", [*SMALL, "training.validation_samples=200", "model.predict_from=auto", *settings])
+        )
+
+
+def test_baseline_of_chosen_layers_reads_the_default(tmp_path):
+    settings = ["model.predict_from=auto", "training.validation_samples=200"]
+    baseline = train_small(tmp_path, *settings, runner="backpropagation")
+    assert baseline.network.architecture.read_layers == range(1, 3)
+    run = train_small(tmp_path, *settings)
+    (row,) = result_rows(finished_runs(run.summary["mlflow_tracking_uri"], None))
+    assert row["backprop"]
+    assert row["by goodness"]

@@ -114,8 +114,14 @@ class Config(Section):
 
     @property
     def predict_from(self) -> int:
-        """First layer, counted from 1, that predicts: by its goodness, and as an input of the readout."""
-        return self.model.predict_from or min(2, self.model.predict_to or len(self.model.layers))
+        """First layer, counted from 1, that the readout reads, and that predicts unless the layers are chosen."""
+        first = self.model.predict_from
+        return first if isinstance(first, int) else min(2, self.model.predict_to or len(self.model.layers))
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the predicting layers are chosen at the end, on the validation samples."""
+        return self.model.predict_from == "auto"
 
     @model_validator(mode="after")
     def _check_threshold(self) -> "Config":
@@ -150,7 +156,8 @@ class Config(Section):
             peer_normalization=0.0,
         )
         negatives = Negatives(kind="noise")  # validated but not used
-        model = self.model.model_copy(update={"readout": "joint"})
+        changes = {"readout": "joint"} | ({"predict_from": None} if self.chooses_layers else {})
+        model = self.model.model_copy(update=changes)
         return self.model_copy(update={"model": model, "training": training, "negatives": negatives})
 
     def with_precision(self, precision: str) -> "Config":

@@ -18,7 +18,7 @@ from ffdist.ff.specs import layer_entry
 from ffdist.storage.files import file_in, read_json
 
 WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
-VALID_TYPES = {float: (int, float), NoneType: (int, NoneType)}
+VALID_TYPES = {float: (int, float), NoneType: (int, tuple, NoneType)}
 """Types that a value in the architecture file may have, by the type of its default, if it may have others."""
 
 
@@ -93,6 +93,7 @@ def _parse_architecture(values: dict[str, Any]) -> Architecture:
             "encoder": parse_encoder(values["encoder"]),
             "layers": tuple(values["layers"]),
             "thresholds": tuple(values["thresholds"]),
+            "chosen_layers": tuple(map(int, values.get("chosen_layers") or ())) or None,
             "untrained": tuple(values.get("untrained", ())),
             "rule": Rule(**rule | {"update": Update(**rule["update"]), "may_import": False}),
             "readout_update": Update(**values["readout_update"]),

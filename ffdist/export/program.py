@@ -52,7 +52,7 @@ class Classifier(nn.Module):
         prediction, architecture = self.network.predict_batch(samples.flatten(1)), self.network.architecture
         if not architecture.goodness_predicts:
             return prediction.label, prediction.probabilities
-        goodness = total_goodness(prediction.goodness, architecture.read_layers)
+        goodness = total_goodness(prediction.goodness, architecture.predicting_layers)
         return prediction.label, prediction.probabilities, goodness
 
 

@@ -17,6 +17,23 @@ def total_goodness(goodness: Tensor, layers: range) -> Tensor:
     return goodness[layers.start : layers.stop].sum(0)
 
 
+def best_layers(goodness: Tensor, labels: Tensor) -> range:
+    """Returns the consecutive layers, counted from 0, whose summed goodness predicts labels with the least error.
+
+    Of those with equal errors, it chooses the fewest layers, and of these the last ones.
+
+    Args:
+        goodness: Goodness of all layers `[L, N, C]`.
+        labels: True labels `[N]`.
+    """
+
+    def order(layers: range) -> tuple[float, int, int]:
+        return error(total_goodness(goodness, layers).argmax(-1), labels), len(layers), -layers.start
+
+    stops = range(1, len(goodness) + 1)
+    return min((range(start, stop) for stop in stops for start in range(stop)), key=order)
+
+
 def error(predicted: Tensor, labels: Tensor) -> float:
     """Returns the fraction of samples `[N]` whose predicted label is wrong, in [0, 1]."""
     return (predicted != labels).double().mean().item()

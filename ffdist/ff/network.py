@@ -48,7 +48,7 @@ class Architecture:
     layers: tuple[LayerSpec, ...]
     """Hidden layers, first layer first. A number is a dense layer with as many units."""
     predict_from: int = 2
-    """First layer, counted from 1, that predicts, by its goodness and as an input of the readout."""
+    """First layer, counted from 1, that predicts, by its goodness or class scores and as an input of the readout."""
     seed: int = 0
     """Key of the initial weights."""
     rule: Rule = RELEASE
@@ -66,6 +66,9 @@ class Architecture:
     """Last layer, counted from 1, that predicts; None for the last layer of the network."""
     readout_kind: str = "joint"
     """`joint`: one readout for all predicting layers; `per_layer`: one for each, whose logits are summed; `none`."""
+    chosen_layers: tuple[int, int] | None = None
+    """First and last layer, counted from 1, whose goodness or class scores predict, if they were chosen on validation
+    samples; None for those that the readout reads."""
 
     def __post_init__(self) -> None:
         """Converts numbers to dense layers, and checks that everything fits together.
@@ -90,6 +93,9 @@ class Architecture:
                 f"predict_from and predict_to must be layers, 1 to {len(self.layers)}, in this order (predict_from: "
                 f"{self.predict_from}, predict_to: {self.predict_to})"
             )
+        first, last = self.chosen_layers or (1, 1)
+        if not 1 <= first <= last <= len(self.layers):
+            raise ValueError(f"chosen_layers must be two of the {len(self.layers)} layers (given: {first}, {last})")
         if self.readout_kind not in READOUTS:
             raise ValueError(f"readout must be one of {', '.join(READOUTS)} (readout: {self.readout_kind})")
         if not (self.has_readout or self.goodness_predicts):
@@ -154,6 +160,11 @@ class Architecture:
     def read_layers(self) -> range:
         """Layers that the readout reads, counted from 0."""
         return range(self.predict_from - 1, self.predict_to or len(self.layers))
+
+    @property
+    def predicting_layers(self) -> range:
+        """Layers whose goodness or class scores predict, counted from 0."""
+        return range(self.chosen_layers[0] - 1, self.chosen_layers[1]) if self.chosen_layers else self.read_layers
 
     @property
     def tried(self) -> list[int]:
@@ -410,7 +421,7 @@ class Network(nn.Module):
         Without a readout, it returns the goodness or class scores, summed over the predicting layers.
         """
         if self.readout is None:
-            return total_goodness(self._goodness_of_labels(samples), self.architecture.read_layers)
+            return total_goodness(self._goodness_of_labels(samples), self.architecture.predicting_layers)
         return self.read_out(self.read(self.architecture.neutral_rows(samples)))
 
     def read_out(self, activations: list[Tensor]) -> Tensor:
@@ -450,7 +461,7 @@ class Network(nn.Module):
         architecture = self.architecture
         outputs = [*self._outputs(architecture.neutral_rows(samples))] if architecture.has_readout else []
         by_layer = self._goodness_of_labels(samples, outputs)
-        total = total_goodness(by_layer, architecture.read_layers)
+        total = total_goodness(by_layer, architecture.predicting_layers)
         probabilities = (self.read_out(self._read(outputs)) if architecture.has_readout else total).softmax(-1)
         predicting = total if architecture.goodness_predicts else probabilities
         return Prediction(probabilities, by_layer, predicting.argmax(-1))

@@ -86,7 +86,7 @@ def evaluate(goodness: Tensor, readout_labels: Tensor | None, labels: Tensor, ar
     if not goodness.shape[-1]:
         assert readout_labels is not None, "without a readout, layers predict"
         return Evaluation(None, readout_error, None, confusion_matrix(readout_labels, labels, classes), goodness)
-    goodness_labels = total_goodness(goodness, architecture.read_layers).argmax(-1)
+    goodness_labels = total_goodness(goodness, architecture.predicting_layers).argmax(-1)
     return Evaluation(
         goodness_error=error(goodness_labels, labels),
         readout_error=readout_error,

@@ -130,6 +130,8 @@ def _has_row(run: Any) -> bool:
 def _task(run: Any) -> str:
     """Returns a key that is equal for a run and its baselines by backpropagation."""
     names = [key for key in run.data.params if key.startswith(TASK_PREFIXES) and key not in TASK_EXCEPTIONS]
+    if run.data.params.get("model.predict_from") == "auto":  # the readout, as that of a baseline, reads the default
+        names.remove("model.predict_from")
     return _parameters(run, names)
 
 

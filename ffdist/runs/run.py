@@ -151,7 +151,11 @@ class Run:
             )
         encoder, untrained = parse_encoder(self.summary["encoder"]), self.summary.get("untrained_classes", ())
         architecture = build_architecture(self.config, encoder, untrained)
-        architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
+        architecture = replace(
+            architecture,
+            learned_goodness=self.summary["runner"] != "backpropagation",
+            chosen_layers=tuple(self.summary.get("chosen_layers") or ()) or None,
+        )
         with as_config_error():
             _, state = checkpoints_of(self.config, self.folder).read(self.checkpoint.name, is_for_inference)
         try:
@@ -363,12 +367,14 @@ def _check_summary(summary: Any) -> dict[str, Any]:
     names = summary.get("class_names", [])
     data = summary.get("data", {})
     columns, features = (data.get("columns", {}), data.get("features", [])) if isinstance(data, dict) else (None, None)
+    chosen = summary.get("chosen_layers")
     classes, untrained = summary.get("classes", 1), summary.get("untrained_classes", [])
     checks = {
         "runner": isinstance(summary.get("runner"), str),
         "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
         "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
         "test_readout_error": isinstance(summary.get("test_readout_error", ""), float | None),
+        "chosen_layers": chosen is None or (isinstance(chosen, list) and [*map(type, chosen)] == [int, int]),
         "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
         "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),

@@ -186,6 +186,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         look: Command or address that shows the tracked metrics.
     """
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    chosen = summary["chosen_layers"]
     predicted = summary["predicted_samples_per_s"] if summary["train_s"] >= MIN_COMPARED_S else None
     by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
     is_worse = None not in (by_goodness, by_readout) and by_goodness > by_readout + MAX_EXCESS_ERROR
@@ -194,6 +195,7 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         "test error": format_errors(summary["test_goodness_error"], summary["test_readout_error"]),
         "note": "goodness, which predicts the labels, is far worse than the readout; train longer" * is_worse,
         "each layer": layers and f"{layers} by goodness alone",
+        "predicted by": chosen and "layers {} to {}, with the least validation error".format(*chosen),
         "stopped": summary["stopped"],
         "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{suffix}",
         "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),
