@@ -1,11 +1,14 @@
 """Which layers predict (`model.predict_from`, `model.predict_to`), and how (`model.readout`)."""
 
+import json
+
 import pytest
 import torch
 from helpers import digests, image_architecture
 
 from ffdist import Callback, ConfigError, Run, load_config, load_network, resume, train
 from ffdist.data.order import SampleOrder
+from ffdist.export.network import Names, save_network
 from ffdist.ff.classify import best_layers
 from ffdist.ff.network import Network
 from ffdist.ff.objectives import Rule
@@ -278,6 +281,21 @@ def test_chosen_layers_do_not_depend_on_the_distribution(tmp_path, capsys):
         assert summaries[0][name] == summaries[1][name]
     text = "predicted by    layers {} to {}, with the least validation error".format(*summaries[0]["chosen_layers"])
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layers", [[2, 9], [3, 2], [1], ["a", "b"], "12"])
+def test_damaged_choice_of_layers_is_an_error(layers, tmp_path):
+    run = train_small(tmp_path / "runs")
+    summary = json.loads((run.folder / "summary.json").read_text())
+    (run.folder / "summary.json").write_text(json.dumps(summary | {"chosen_layers": layers}))
+    with pytest.raises(ConfigError, match=r"summary.json is missing or damaged .*chosen_layers"):
+        _ = Run.find(run.folder).network
+    (tmp_path / "out").mkdir()
+    save_network(run.network, tmp_path / "out", Names())
+    architecture = json.loads((tmp_path / "out" / "network.json").read_text())
+    (tmp_path / "out" / "network.json").write_text(json.dumps(architecture | {"chosen_layers": layers}))
+    with pytest.raises(ValueError, match=r"."):
+        load_network(tmp_path / "out")
 
 
 def test_run_that_resumes_at_its_end_chooses_the_same_layers(tmp_path):

@@ -93,7 +93,7 @@ def _parse_architecture(values: dict[str, Any]) -> Architecture:
             "encoder": parse_encoder(values["encoder"]),
             "layers": tuple(values["layers"]),
             "thresholds": tuple(values["thresholds"]),
-            "chosen_layers": tuple(map(int, values.get("chosen_layers") or ())) or None,
+            "chosen_layers": tuple(values.get("chosen_layers") or ()) or None,
             "untrained": tuple(values.get("untrained", ())),
             "rule": Rule(**rule | {"update": Update(**rule["update"]), "may_import": False}),
             "readout_update": Update(**values["readout_update"]),

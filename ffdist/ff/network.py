@@ -93,9 +93,11 @@ class Architecture:
                 f"predict_from and predict_to must be layers, 1 to {len(self.layers)}, in this order (predict_from: "
                 f"{self.predict_from}, predict_to: {self.predict_to})"
             )
-        first, last = self.chosen_layers or (1, 1)
-        if not 1 <= first <= last <= len(self.layers):
-            raise ValueError(f"chosen_layers must be two of the {len(self.layers)} layers (given: {first}, {last})")
+        if not 0 <= self.predicting_layers.start < self.predicting_layers.stop <= len(self.layers):
+            raise ValueError(
+                f"chosen_layers must be the first and the last of some of the {len(self.layers)} layers "
+                f"(chosen_layers: {self.chosen_layers})"
+            )
         if self.readout_kind not in READOUTS:
             raise ValueError(f"readout must be one of {', '.join(READOUTS)} (readout: {self.readout_kind})")
         if not (self.has_readout or self.goodness_predicts):

@@ -151,11 +151,10 @@ class Run:
             )
         encoder, untrained = parse_encoder(self.summary["encoder"]), self.summary.get("untrained_classes", ())
         architecture = build_architecture(self.config, encoder, untrained)
-        architecture = replace(
-            architecture,
-            learned_goodness=self.summary["runner"] != "backpropagation",
-            chosen_layers=tuple(self.summary.get("chosen_layers") or ()) or None,
-        )
+        learned_goodness, chosen = self.summary["runner"] != "backpropagation", self.summary.get("chosen_layers")
+        with _explain_read_errors(self.folder / SUMMARY):
+            chosen_layers = tuple(chosen) if chosen else None
+            architecture = replace(architecture, learned_goodness=learned_goodness, chosen_layers=chosen_layers)
         with as_config_error():
             _, state = checkpoints_of(self.config, self.folder).read(self.checkpoint.name, is_for_inference)
         try:
