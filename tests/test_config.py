@@ -97,6 +97,7 @@ def test_local_and_dense_layers_can_be_combined():
 
 def test_single_layer_is_used_for_prediction():
     assert load_config("digits", ["model.layers=[30]"]).predict_from == 1
+    assert load_config("digits", ["model.layers=[30,20]", "model.predict_to=1"]).predict_from == 1
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,9 @@ def test_single_layer_is_used_for_prediction():
         (["tracking.also=[wandb]"], "tracking.also"),
         (["pipeline.stages=some"], r"pipeline.stages \('some'\): .*integer.*or .*'auto'"),
         (["model.layers=[]"], r"model.layers \(\[\]\): .*at least 1"),
-        (["model.predict_from=4"], r"one of the 3 layers \(predict_from: 4\)"),
+        (["model.predict_from=4"], r"must be layers, 1 to 3, in this order \(predict_from: 4, predict_to: None\)"),
+        (["model.predict_to=4"], r"must be layers, 1 to 3, in this order \(predict_from: None, predict_to: 4\)"),
+        (["model.predict_from=3", "model.predict_to=2"], r"in this order \(predict_from: 3, predict_to: 2\)"),
         (["training.epochs=yes"], "training.epochs: a number is needed here, not True"),
         (["checkpoint.uri='http://[x'"], "checkpoint.uri: Invalid IPv6 URL"),
         (["seed=2024-13-45"], "the value of seed must be YAML"),

@@ -131,7 +131,7 @@ def test_incompatible_layers_raise_an_error_with_the_reason(layers, label, messa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": (20,)}, r"predict_from must be one of the layers, 1 to 1 \(predict_from: 2\)"),
+        ({"layers": (20,)}, r"predict_from and predict_to must be layers, 1 to 1, in this order \(predict_from: 2,"),
         ({"label": "apend"}, "label must be one of overwrite, append, everywhere, none"),
         ({"thresholds": (1.0,)}, "all of the 3 layers have a threshold, or none"),
     ],

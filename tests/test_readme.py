@@ -130,7 +130,7 @@ def test_training_commands(line, tmp_path, request, database, monkeypatch, ffdis
         for folder in ("ffdist", "configs"):
             shutil.copytree(ROOT / folder, tmp_path / folder)
         subprocess.run([sys.executable, *words, *short], check=True, timeout=250)
-    assert 0 < json.loads((tmp_path / "summary.json").read_text())["test_readout_error"] < 1
+    assert 0 < json.loads((tmp_path / "summary.json").read_text())["test_balanced_error"] < 1
 
 
 @pytest.mark.slow  # .ci/run runs the first line of the front page itself

@@ -78,7 +78,7 @@ def test_exported_program_needs_only_torch_and_predicts_bitwise_the_same(run, tm
     assert len(images) < run.network.architecture.prediction_batch
     assert torch.equal(label, expected.label)
     assert torch.equal(probability, expected.probabilities)
-    assert torch.equal(goodness, total_goodness(expected.goodness, run.network.architecture.predict_from))
+    assert torch.equal(goodness, total_goodness(expected.goodness, run.network.architecture.read_layers))
     assert "new or empty" in ffdist("export", run.folder, "--output", tmp_path / "out", code=2)
 
 

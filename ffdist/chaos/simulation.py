@@ -37,11 +37,11 @@ from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError, RunFailed
 from ffdist.ff.encoders import ImageEncoder
+from ffdist.ff.network import layer_name
 from ffdist.pipeline.blueprint import Actors, Blueprint
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Runner
 from ffdist.pipeline.source import NegativePlan
-from ffdist.pipeline.stage import layer_name
 from ffdist.tracking.outbox import OUTBOX, Outbox, Point
 from ffdist.training.checkpointing import Checkpointer
 from ffdist.training.early_stopping import EarlyStopping

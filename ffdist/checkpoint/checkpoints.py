@@ -291,13 +291,13 @@ def digest(manifest: dict[str, Any]) -> str:
 def weights_sha256(state: State) -> str:
     """Returns the SHA-256 of the tensors that inference needs.
 
-    The bytes are, for `layer_1`, `layer_2`, ... and `readout`, for each tensor in the order of the names, such as
-    `bias` and `weight`: the line `layer_1/bias float32 [1000]` with a line feed, then the values, little-endian and in
-    row-major order. Floating-point numbers are converted to float32.
+    The bytes are, for `layer_1`, `layer_2`, ... and `readout` (or `readout_2`, ..., if layers have their own), for each
+    tensor in the order of the names, such as `bias` and `weight`: the line `layer_1/bias float32 [1000]` with a line
+    feed, then the values, little-endian and in row-major order. Floating-point numbers are converted to float32.
     """
     hasher = hashlib.sha256()
-    layers = [key for key in state if key.startswith("layer_") or key == "readout"]
-    for layer in sorted(layers, key=lambda key: (key == "readout", len(key), key)):
+    layers = [key for key in state if key.startswith(("layer_", "readout"))]
+    for layer in sorted(layers, key=lambda key: (key.startswith("readout"), len(key), key)):
         for name in sorted(filter(is_for_inference, state[layer])):
             tensor = state[layer][name].cpu().contiguous()
             values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()

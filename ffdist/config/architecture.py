@@ -78,10 +78,12 @@ def build_architecture(
             f"training.updates=alternating is for negatives, and training.objective={objective} has none; leave it out"
         )
     try:
-        return Architecture(
+        architecture = Architecture(
             encoder,
             tuple(layer.with_imports() if may_import else layer for layer in model.layers),
             predict_from=config.predict_from,
+            predict_to=model.predict_to,
+            readout_kind=model.readout,
             seed=config.seed,
             rule=rule,
             thresholds=config.thresholds,
@@ -91,6 +93,12 @@ def build_architecture(
         )
     except ValueError as error:
         raise ConfigError(f"model.layers and data.label must fit together: {error}") from error
+    if config.chooses_layers and not architecture.goodness_predicts:
+        raise ConfigError(
+            f"model.predict_from=auto needs layers that predict the label (training.objective: {training.objective}, "
+            f"data.label: {encoder.label}); leave it out, or show a label"
+        )
+    return architecture
 
 
 def _build_rule(config: Config, *, may_import: bool) -> Rule:

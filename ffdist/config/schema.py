@@ -102,10 +102,27 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_readout(self) -> "Config":
+        kind, metric = self.negatives.kind, self.training.stop.metric
+        if self.model.readout == "none" and (kind == "hard_label" or metric == "readout_error"):
+            raise ValueError(
+                f"model.readout=none predicts no labels for negatives.kind=hard_label and training.stop.metric="
+                f"readout_error (negatives.kind: {kind}, training.stop.metric: {metric}); set them to other values, or "
+                f"model.readout to joint or per_layer"
+            )
+        return self
+
     @property
     def predict_from(self) -> int:
-        """First layer, counted from 1, that predicts: by its goodness, and as an input of the readout."""
-        return self.model.predict_from or min(2, len(self.model.layers))
+        """First layer, counted from 1, that the readout reads, and that predicts unless the layers are chosen."""
+        first = self.model.predict_from
+        return first if isinstance(first, int) else min(2, self.model.predict_to or len(self.model.layers))
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the predicting layers are chosen at the end, on the validation samples."""
+        return self.model.predict_from == "auto"
 
     @model_validator(mode="after")
     def _check_threshold(self) -> "Config":
@@ -122,7 +139,7 @@ class Config(Section):
         return self
 
     def by_backpropagation(self) -> "Config":
-        """Returns the configuration of the baseline: all parameters are trained with the settings of the readout."""
+        """Returns the configuration of the baseline: parameters have the settings of the readout, which is joint."""
         names = {"epochs", "batch_size", "precision", "momentum", "loss", "pooled_features"}
         names |= {
             "learning_rate_schedule",
@@ -143,7 +160,8 @@ class Config(Section):
         )
         negatives = Negatives(kind="noise")  # validated but not used
         plain = [replace(layer, objective=None, optimizer=None, learning_rate=None) for layer in self.model.layers]
-        model = self.model.model_copy(update={"layers": plain})
+        changes = {"layers": plain, "readout": "joint"} | ({"predict_from": None} if self.chooses_layers else {})
+        model = self.model.model_copy(update=changes)
         return self.model_copy(update={"model": model, "training": training, "negatives": negatives})
 
     def with_precision(self, precision: str) -> "Config":

@@ -186,15 +186,31 @@ class Model(Section):
     layer."""
     normalization: Literal["rms", "l2", "none"] = "rms"
     """Norm by which the input of each layer is divided, per sample: the root mean square, the L2 norm, or none."""
-    predict_from: Count | None = None
-    """First layer, counted from 1, that predicts. The goodness of this and all later layers is summed, and the readout
-    reads their activations. Default: 2, or 1 if there is only one layer."""
+    predict_from: Count | Literal["auto"] | None = None
+    """First layer, counted from 1, that predicts. The goodness or the class scores of the layers from this one to
+    `predict_to` are summed, and the readout reads their activations. Default: 2, or 1 if that is the last one. `auto`:
+    at the end of training, the consecutive layers with the least validation error by goodness or class scores are
+    chosen (the fewest, and then the last ones, if several have it); until then, and by the readout, the default is
+    used."""
+    predict_to: Count | None = None
+    """Last layer, counted from 1, that predicts. Default: the last layer."""
+    readout: Literal["joint", "per_layer", "none"] = "joint"
+    """Softmax readout of the predicting layers: `joint`: one for all of them; `per_layer`: one for each, trained with
+    the layer in its process, whose logits are summed; `none`: labels are predicted by goodness or class scores only."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> "Model":
-        if self.predict_from is not None and self.predict_from > len(self.layers):
+        if self.predict_from == "auto" and self.predict_to is not None:
             raise ValueError(
-                f"model.predict_from must be one of the {len(self.layers)} layers (predict_from: {self.predict_from})"
+                f"model.predict_from=auto chooses the last predicting layer as well (predict_to: {self.predict_to}); "
+                f"leave model.predict_to out"
+            )
+        first = self.predict_from if isinstance(self.predict_from, int) else 1
+        last = len(self.layers) if self.predict_to is None else self.predict_to
+        if not first <= last <= len(self.layers):
+            raise ValueError(
+                f"model.predict_from and model.predict_to must be layers, 1 to {len(self.layers)}, in this order "
+                f"(predict_from: {self.predict_from}, predict_to: {self.predict_to})"
             )
         if isinstance(self.threshold, list) and len(self.threshold) != len(self.layers):
             raise ValueError(

@@ -38,8 +38,9 @@ class ServedModel:
             params: Ignored; part of MLflow's interface.
 
         Returns:
-            `label` `[N]`, predicted by goodness, or by the readout if goodness cannot predict; `probability` `[N, C]`;
-            `goodness` `[N, C]` if it can predict; and `name` `[N]` if the classes have names.
+            `label` `[N]`, predicted by goodness, or by the readout if goodness cannot predict; `probability` `[N, C]`,
+            by the readout, or the softmax of `goodness` if there is none; `goodness` `[N, C]` if it can predict; and
+            `name` `[N]` if the classes have names.
 
         Raises:
             MlflowException: The samples have a wrong shape or invalid values.

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from ffdist.ff.specs import layer_entry
 from ffdist.storage.files import file_in, read_json
 
 WEIGHTS, ARCHITECTURE = "network.safetensors", "network.json"
+VALID_TYPES = {float: (int, float), NoneType: (int, tuple, NoneType)}
+"""Types that a value in the architecture file may have, by the type of its default, if it may have others."""
 
 
 class Names(NamedTuple):
@@ -90,6 +93,7 @@ def _parse_architecture(values: dict[str, Any]) -> Architecture:
             "encoder": parse_encoder(values["encoder"]),
             "layers": tuple(values["layers"]),
             "thresholds": tuple(values["thresholds"]),
+            "chosen_layers": tuple(values.get("chosen_layers") or ()) or None,
             "untrained": tuple(values.get("untrained", ())),
             "rule": Rule(**rule | {"update": Update(**rule["update"]), "may_import": False}),
             "readout_update": Update(**values["readout_update"]),
@@ -98,7 +102,7 @@ def _parse_architecture(values: dict[str, Any]) -> Architecture:
     for section in (architecture, architecture.rule):
         for field in fields(section):
             value, default = getattr(section, field.name), field.default
-            valid = (int, float) if isinstance(default, float) else type(default)
+            valid = VALID_TYPES.get(type(default), type(default))
             if default is not MISSING and not isinstance(value, valid):
                 raise ValueError(f"{field.name} must be of type {type(default).__name__} (given: {str(value)[:99]!r})")
     return architecture

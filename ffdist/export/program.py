@@ -46,13 +46,13 @@ class Classifier(nn.Module):
             samples: `[B, *shape]`, of the encoder's type; of images, uint8 `[B, channels, height, width]`.
 
         Returns:
-            Predicted labels `[B]`, int64; probabilities of the readout `[B, C]`; and, if goodness predicts, the
+            Predicted labels `[B]`, int64; probabilities `[B, C]`, see `Prediction`; and, if goodness predicts, the
             goodness of each label `[B, C]`, summed over the predicting layers.
         """
         prediction, architecture = self.network.predict_batch(samples.flatten(1)), self.network.architecture
         if not architecture.goodness_predicts:
             return prediction.label, prediction.probabilities
-        goodness = total_goodness(prediction.goodness, architecture.predict_from)
+        goodness = total_goodness(prediction.goodness, architecture.predicting_layers)
         return prediction.label, prediction.probabilities, goodness
 
 

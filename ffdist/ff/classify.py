@@ -7,14 +7,31 @@ import torch
 from torch import Tensor
 
 
-def total_goodness(goodness: Tensor, predict_from: int) -> Tensor:
+def total_goodness(goodness: Tensor, layers: range) -> Tensor:
     """Sums each layer's goodness for every label over the layers that predict: `[L, N, C] -> [N, C]`.
 
     Args:
         goodness: Goodness of all layers.
-        predict_from: First layer, counted from 1, that predicts. The label with the greatest total is predicted.
+        layers: Layers that predict, counted from 0. The label with the greatest total is predicted.
     """
-    return goodness[predict_from - 1 :].sum(0)
+    return goodness[layers.start : layers.stop].sum(0)
+
+
+def best_layers(goodness: Tensor, labels: Tensor) -> range:
+    """Returns the consecutive layers, counted from 0, whose summed goodness predicts labels with the least error.
+
+    Of those with equal errors, it chooses the fewest layers, and of these the last ones.
+
+    Args:
+        goodness: Goodness of all layers `[L, N, C]`.
+        labels: True labels `[N]`.
+    """
+
+    def order(layers: range) -> tuple[float, int, int]:
+        return error(total_goodness(goodness, layers).argmax(-1), labels), len(layers), -layers.start
+
+    stops = range(1, len(goodness) + 1)
+    return min((range(start, stop) for stop in stops for start in range(stop)), key=order)
 
 
 def error(predicted: Tensor, labels: Tensor) -> float:

@@ -21,12 +21,22 @@ from ffdist.ff.labels import neutral, one_hot
 from ffdist.ff.layers import MEASURED, Layer, Output
 from ffdist.ff.objectives import RELEASE, Objective, Rule, find_objective, num_parameters
 from ffdist.ff.optimizers import READOUT_UPDATE, Update, is_for_inference
-from ffdist.ff.readout import Readout
+from ffdist.ff.readout import READOUTS, LayerReadouts, Readout
 from ffdist.ff.specs import LayerSpec, Module, parse_layer
 
 MAX_ROWS, MAX_ACTIVATIONS = 4000, 2**25
 """Limits of the rows that pass through the layers at once when labels are predicted: their number, and the activations
 of a layer for them."""
+
+
+def layer_name(index: int) -> str:
+    """Returns the name of a layer, counted from 0, in states and metrics."""
+    return f"layer_{index + 1}"
+
+
+def readout_name(index: int) -> str:
+    """Returns the name of the readout of a layer, counted from 0, in states."""
+    return f"readout_{index + 1}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Architecture:
     layers: tuple[LayerSpec, ...]
     """Hidden layers, first layer first. A number is a dense layer with as many units."""
     predict_from: int = 2
-    """First layer, counted from 1, that predicts, by its goodness and as an input of the readout."""
+    """First layer, counted from 1, that predicts, by its goodness or class scores and as an input of the readout."""
     seed: int = 0
     """Key of the initial weights."""
     rule: Rule = RELEASE
@@ -52,6 +62,13 @@ class Architecture:
     """Type of the layers' matrix products, `float32` or `bfloat16`."""
     untrained: tuple[int, ...] = ()
     """Classes without training samples, whose labels are never tried."""
+    predict_to: int | None = None
+    """Last layer, counted from 1, that predicts; None for the last layer of the network."""
+    readout_kind: str = "joint"
+    """`joint`: one readout for all predicting layers; `per_layer`: one for each, whose logits are summed; `none`."""
+    chosen_layers: tuple[int, int] | None = None
+    """First and last layer, counted from 1, whose goodness or class scores predict, if they were chosen on validation
+    samples; None for those that the readout reads."""
 
     def __post_init__(self) -> None:
         """Converts numbers to dense layers, and checks that everything fits together.
@@ -78,9 +95,22 @@ class Architecture:
                 f"the objectives of all layers must need negatives, or none, and all or none must score classes "
                 f"(objectives: {names}); choose others for some layers"
             )
-        if not 1 <= self.predict_from <= len(self.layers):
+        if not 1 <= self.predict_from <= (self.predict_to or self.predict_from) <= len(self.layers):
             raise ValueError(
-                f"predict_from must be one of the layers, 1 to {len(self.layers)} (predict_from: {self.predict_from})"
+                f"predict_from and predict_to must be layers, 1 to {len(self.layers)}, in this order (predict_from: "
+                f"{self.predict_from}, predict_to: {self.predict_to})"
+            )
+        if not 0 <= self.predicting_layers.start < self.predicting_layers.stop <= len(self.layers):
+            raise ValueError(
+                f"chosen_layers must be the first and the last of some of the {len(self.layers)} layers "
+                f"(chosen_layers: {self.chosen_layers})"
+            )
+        if self.readout_kind not in READOUTS:
+            raise ValueError(f"readout must be one of {', '.join(READOUTS)} (readout: {self.readout_kind})")
+        if not (self.has_readout or self.goodness_predicts):
+            raise ValueError(
+                f"readout=none needs layers that predict the label (objective: {self.rule.objective}, label: "
+                f"{self.encoder.label}); show a label, choose an objective that scores classes, or keep the readout"
             )
         if not set(self.untrained) < set(range(self.classes)):
             raise ValueError(f"untrained must be some of the {self.classes} classes (untrained: {self.untrained})")
@@ -108,9 +138,43 @@ class Architecture:
         return self.encoder.labels_shown
 
     @property
+    def has_readout(self) -> bool:
+        """Whether there is a readout, of all predicting layers or of each of them."""
+        return self.readout_kind != "none"
+
+    @property
+    def has_neutral(self) -> bool:
+        """Whether minibatches have a pass with the neutral label, which only readouts need."""
+        return self.labels_shown and self.has_readout
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether stages need the labels of the training set: for objectives, or for readouts of layers."""
+        by_layer = zip(self.objectives, self.rules, strict=True)
+        return self.readout_kind == "per_layer" or any(kind.needs_labels or rule.terms for kind, rule in by_layer)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of the parts of a state, such as `layer_1`, with the names of their modules in `Network`."""
+        layers = {layer_name(index): f"layers.{index}" for index in range(len(self.layers))}
+        if self.readout_kind == "per_layer":
+            return layers | {readout_name(index): f"readout.{index}" for index in self.read_layers}
+        return layers | ({"readout": "readout"} if self.has_readout else {})
+
+    @property
     def goodness_predicts(self) -> bool:
         """Whether the layers predict: the label with the most goodness of all that are tried, or by class scores."""
         return self.learned_goodness and (self.labels_shown or self.scores_classes)
+
+    @property
+    def read_layers(self) -> range:
+        """Layers that the readout reads, counted from 0."""
+        return range(self.predict_from - 1, self.predict_to or len(self.layers))
+
+    @property
+    def predicting_layers(self) -> range:
+        """Layers whose goodness or class scores predict, counted from 0."""
+        return range(self.chosen_layers[0] - 1, self.chosen_layers[1]) if self.chosen_layers else self.read_layers
 
     @property
     def tried(self) -> list[int]:
@@ -141,13 +205,6 @@ class Architecture:
     def needs_negatives(self) -> bool:
         """Whether layers need negatives."""
         return self.objectives[0].needs_negatives
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether layers need the true labels."""
-        return any(
-            objective.needs_labels or rule.terms for objective, rule in zip(self.objectives, self.rules, strict=True)
-        )
 
     @property
     def custom_modules(self) -> list[str]:
@@ -195,7 +252,7 @@ class Architecture:
     @property
     def read_forms(self) -> list[tuple[Form, Form]]:
         """Form of the output of each layer that the readout reads, and of what it reads of it."""
-        pairs = [*self._layers_and_forms][self.predict_from - 1 :]
+        pairs = [*self._layers_and_forms][self.read_layers.start : self.read_layers.stop]
         most = self.rule.pooled_features
         return [(layer.output_form(form), layer.read_form(form, most)) for layer, form in pairs]
 
@@ -216,15 +273,23 @@ class Architecture:
 
     @property
     def state_bytes(self) -> tuple[int, ...]:
-        """Bytes of the state of each layer, and then of the readout: parameters, optimizer state and statistics."""
-        readout = self.readout_update.num_values(self.classes * (1 + self.num_features))
+        """Bytes of the state of each layer, and then of a joint readout: parameters, optimizer state and statistics.
+
+        The state of a readout of its own is part of that of a layer.
+        """
         values = [
             rule.update.num_values(count) + output.size + layer.num_buffers(form)
             for rule, count, output, (layer, form) in zip(
                 self.rules, self.num_parameters, self.activation_forms, self._layers_and_forms, strict=True
             )
         ]
-        return tuple(torch.float32.itemsize * each for each in (*values, readout))
+        values.append(0)
+        for index, (_, form) in zip(self.read_layers, self.read_forms, strict=True):
+            if self.readout_kind == "per_layer":
+                values[index] += self.readout_update.num_values(self.classes * (1 + form.size))
+        if self.readout_kind == "joint":
+            values[-1] = self.readout_update.num_values(self.classes * (1 + self.num_features))
+        return tuple(torch.float32.itemsize * each for each in values)
 
     @property
     def copy_bytes(self) -> tuple[int, ...]:
@@ -259,14 +324,15 @@ class Architecture:
 
     def pool_read(self, index: int, rows: Tensor) -> Tensor:
         """Returns what the readout reads of the output of a layer, counted from 0, `[..., H] -> [..., F]`."""
-        form, to = self.read_forms[index + 1 - self.predict_from]
+        form, to = self.read_forms[index - self.read_layers.start]
         return rows if form.shape == to.shape else form.pool(rows, to)
 
-    def readout(self) -> Readout:
-        """Builds the readout, whose initial parameters are 0."""
-        is_pooled = any(form.shape != to.shape for form, to in self.read_forms)
-        forms = self.read_forms if is_pooled else ()
-        return Readout(self.num_features, self.classes, update=self.readout_update, forms=forms)
+    def readout(self, layer: int | None = None) -> Readout:
+        """Builds a readout, whose initial parameters are 0, of a layer, counted from 0, or of all read layers."""
+        forms = self.read_forms if layer is None else [self.read_forms[layer - self.read_layers.start]]
+        is_pooled = any(form.shape != to.shape for form, to in forms)
+        num_features = sum(to.size for _, to in forms)
+        return Readout(num_features, self.classes, update=self.readout_update, forms=forms if is_pooled else ())
 
     def rows(self, samples: Tensor, claims: Tensor | None) -> Tensor:
         """Turns samples and label values into input rows.
@@ -307,7 +373,8 @@ class Prediction(NamedTuple):
     """The predictions of a network for samples."""
 
     probabilities: Tensor
-    """Probabilities of the readout, from one pass with the neutral label, or without one `[B, C]`."""
+    """Probabilities of the readout, from one pass with the neutral label, or without one `[B, C]`. Without a readout,
+    the softmax of the summed goodness or class scores."""
     goodness: Tensor
     """Goodness or class scores of each layer for every label `[L, B, C]`, -inf for labels that are not tried;
     `[L, B, 0]` if the layers do not predict."""
@@ -328,7 +395,13 @@ class Network(nn.Module):
         self.architecture, indices = architecture, range(len(architecture.layers))
         self.layers = nn.ModuleList(architecture.layer(index, trainable=trainable) for index in indices)
         with torch.device("cpu" if trainable else "meta"):
-            self.readout = architecture.readout()
+            self.readout = self._build_readout()
+
+    def _build_readout(self) -> Readout | LayerReadouts | None:
+        architecture = self.architecture
+        if architecture.readout_kind == "per_layer":
+            return LayerReadouts({str(index): architecture.readout(index) for index in architecture.read_layers})
+        return architecture.readout() if architecture.has_readout else None
 
     @classmethod
     def for_inference(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> "Network":
@@ -347,7 +420,7 @@ class Network(nn.Module):
         network = cls(architecture, trainable=False)
         names = [name for name in network.state_dict() if is_for_inference(name)]
         network.load_state_dict({name: tensors[name] for name in names}, strict=False, assign=True)
-        for learner in (*network.layers, network.readout):
+        for learner in map(network.get_submodule, architecture.parts.values()):
             learner.optimizer = learner.statistics = nn.Module()
         return network.requires_grad_(False).eval()
 
@@ -359,8 +432,11 @@ class Network(nn.Module):
             noise: Result of `Layer.draw` of each layer, or None, if they are a minibatch that is trained on by
                 backpropagation.
         """
-        outputs = [*self._outputs(rows, noise)]
-        return [output.activations for output in outputs[self.architecture.predict_from - 1 :]]
+        return self._read(list(self._outputs(rows, noise)))
+
+    def _read(self, outputs: Sequence[Output]) -> list[Tensor]:
+        """Returns the readout's inputs from the output of each layer."""
+        return [outputs[index].activations for index in self.architecture.read_layers]
 
     def goodness(self, rows: Tensor) -> Tensor:
         """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`, or its class scores, `[L, ..., C]`."""
@@ -375,9 +451,34 @@ class Network(nn.Module):
             yield output
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Returns the readout's logits `[B, C]` for samples `[B, D]`, from one pass without a claim."""
-        logits: Tensor = self.readout(self.read(self.architecture.neutral_rows(samples)))
+        """Returns the readout's logits `[B, C]` for samples `[B, D]`, from one pass without a claim.
+
+        Without a readout, it returns the goodness or class scores, summed over the predicting layers.
+        """
+        if self.readout is None:
+            return total_goodness(self._goodness_of_labels(samples), self.architecture.predicting_layers)
+        return self.read_out(self.read(self.architecture.neutral_rows(samples)))
+
+    def read_out(self, activations: list[Tensor]) -> Tensor:
+        """Returns the readout's logits `[B, C]` from its inputs, as `read` returns them."""
+        assert self.readout is not None, "there is no readout"
+        logits: Tensor = self.readout(activations)
         return logits
+
+    def _goodness_of_labels(self, samples: Tensor, outputs: Sequence[Output] = ()) -> Tensor:
+        """Returns the goodness or class scores of each layer for every label `[L, B, C]`; `[L, B, 0]` if there is none.
+
+        Args:
+            samples: `[B, D]`.
+            outputs: Output of each layer for rows without a claim, if it is known.
+        """
+        architecture = self.architecture
+        if not architecture.goodness_predicts:
+            return samples.new_empty(len(self.layers), samples.shape[0], 0, dtype=torch.float32)
+        if not architecture.scores_classes:
+            return architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
+        outputs = outputs or [*self._outputs(architecture.neutral_rows(samples))]
+        return architecture.by_class(torch.stack([output.scores for output in outputs]))
 
     def predict(self, samples: Tensor, track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Prediction:
         """Predicts labels in both ways: one pass for the readout, and one pass per label for goodness.
@@ -393,14 +494,9 @@ class Network(nn.Module):
     def predict_batch(self, samples: Tensor) -> Prediction:
         """Predicts the labels of samples `[B, D]` in one batch."""
         architecture = self.architecture
-        outputs = list(self._outputs(architecture.neutral_rows(samples)))
-        read = [output.activations for output in outputs[architecture.predict_from - 1 :]]
-        probabilities = self.readout(read).softmax(-1)
-        if not architecture.goodness_predicts:
-            no_goodness = probabilities.new_empty(len(self.layers), samples.shape[0], 0)
-            return Prediction(probabilities, no_goodness, probabilities.argmax(-1))
-        if architecture.scores_classes:
-            by_layer = architecture.by_class(torch.stack([output.scores for output in outputs]))
-        else:
-            by_layer = architecture.by_class(self.goodness(architecture.claiming_rows(samples)))
-        return Prediction(probabilities, by_layer, total_goodness(by_layer, architecture.predict_from).argmax(-1))
+        outputs = [*self._outputs(architecture.neutral_rows(samples))] if architecture.has_readout else []
+        by_layer = self._goodness_of_labels(samples, outputs)
+        total = total_goodness(by_layer, architecture.predicting_layers)
+        probabilities = (self.read_out(self._read(outputs)) if architecture.has_readout else total).softmax(-1)
+        predicting = total if architecture.goodness_predicts else probabilities
+        return Prediction(probabilities, by_layer, predicting.argmax(-1))

@@ -17,7 +17,7 @@ BETA2, EPSILON = 0.999, 1e-8
 BLOCK_VALUES = 2**19
 """Number of values in a block of a parameter; an update processes one block after the other."""
 
-TRAINING_STATE = re.compile(r"(layers\.\d+\.|readout\.)?(optimizer|statistics)\.")
+TRAINING_STATE = re.compile(r"(layers\.\d+\.|readout\.(\d+\.)?)?(optimizer|statistics)\.")
 """Names of the tensors that only training needs, in the state of a `Learner` or of a network."""
 Slots = dict[str, Tensor]
 """The state of an optimizer for a parameter, by slot; changed in place."""

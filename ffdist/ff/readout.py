@@ -1,9 +1,10 @@
-"""The readout: a softmax classifier on the normalized activations of the hidden layers, trained at the same time.
+"""Readouts: softmax classifiers on the normalized activations of the hidden layers, trained at the same time.
 
 Shapes: `B` samples of a minibatch, `H` units of a layer, `C` classes.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ffdist.ff.forms import Form
 from ffdist.ff.optimizers import READOUT_UPDATE, Learner, Update
 
+READOUTS = ("joint", "per_layer", "none")
+"""Kinds of readouts: one for all read layers, one for each of them, and none."""
 GRADIENT_TOLERANCE = 1e-5
 """Largest entry of the gradient of the cross-entropy, in nats, at which `fit` ends."""
 
@@ -69,7 +72,7 @@ class Readout(Learner):
         """
         rows = self.rows(activations)
         logits = F.linear(rows, self.weight, self.bias)
-        metrics = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))
+        metrics = loss_and_error(logits, labels)
         direction = (F.one_hot(labels, len(self.bias)) - logits.softmax(1)) / len(rows)
         self.ascend({"weight": direction.t() @ rows, "bias": direction.sum(0)}, lr_scale=lr_scale)
         return logits, metrics
@@ -110,3 +113,26 @@ class Readout(Learner):
         largest = max(parameter.grad.abs().max().item() for parameter in parameters if parameter.grad is not None)
         self.weight.grad = self.bias.grad = None
         return largest
+
+
+class LayerReadouts(nn.ModuleDict):
+    """A readout for each read layer, by the number of the layer, counted from 0. Their logits are summed."""
+
+    def forward(self, activations: list[Tensor]) -> Tensor:
+        """Returns logits `[..., C]` from the normalized activations `[..., H]` of each read layer, in order."""
+        return sum_logits([readout([part]) for readout, part in zip(self.values(), activations, strict=True)])
+
+
+def sum_logits(logits: Sequence[Tensor]) -> Tensor:
+    """Sums the logits of layers `[..., C]`, one after the other, so that the result does not depend on stages."""
+    return reduce(torch.add, logits)
+
+
+def loss_and_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross-entropy in nats and the error in [0, 1] `[2]`, float32.
+
+    Args:
+        logits: `[B, C]`.
+        labels: True labels `[B]`, int64.
+    """
+    return torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()))

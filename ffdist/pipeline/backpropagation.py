@@ -16,7 +16,7 @@ from ffdist.pipeline.hardware import read_hardware
 from ffdist.pipeline.runner import Evaluated, Event, SnapshotTaken, Trained
 from ffdist.pipeline.schedule import Command, Evaluate, Train
 from ffdist.pipeline.source import Source
-from ffdist.pipeline.stage import Report, State, layer_name, state_of
+from ffdist.pipeline.stage import Report, State, state_of
 
 
 class Backpropagation:
@@ -36,8 +36,8 @@ class Backpropagation:
     def __init__(self, blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor, writer: Any) -> None:
         self.blueprint, architecture = blueprint, blueprint.architecture
         network = self._network = Network(architecture).to(blueprint.device)
-        layers = {layer_name(index): layer for index, layer in enumerate(network.layers)}
-        self._learners: dict[str, Any] = layers | {"readout": network.readout}
+        parts = architecture.parts
+        self._learners: dict[str, Any] = {name: network.get_submodule(module) for name, module in parts.items()}
         self._device = blueprint.device
         self.hardware = {"network": read_hardware(blueprint.device)}
         self._refresh()
@@ -58,7 +58,7 @@ class Backpropagation:
                 samples = self._samples[command.split][command.first : command.first + command.num_samples]
                 no_goodness = torch.empty(len(self._network.layers), len(samples), 0)
                 rows = self._network.architecture.neutral_rows(samples).to(self._device)
-                predicted = self._network.readout(self._network.read(rows)).argmax(-1).cpu()
+                predicted = self._network.read_out(self._network.read(rows)).argmax(-1).cpu()
                 yield Evaluated(command, [no_goodness], predicted)
             else:
                 state = {name: state_of(learner) for name, learner in self._learners.items()}
@@ -84,7 +84,7 @@ class Backpropagation:
         noise = [self._draw(index, layer, len(rows), step) for index, layer in enumerate(self._network.layers)]
         self._network.requires_grad_().train()
         self._refresh()
-        logits = self._network.readout(self._network.read(rows, noise))
+        logits = self._network.read_out(self._network.read(rows, noise))
         self._network.eval()
         loss = F.cross_entropy(logits, labels)
         named = [dict(learner.named_parameters()) for learner in self._learners.values()]

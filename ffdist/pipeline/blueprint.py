@@ -29,6 +29,7 @@ class Actors(NamedTuple):
     negatives: list[Any]
     stages: list[Any]
     readout: Any
+    """None if the network has no readout."""
     writer: Any
     """Has `write(snapshot, *states)`."""
 
@@ -72,7 +73,7 @@ class Blueprint(NamedTuple):
         limits = (
             most or wanted,
             delay // busy if delay else wanted,
-            MAX_CHUNK_BYTES // max(self.bytes_out(layers) for layers in self.stage_layers),
+            MAX_CHUNK_BYTES // max(1, *(self.bytes_out(layers) for layers in self.stage_layers)),
         )
         size = max(1, min(wanted, *limits)) if chunk_size == "auto" else chunk_size
         size, window = min(size, self.order.num_minibatches), busy if max_in_flight == "auto" else max_in_flight
@@ -83,28 +84,31 @@ class Blueprint(NamedTuple):
         """Returns the bytes of a minibatch that a stage sends to the next stage and to the readout."""
         architecture, last = self.architecture, layers[-1]
         is_last = last + 1 == len(architecture.layers)
-        rows = self.negatives.per_sample + architecture.labels_shown
-        values = 0 if is_last else rows * architecture.widths[1 + last]
+        values = 0 if is_last else self._signal_passes * architecture.widths[1 + last]
         values += sum(self._read_values(layer, layers) for layer in layers)
         return values * self.order.batch_size * architecture.compute_dtype.itemsize
+
+    @property
+    def _signal_passes(self) -> int:
+        """Number of passes in the signal of a minibatch. The pass for a joint readout is sent separately."""
+        architecture = self.architecture
+        return self.negatives.per_sample + architecture.has_neutral + (architecture.readout_kind != "joint")
 
     def _read_values(self, layer: int, layers: Sequence[int]) -> int:
         """Returns the number of values in a row of the readout pass that a stage sends after a layer.
 
-        Pooled ones are float32, which may be two values of the compute type.
+        Pooled ones and logits are float32, which may be two values of the compute type.
         """
-        if not self._is_read(layer, layers):
-            return 0
-        architecture, is_sent_on = self.architecture, layer == layers[-1] and layer + 1 < len(self.architecture.layers)
-        if is_sent_on:
+        architecture = self.architecture
+        is_sent_on = layer == layers[-1] and layer + 1 < len(architecture.layers)
+        if is_sent_on and architecture.readout_kind == "joint":
             return architecture.widths[1 + layer]
-        form, to = architecture.read_forms[layer + 1 - architecture.predict_from]
+        if layer not in architecture.read_layers or not architecture.has_readout:
+            return 0
+        if architecture.readout_kind == "per_layer":
+            return 4 // architecture.compute_dtype.itemsize * architecture.classes
+        form, to = architecture.read_forms[layer - architecture.read_layers.start]
         return form.size if form.shape == to.shape else 4 // architecture.compute_dtype.itemsize * to.size
-
-    def _is_read(self, layer: int, layers: Sequence[int]) -> bool:
-        """Returns whether a stage sends the rows of the readout pass after this layer."""
-        is_sent_on = layer == layers[-1] and layer + 1 < len(self.architecture.layers)
-        return is_sent_on or layer + 1 >= self.architecture.predict_from
 
     @property
     def bytes_in_flight(self) -> int:
@@ -112,7 +116,7 @@ class Blueprint(NamedTuple):
         architecture, order, negatives = self.architecture, self.order, self.negatives
         chunk, block = order.batch_size * self.chunk_size, evaluation_block(architecture)
         num_tried = len(architecture.tried) if architecture.labels_shown else 0
-        signals = chunk * (negatives.per_sample + architecture.labels_shown), block * num_tried
+        signals = chunk * self._signal_passes, block * (num_tried + (architecture.readout_kind != "joint"))
         read_values = sum(self._read_values(layer, layers) for layers in self.stage_layers for layer in layers)
         widest = max((architecture.widths[1 + layers[-1]] for layers in self.stage_layers[:-1]), default=0)
         # The readout's rows wait for the last layer; at most two copies of the signal exist.
@@ -139,12 +143,13 @@ class Blueprint(NamedTuple):
         architecture, order, negatives = self.architecture, self.order, self.negatives
         source = (negatives, samples, labels)
         needed_labels = labels if architecture.needs_labels else None
+        readout = (ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay), self.device)
         return Actors(
             stages=[
                 make(Stage, architecture, layers, order, self.measure_every, self.device, needed_labels, *first)
                 for layers, first in zip(self.stage_layers, chain([source], repeat(())), strict=False)
             ],
-            readout=make(ReadoutStage, architecture, labels, order, bool(negatives.prediction_delay), self.device),
+            readout=make(*readout) if architecture.has_readout else None,
             negatives=[
                 make(NegativeSource, negatives, samples, labels, architecture, order)
                 for _ in range(negatives.num_actors)

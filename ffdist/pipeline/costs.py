@@ -31,6 +31,7 @@ class Costs(NamedTuple):
     layers: list[float]
     """Of each layer; the first includes making the input rows."""
     readout: float
+    """Of the readout's actor; 0 without one."""
     negatives: float
     device: str
     """Device of layers and readout."""
@@ -87,11 +88,12 @@ def measure_costs(sample: Sample, threads: int) -> Costs:
     layers = list[float | None]()
     with torch_threads(threads):
         for index, layer in enumerate(architecture.layers):
-            shape = str((architecture.forms[index], repr(layer), index == 0))
+            is_read = architecture.readout_kind == "per_layer" and index in architecture.read_layers
+            shape = str((architecture.forms[index], repr(layer), index == 0, is_read))
             if shape not in of_shape and (not index or time.thread_time() < deadline):
                 of_shape[shape] = _layer_s(sample, index)
             layers.append(of_shape.get(shape))
-        readout = _readout_s(sample)
+        readout = _readout_s(sample) if architecture.has_readout else 0.0
         if blueprint.device != "cpu":
             torch.cuda.empty_cache()
     known = [index for index, cost in enumerate(layers) if cost is not None]
@@ -110,9 +112,10 @@ def _layer_s(sample: Sample, index: int) -> float:
         data = blueprint.negatives, {"train": sample.samples}, sample.labels
         message: tuple[Any, ...] = (Shard(0, sample.negatives, 0.0, 0.0),)
     else:
-        width, passes = architecture.widths[index], blueprint.negatives.per_sample + architecture.labels_shown
-        signal, read = (_values(blueprint, *passes, order.batch_size, width) for passes in ((passes,), ()))
-        message = signal, read
+        width, passes = architecture.widths[index], blueprint.negatives.per_sample + architecture.has_neutral
+        is_joint = architecture.readout_kind == "joint"
+        shapes = ((passes,), ()) if is_joint else ((passes + 1,),)
+        message = tuple(_values(blueprint, *shape, order.batch_size, width) for shape in shapes)
     labels = sample.labels if architecture.needs_labels else None
     stage = Stage(architecture, range(index, index + 1), order, blueprint.measure_every, device, labels, *data)
     return _minibatch_s(lambda chunk: stage.train(chunk, *message)[0], blueprint)
@@ -123,7 +126,10 @@ def _readout_s(sample: Sample) -> float:
     architecture, order = blueprint.architecture, blueprint.order
     draws = bool(blueprint.negatives.prediction_delay)
     readout = ReadoutStage(architecture, labels, order, draws, blueprint.device)
-    widths = architecture.widths[architecture.predict_from :]
+    is_joint = architecture.readout_kind == "joint"
+    widths = [
+        architecture.widths[1 + layer] if is_joint else architecture.classes for layer in architecture.read_layers
+    ]
     read = [_values(blueprint, order.batch_size, width) for width in widths]
     return _minibatch_s(lambda chunk: readout.train(chunk, *read)[0], blueprint)
 
@@ -181,7 +187,8 @@ def predicted_samples_per_s(costs: Costs, blueprint: Blueprint, *, processors: i
     transfer_s = [BYTE_S * blueprint.bytes_out(layers) for layers in stages]
     slowest_s = max(slowest_stage_s(costs, [layers]) + out_s for layers, out_s in zip(stages, transfer_s, strict=True))
     if costs.device == "cpu":
-        shared_s = trained_s + costs.negatives + call_s * (len(stages) + 2) + sum(transfer_s)
+        num_calls = len(stages) + 1 + blueprint.architecture.has_readout
+        shared_s = trained_s + costs.negatives + call_s * num_calls + sum(transfer_s)
         return batch / max(slowest_s, shared_s / processors)
     # Serialization and negatives run on CPUs while the GPUs compute.
     negatives_s = costs.negatives / max(1, blueprint.negatives.num_actors)

@@ -17,8 +17,8 @@ class Evaluation(NamedTuple):
 
     goodness_error: float | None
     """Every label tried; the one with the most goodness over the predicting layers wins. None where none is."""
-    readout_error: float
-    """One pass with the neutral label, or without any."""
+    readout_error: float | None
+    """One pass with the neutral label, or without any. None without a readout."""
     layer_errors: list[float] | None
     """Error by the goodness of each layer alone; None if no label is tried."""
     confusion: Tensor
@@ -29,7 +29,9 @@ class Evaluation(NamedTuple):
     @property
     def chief_error(self) -> float:
         """The error by goodness, else by the readout."""
-        return self.readout_error if self.goodness_error is None else self.goodness_error
+        error = self.readout_error if self.goodness_error is None else self.goodness_error
+        assert error is not None, "without a readout, layers predict"
+        return error
 
     @property
     def class_errors(self) -> list[float | None]:
@@ -52,10 +54,10 @@ class Evaluation(NamedTuple):
         return format_errors(self.goodness_error, self.readout_error)
 
 
-def format_errors(goodness_error: float | None, readout_error: float) -> str:
-    """Returns the errors as text; the goodness error is left out if it is None."""
-    by_goodness = "" if goodness_error is None else f"{goodness_error:.2%} by goodness, "
-    return f"{by_goodness}{readout_error:.2%} by readout"
+def format_errors(goodness_error: float | None, readout_error: float | None) -> str:
+    """Returns the errors as text; one that is None is left out."""
+    errors = {"goodness": goodness_error, "readout": readout_error}
+    return ", ".join(f"{error:.2%} by {name}" for name, error in errors.items() if error is not None)
 
 
 def format_class_errors(errors: Sequence[float | None], names: Sequence[str]) -> str:
@@ -71,19 +73,20 @@ def format_class_errors(errors: Sequence[float | None], names: Sequence[str]) ->
     return f"; worst classes: {', '.join(texts)}" if texts else ""
 
 
-def evaluate(goodness: Tensor, readout_labels: Tensor, labels: Tensor, architecture: Architecture) -> Evaluation:
+def evaluate(goodness: Tensor, readout_labels: Tensor | None, labels: Tensor, architecture: Architecture) -> Evaluation:
     """Computes the errors of a network on a split.
 
     Args:
         goodness: Of each layer for every label `[L, N, C]`; `[L, N, 0]` if no label was tried.
-        readout_labels: Labels predicted by the readout `[N]`.
+        readout_labels: Labels predicted by the readout `[N]`; None without one.
         labels: True labels `[N]`.
         architecture: Architecture of the network.
     """
-    readout_error, classes = error(readout_labels, labels), architecture.classes
+    readout_error, classes = None if readout_labels is None else error(readout_labels, labels), architecture.classes
     if not goodness.shape[-1]:
+        assert readout_labels is not None, "without a readout, layers predict"
         return Evaluation(None, readout_error, None, confusion_matrix(readout_labels, labels, classes), goodness)
-    goodness_labels = total_goodness(goodness, architecture.predict_from).argmax(-1)
+    goodness_labels = total_goodness(goodness, architecture.predicting_layers).argmax(-1)
     return Evaluation(
         goodness_error=error(goodness_labels, labels),
         readout_error=readout_error,

@@ -46,21 +46,21 @@ def read_hardware(device: str) -> Hardware:
 
 
 def hardware_of_actors(
-    stage_layers: Sequence[range], stages: Sequence[Hardware], readout: Hardware, negatives: Sequence[Hardware]
+    stage_layers: Sequence[range], stages: Sequence[Hardware], readout: Hardware | None, negatives: Sequence[Hardware]
 ) -> dict[str, Hardware]:
     """Returns the hardware of a run by layer, readout and negative actor, for any number of stages.
 
     Args:
         stage_layers: Layers of each stage, counted from 0.
         stages: Hardware of each stage.
-        readout: Hardware of the readout.
+        readout: Hardware of the readout; None if there is none.
         negatives: Hardware of each negative actor.
     """
     layers = {
         f"layer {1 + index}": stage for indices, stage in zip(stage_layers, stages, strict=True) for index in indices
     }
     actors = {f"negative actor {number}": actor for number, actor in enumerate(negatives, 1)}
-    return layers | {"readout": readout} | actors
+    return layers | ({"readout": readout} if readout else {}) | actors
 
 
 def _cublas() -> str:

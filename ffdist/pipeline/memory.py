@@ -23,7 +23,7 @@ def driver_bytes(architecture: Architecture) -> int:
     state = architecture.state_bytes
     # The precision may not be resolved yet, and bfloat16 needs a copy of the weights.
     copies = max(sum(each.copy_bytes) for each in (architecture, replace(architecture, precision="bfloat16")))
-    readout = architecture.classes * architecture.num_features
+    readout = architecture.classes * architecture.num_features * architecture.has_readout
     weights = FLOAT32_BYTES * (sum(architecture.num_parameters) + readout)
     resuming = sum(state) + weights + copies  # largest if another run's weights are loaded
     ending = 3 * weights + 2 * copies
@@ -46,7 +46,7 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
     # A gradient, or the random initial weights while a layer is built.
     gradient = max(FLOAT32_BYTES * architecture.num_parameters[layer] + copies[layer] for layer in layers)
     evaluated = min(EVALUATION_ROWS, architecture.max_rows)
-    rows = max(order.batch_size * (1 + negatives.per_sample + architecture.labels_shown), evaluated)
+    rows = max(order.batch_size * (1 + negatives.per_sample + architecture.has_neutral), evaluated)
     values = [
         (spec.working_values + TERM_VALUES * len(rule.terms)) * max(form.width, activations.width)
         for spec, form, activations, rule in zip(
@@ -58,7 +58,16 @@ def stage_bytes(blueprint: Blueprint, layers: range) -> int:
     # In the first stage, each sample and its negative, before and after the augmentation.
     encoder, num_samples = architecture.encoder, 0 if layers.start else 4 * blueprint.chunk_size * order.batch_size
     source = num_samples * (encoder.sample_bytes + encoder.augmentation_bytes)
-    return state_and_copies + gradient + activations + outputs + source
+    readouts = readout_bytes(blueprint, layers) if architecture.readout_kind == "per_layer" else 0
+    return state_and_copies + gradient + activations + outputs + source + readouts
+
+
+def readout_bytes(blueprint: Blueprint, layers: range) -> int:
+    """Returns the memory for training readouts of some layers, without their state."""
+    architecture = blueprint.architecture
+    forms = zip(architecture.read_layers, architecture.read_forms, strict=True)
+    features = sum(form.size for index, (_, form) in forms if index in layers)
+    return 3 * FLOAT32_BYTES * features * max(blueprint.order.batch_size, architecture.classes)
 
 
 def machine_bytes(blueprint: Blueprint, *, stored: int | None) -> int:
@@ -69,11 +78,15 @@ def machine_bytes(blueprint: Blueprint, *, stored: int | None) -> int:
         stored: Bytes in the object store; None for a serial run.
     """
     architecture = blueprint.architecture
-    state, features = architecture.state_bytes, architecture.num_features
+    state = architecture.state_bytes
     stages = sum(stage_bytes(blueprint, layers) for layers in blueprint.stage_layers)
-    readout = state[-1] + 3 * FLOAT32_BYTES * features * max(blueprint.order.batch_size, architecture.classes)
+    readout = state[-1] + readout_bytes(blueprint, architecture.read_layers) * (architecture.readout_kind == "joint")
     writer = max(state)  # it serializes one file at a time
     resumed = sum(state)
     needed = max(stages + readout + writer + resumed + (stored or 0), driver_bytes(architecture))
-    actors = 0 if stored is None else len(blueprint.stage_layers) + blueprint.negatives.num_actors + 2
+    actors = (
+        0
+        if stored is None
+        else len(blueprint.stage_layers) + blueprint.negatives.num_actors + 1 + architecture.has_readout
+    )
     return needed + actors * PROCESS_BYTES

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ffdist.ff.network import layer_name, readout_name
 from ffdist.pipeline.blueprint import Actors, Blueprint
 from ffdist.pipeline.hardware import Hardware, hardware_of_actors, read_hardware
 from ffdist.pipeline.schedule import Command, Evaluate, Snapshot, Train
-from ffdist.pipeline.stage import Report, State, layer_name
+from ffdist.pipeline.stage import Report, State
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 """Parameters of glibc's mallopt: when memory is given back, how much is requested at once, and use of mmap."""
@@ -49,7 +50,13 @@ class Trained(NamedTuple):
 
     chunk: Train
     stages: list[Report]
-    readout: Report
+    readout: Report | None
+    """None without a readout."""
+
+    @property
+    def readout_metrics(self) -> Tensor:
+        """Loss and error of the readout `[K, 2]`; `[K, 0]` without one."""
+        return self.readout.metrics if self.readout else torch.empty(self.chunk.num_minibatches, 0)
 
 
 class Evaluated(NamedTuple):
@@ -58,8 +65,8 @@ class Evaluated(NamedTuple):
     block: Evaluate
     goodness: list[Tensor]
     """Of each stage `[layers, n, C]`."""
-    predicted: Tensor
-    """Labels predicted by the readout `[n]`."""
+    predicted: Tensor | None
+    """Labels predicted by the readout `[n]`; None without one."""
 
 
 class SnapshotTaken(NamedTuple):
@@ -111,16 +118,18 @@ class Runner:
     ) -> None:
         self.blueprint, self._actors, self._call, self._collect = blueprint, actors, call, collect
         self.hardware = hardware or {}
-        self._makers = cycle(actors.negatives)
+        self._makers, self._readouts = cycle(actors.negatives), [actors.readout] if actors.readout else []
         self._shards: dict[tuple[int, int], Any] = {}  # by epoch and number; requested and not used yet
         self._drawn: deque[tuple[int, Any]] = deque()  # by first minibatch; not delivered yet
         self._in_flight: deque[tuple[Command, list[Any]]] = deque()
 
     def restore(self, state: State) -> None:
         """Restores the state of a snapshot; the number of stages may differ."""
-        results = [self._call(self._actors.readout, "restore", {"readout": state["readout"]})]
+        own_state = {name: state[name] for name in ("readout",) if name in state}
+        results = [self._call(actor, "restore", own_state) for actor in self._readouts]
         for stage, layers in zip(self._actors.stages, self.blueprint.stage_layers, strict=True):
-            names = [layer_name(index) for index in layers] + ["negatives"] * (0 in layers)
+            names = [name(index) for name in (layer_name, readout_name) for index in layers]
+            names += ["negatives"] * (0 in layers)
             results.append(self._call(stage, "restore", {name: state[name] for name in names if name in state}))
         self._collect(results)
 
@@ -174,17 +183,19 @@ class Runner:
     def _submit(self, command: Command) -> list[Any]:
         """Submits the calls of a command and returns what its results are collected from."""
         if isinstance(command, Snapshot):
-            states = [self._call(actor, "state") for actor in (*self._actors.stages, self._actors.readout)]
+            states = [self._call(actor, "state") for actor in (*self._actors.stages, *self._readouts)]
             return [self._call(self._actors.writer, "write", command, *states, *(drawn for _, drawn in self._drawn))]
         message = self._inputs(command) if isinstance(command, Train) else []
         method = "train" if isinstance(command, Train) else "evaluate"
-        results, read = [], []
+        results, read, architecture = [], [], self.blueprint.architecture
         for stage, layers in zip(self._actors.stages, self.blueprint.stage_layers, strict=True):
             report, signal, *passed = self._call(stage, method, command, *message, returns=2 + len(layers))
             results.append(report)
             read += passed
-            message = [signal, passed[-1]]
-        read = read[self.blueprint.architecture.predict_from - 1 :]
+            message = [signal, passed[-1]] if architecture.readout_kind == "joint" else [signal]
+        read = read[architecture.read_layers.start : architecture.read_layers.stop]
+        if not self._readouts:
+            return results
         if isinstance(command, Evaluate):
             return [*results, self._call(self._actors.readout, method, *read)]
         report, drawn = self._call(self._actors.readout, method, command, *read, returns=2)
@@ -202,7 +213,8 @@ class Runner:
 
             return SnapshotTaken(command, written)
         # Negative actors depend on no other actor, so the others wait for what they have not returned.
-        *stages, readout = self._collect(results, True, list(self._shards.values()))
+        collected = self._collect(results, True, list(self._shards.values()))
+        stages, (readout,) = collected[: len(self._actors.stages)], collected[len(self._actors.stages) :] or [None]
         if isinstance(command, Evaluate):
             return Evaluated(command, stages, readout)
         return Trained(command, stages, readout)
@@ -231,7 +243,10 @@ def serial_runner(blueprint: Blueprint, samples: dict[str, Tensor], labels: Tens
     actors = blueprint.assemble(lambda cls, *args: cls(*args), samples, labels, writer)
     device, cpu = read_hardware(blueprint.device), read_hardware("cpu")
     hardware = hardware_of_actors(
-        blueprint.stage_layers, [device] * len(actors.stages), device, [cpu] * len(actors.negatives)
+        blueprint.stage_layers,
+        [device] * len(actors.stages),
+        device if actors.readout else None,
+        [cpu] * len(actors.negatives),
     )
     return Runner(blueprint, actors, call=call_directly, collect=collect_directly, hardware=hardware)
 

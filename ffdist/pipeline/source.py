@@ -248,8 +248,8 @@ class Source:
         """Makes the rows of a minibatch from the output of `train`.
 
         Returns:
-            The positive pass, the M negative passes and, if labels are shown, the neutral pass `[P, B, D']`. If no
-            labels are shown, the readout uses the positive pass.
+            The positive pass, the M negative passes and, if labels are shown and there is a readout, the neutral pass
+            `[P, B, D']`. If no labels are shown, the readout uses the positive pass.
         """
         architecture, (samples, *rest) = self._architecture, parts
         if not architecture.labels_shown:
@@ -259,7 +259,7 @@ class Source:
         negatives = (others or [samples]) * (len(labels) - 1)
         claims = one_hot(labels, architecture.classes)
         rows = architecture.rows(torch.stack((samples, *negatives)), claims)
-        return torch.cat((rows, architecture.neutral_rows(samples).unsqueeze(0)))
+        return torch.cat((rows, architecture.neutral_rows(samples).unsqueeze(0))) if architecture.has_neutral else rows
 
     def read(self, chunk: Train) -> Tensor:
         """Returns only the rows of the readout pass of a chunk `[K, B, D']`."""

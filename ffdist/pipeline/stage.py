@@ -16,13 +16,14 @@ from ffdist.data.order import SampleOrder
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import Layer, Minibatch, Passes
 from ffdist.ff.negatives import draw_wrong_labels
-from ffdist.ff.network import Architecture
+from ffdist.ff.network import Architecture, layer_name, readout_name
+from ffdist.ff.readout import loss_and_error, sum_logits
 from ffdist.pipeline.executor import Executor, StepMode, make_executor
 from ffdist.pipeline.schedule import Evaluate, Train
 from ffdist.pipeline.source import Drawn, Shard, Source
 
 State = dict[str, dict[str, Tensor]]
-"""Tensors by owner (`layer_1`, ..., `readout`, `negatives`) and name."""
+"""Tensors by owner (`layer_1`, ..., `readout` or `readout_2`, ..., `negatives`) and name."""
 
 
 class Report(NamedTuple):
@@ -84,11 +85,6 @@ def _times() -> tuple[float, float, float]:
     return time.perf_counter(), time.process_time(), queued_s
 
 
-def layer_name(index: int) -> str:
-    """Returns the name of a layer, counted from 0, in states and metrics."""
-    return f"layer_{index + 1}"
-
-
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Returns the state of a module in host memory; tensors that are there already are not copied."""
     return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
@@ -97,11 +93,12 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 class Stage:
     """Consecutive layers, each trained on its own loss.
 
-    The pass for the readout (the neutral one) is sent separately from the other passes (the signal). If no label is
+    The pass for a joint readout (the neutral one) is sent separately from the other passes (the signal). If no label is
     shown, the readout uses the positive pass, and the signal consists of the negative ones, of which there may be none.
+    If layers have readouts of their own, or none, the signal consists of all passes, and only logits are sent.
 
     Shapes: `K` minibatches of a chunk, `P` passes, `S` passes of the signal, `B` samples of a minibatch, `D` inputs,
-    `H` units.
+    `H` units, `C` classes.
 
     Args:
         architecture: The whole network.
@@ -109,7 +106,7 @@ class Stage:
         order: SampleOrder of the training set.
         measure_every: Interval of the minibatches in which MEASURED is measured.
         device: Device of the layers, as torch names it. Messages are always in host memory.
-        labels: Labels of the training set `[N]`, if the objective needs them.
+        labels: Labels of the training set `[N]`, if the stage needs them.
         source: Arguments of `Source`, in the first stage.
     """
 
@@ -131,14 +128,18 @@ class Stage:
         self._drawing = [index for index, layer in self._layers.items() if layer.draws]
         self._execute = self._make_executor()
         self._clock = _Clock()
-        self._labels_shown, self._is_last = architecture.labels_shown, layers.stop == len(architecture.layers)
+        self._has_neutral, self._is_last = architecture.has_neutral, layers.stop == len(architecture.layers)
         self._metrics = architecture.metrics
         self._by_class, self._scores_classes = architecture.by_class, architecture.scores_classes
-        read = range(architecture.predict_from - 1, len(architecture.layers))
-        is_sent_on = [index == layers[-1] and not self._is_last for index in layers]
-        self._is_read_sent = [index in read or is_sent for index, is_sent in zip(layers, is_sent_on, strict=True)]
-        # What only the readout reads is pooled here; what the next stage reads as well is pooled by the readout.
-        self._pools = [index in read and not is_sent for index, is_sent in zip(layers, is_sent_on, strict=True)]
+        read, self._is_joint = architecture.read_layers, architecture.readout_kind == "joint"
+        with_readout = [index for index in layers if index in read and architecture.readout_kind == "per_layer"]
+        self._readouts = {index: architecture.readout(index).to(device) for index in with_readout}
+        sent_on = None if self._is_last or not self._is_joint else layers[-1]
+        self._sent = (
+            [index for index in layers if index in read or index == sent_on] if architecture.has_readout else []
+        )
+        # What only a joint readout reads is pooled here; what the next stage reads as well is pooled by the readout.
+        self._pooled = [index for index in self._sent if index != sent_on and self._is_joint]
         self._pool_read = architecture.pool_read
 
     def _make_executor(self) -> Executor:
@@ -150,11 +151,12 @@ class Stage:
         Args:
             chunk: The chunk.
             *message: In the first stage, the arguments of `Source.train`; otherwise the signal `[K, S, B, D]` of the
-                previous stage and its pass for the readout `[K, B, D]`. They are not modified.
+                previous stage and, for a joint readout, its pass for the readout `[K, B, D]`. They are not modified.
 
         Returns:
-            The report; the signal for the next stage `[K, S, B, H]`; and the pass for the readout of each layer
-            `[K, B, H]`; None for those that are not used. All are computed with the weights before the update.
+            The report; the signal for the next stage `[K, S, B, H]`; and of each layer, the pass for the readout
+            `[K, B, H]`, or the logits of its own readout `[K, B, C]`; None for those that are not used. All are
+            computed with the weights before the update.
         """
         self._clock.begin()
         shards = [part for part in message if isinstance(part, Shard)]
@@ -171,25 +173,20 @@ class Stage:
         modes = [StepMode(chunk.lr_scale, chunk.layer, step % self._measure_every == 0) for step in steps_done]
         metrics, *outputs = self._execute(self._step, inputs, modes)
         signal = None if self._is_last else outputs.pop()
-        reads = [outputs.pop(0) if is_sent else None for is_sent in self._is_read_sent]
+        reads = [outputs.pop(0) if index in self._sent else None for index in self._layers]
         return [self._clock.report(metrics, shards), signal, *reads]
 
     def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> list[Tensor]:
-        """Trains on a minibatch; returns metrics, the pass for the readout of each layer, and the signal."""
+        """Trains on a minibatch; returns metrics, what the readout gets of each layer, and the signal."""
         num_drawn, labels = len(self._drawing), None
         inputs, drawn = inputs[: len(inputs) - num_drawn], inputs[len(inputs) - num_drawn :]
         noise = dict(zip(self._drawing, drawn, strict=True))
         if self._labels is not None:
             *inputs, labels = inputs
-        if self._source:
-            rows = self._source.rows(inputs)
-            passes = Passes(len(rows) - 1 - self._labels_shown, self._labels_shown)
-        else:
-            signal, read = inputs
-            passes = Passes(len(signal) - self._labels_shown, self._labels_shown)
-            rows = passes.join(signal, read)
+        rows = self._rows(inputs)
+        passes = Passes(len(rows) - 1 - self._has_neutral, self._has_neutral)
         metrics, reads = [], []
-        for (index, layer), is_sent, pools in zip(self._layers.items(), self._is_read_sent, self._pools, strict=True):
+        for index, layer in self._layers.items():
             (rows, _), layer_metrics = layer.train_minibatch(
                 Minibatch(rows, passes, labels, noise.get(index)),
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
@@ -197,8 +194,21 @@ class Stage:
             )
             metrics.append(layer_metrics if layer.metrics == self._metrics else self._spread(layer, layer_metrics))
             read = rows[passes.readout]
-            reads += [self._pool_read(index, read) if pools else read] * is_sent
-        return [torch.stack(metrics), *reads, *([] if self._is_last else [rows[passes.others]])]
+            if index in self._readouts:
+                assert labels is not None, "readouts need labels"
+                read, _ = self._readouts[index].train_minibatch([read], labels, lr_scale=mode.lr_scale)
+            reads += [self._pool_read(index, read) if index in self._pooled else read] * (index in self._sent)
+        signal = rows[passes.others] if self._is_joint else rows
+        return [torch.stack(metrics), *reads, *([] if self._is_last else [signal])]
+
+    def _rows(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Returns all passes of a minibatch `[P, B, D]`."""
+        if self._source:
+            return self._source.rows(inputs)
+        if not self._is_joint:
+            return inputs[0]
+        signal, read = inputs
+        return Passes(has_neutral=self._has_neutral).join(signal, read)
 
     def _spread(self, layer: Layer, metrics: Tensor) -> Tensor:
         """Returns the metrics of a layer in the places of their names, with 0 for those that it has not."""
@@ -211,27 +221,30 @@ class Stage:
         Args:
             block: The block.
             *message: Nothing in the first stage; otherwise the rows with every label that is tried `[n, T, D]` (none if
-                no label is shown) and those for the readout `[n, D]`.
+                no label is shown) and those for a joint readout `[n, D]`, or both together `[n, T + 1, D]`.
 
         Returns:
             The goodness or class scores of each layer for every label `[layers, n, C]`, -inf for labels that are not
-            tried; then, as in `train`, the signal `[n, T, H]` and the rows for the readout `[n, H]` of each layer.
+            tried; then, as in `train`, the signal `[n, T, H]` or `[n, T + 1, H]`, and of each layer the rows for the
+            readout `[n, H]` or the logits `[n, C]`.
         """
-        claims, read = self._source.evaluate(block) if self._source else message
-        rows = torch.cat((claims, read.unsqueeze(1)), 1).to(self._device)
+        parts = self._source.evaluate(block) if self._source else message
+        rows = (torch.cat((parts[0], parts[1].unsqueeze(1)), 1) if len(parts) > 1 else parts[0]).to(self._device)
         goodness, reads = [], []
-        for (index, layer), is_sent, pools in zip(self._layers.items(), self._is_read_sent, self._pools, strict=True):
+        for index, layer in self._layers.items():
             rows, scores = layer(rows)
             goodness.append(scores[:, -1] if self._scores_classes else scores[:, :-1])
-            read = self._pool_read(index, rows[:, -1]) if pools else rows[:, -1]
-            reads.append(read.cpu().contiguous() if is_sent else None)
-        signal = None if self._is_last else rows[:, :-1].cpu().contiguous()
+            read = self._readouts[index]([rows[:, -1]]) if index in self._readouts else rows[:, -1]
+            read = self._pool_read(index, read) if index in self._pooled else read
+            reads.append(read.cpu().contiguous() if index in self._sent else None)
+        signal = None if self._is_last else (rows[:, :-1] if self._is_joint else rows).cpu().contiguous()
         self._clock.free()
         return [self._by_class(torch.stack(goodness).cpu()), signal, *reads]
 
     def state(self) -> State:
-        """Returns the state of the layers and of hard labels, as `state_of` does."""
+        """Returns the state of the layers, of their readouts and of hard labels, as `state_of` does."""
         state = {layer_name(index): state_of(layer) for index, layer in self._layers.items()}
+        state |= {readout_name(index): state_of(readout) for index, readout in self._readouts.items()}
         if self._source and self._source.hard_labels:
             state["negatives"] = self._source.hard_labels.state()
         self._clock.free()
@@ -241,13 +254,15 @@ class Stage:
         """Restores a state."""
         for index, layer in self._layers.items():
             layer.load_state_dict(state[layer_name(index)])
+        for index, readout in self._readouts.items():
+            readout.load_state_dict(state[readout_name(index)])
         self._execute = self._make_executor()  # graphs refer to earlier copies of the weights
         if self._source and self._source.hard_labels and "negatives" in state:
             self._source.hard_labels.restore(state["negatives"])
 
 
 class ReadoutStage:
-    """The readout, trained at the same time as the layers, on their activities.
+    """The readout, trained at the same time as the layers, on their activities; or the sum of those of the layers.
 
     Args:
         architecture: The whole network.
@@ -260,13 +275,14 @@ class ReadoutStage:
     def __init__(
         self, architecture: Architecture, labels: Tensor, order: SampleOrder, draws: bool, device: str
     ) -> None:
-        self._readout, self._labels, self._order = architecture.readout().to(device), labels, order
+        self._readout = architecture.readout().to(device) if architecture.readout_kind == "joint" else None
+        self._labels, self._order = labels, order
         self._draws, self._device, self._clock = draws, device, _Clock()
         self._draw_wrong_labels = partial(draw_wrong_labels, untrained=architecture.untrained)
         self._execute = make_executor(device)
 
     def train(self, chunk: Train, *read: Tensor) -> tuple[Report, Drawn | None]:
-        """Trains on a chunk, from the activations `[K, B, H]` of each read layer, first layer first.
+        """Trains on a chunk, from the activations `[K, B, H]` or logits `[K, B, C]` of each read layer, in order.
 
         Returns:
             The report; and a wrong label for each sample, drawn from the readout's prediction before the update.
@@ -284,18 +300,23 @@ class ReadoutStage:
     def _step(self, inputs: Sequence[Tensor], mode: StepMode) -> Sequence[Tensor]:
         """Trains on the activations and labels of a minibatch; returns logits and metrics."""
         *read, labels = inputs
+        if self._readout is None:
+            logits = sum_logits(read)
+            return logits, loss_and_error(logits, labels)
         return self._readout.train_minibatch(read, labels, lr_scale=mode.lr_scale)
 
     def evaluate(self, *read: Tensor) -> Tensor:
-        """Returns the predicted labels `[n]` from the activations `[n, H]` of each read layer."""
-        predicted: Tensor = self._readout([part.to(self._device) for part in read]).argmax(-1).cpu()
+        """Returns the predicted labels `[n]` from the activations `[n, H]` or logits `[n, C]` of each read layer."""
+        parts = [part.to(self._device) for part in read]
+        predicted: Tensor = (self._readout or sum_logits)(parts).argmax(-1).cpu()
         self._clock.free()
         return predicted
 
     def state(self) -> State:
         """Returns the state of the readout, as `state_of` does."""
-        return {"readout": state_of(self._readout)}
+        return {} if self._readout is None else {"readout": state_of(self._readout)}
 
     def restore(self, state: State) -> None:
         """Restores a state."""
-        self._readout.load_state_dict(state["readout"])
+        if self._readout is not None:
+            self._readout.load_state_dict(state["readout"])

@@ -38,7 +38,11 @@ class Timeline:
         if self._chunks == MAX_CHUNKS or not trained.stages[0].begun_at:
             return
         names = [f"stage {number}" for number in range(1, len(trained.stages) + 1)]
-        for actor, report in zip([*names, "readout"], [*trained.stages, trained.readout], strict=True):
+        reports = [
+            *zip(names, trained.stages, strict=True),
+            *([("readout", trained.readout)] if trained.readout else []),
+        ]
+        for actor, report in reports:
             free_at, idle_s = report.begun_at - report.wait_s, report.wait_s - report.negatives_wait_s
             for activity, start, duration in (
                 ("wait", free_at, idle_s),

@@ -14,10 +14,9 @@ from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import one_hot
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Architecture, Network, layer_name
 from ffdist.ff.objectives import signed_threshold
 from ffdist.pipeline.evaluation import Evaluation
-from ffdist.pipeline.stage import layer_name
 from ffdist.pipeline.timeline import Span
 from ffdist.plotting import plots
 from ffdist.storage.files import path_in
@@ -74,7 +73,7 @@ def draw_plots(
     if network.architecture.goodness_predicts and _is_visible(dataset):
         functions["samples.png"] = lambda path: _plot_samples(config, dataset, network, test, path)
     functions["errors.png"] = lambda path: plots.plot_errors(test, path)
-    if "validation/readout_error" in history:
+    if {"validation/readout_error", "validation/goodness_error"} & history.keys():
         order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
         epoch_samples = order.num_minibatches * order.batch_size
         metric = config.training.stop.metric

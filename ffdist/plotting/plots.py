@@ -206,7 +206,8 @@ def plot_errors(evaluation: Evaluation, path: Path) -> Path:
     bars = {f"layer {number} alone": error for number, error in enumerate(layers, 1)}
     if evaluation.goodness_error is not None:
         bars["goodness"] = evaluation.goodness_error
-    bars["readout"] = evaluation.readout_error
+    if evaluation.readout_error is not None:
+        bars["readout"] = evaluation.readout_error
     figure = Figure(figsize=(6, 0.45 * len(bars) + 1.2), layout="constrained")
     panel = figure.subplots()
     colors = [_shade(index, len(layers)) for index in range(len(layers))] + ["#555555"] * (len(bars) - len(layers))
@@ -214,7 +215,8 @@ def plot_errors(evaluation: Evaluation, path: Path) -> Path:
     panel.bar_label(container, [f" {error:.2%}" for error in bars.values()])
     panel.margins(x=0.15)
     panel.invert_yaxis()
-    panel.set(xlabel="test error, %", title="goodness of each layer, of all predicting layers, and readout")
+    parts = ["goodness of each layer", "of all predicting layers"] if layers else []
+    panel.set(xlabel="test error, %", title=", ".join(parts + ["readout"] * ("readout" in bars)))
     return _save(figure, path)
 
 

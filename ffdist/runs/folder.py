@@ -21,7 +21,7 @@ from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE
 from ffdist.ff.network import Architecture, Network
 from ffdist.ff.specs import Module, layer_entry
-from ffdist.pipeline.stage import State, layer_name
+from ffdist.pipeline.stage import State
 from ffdist.storage.files import UnsafeFile, file_in, read_json
 from ffdist.storage.folder import Folder
 from ffdist.storage.paths import find_in_subfolders, kind_of
@@ -222,8 +222,8 @@ def check_data(config: Config, dataset: Dataset, manifest: Manifest, folder: Pat
 
 def network_of(architecture: Architecture, state: State) -> Network:
     """Returns a network for inference, with the weights in a state."""
-    modules = {"readout": "readout"} | {layer_name(i): f"layers.{i}" for i in range(len(architecture.layers))}
-    tensors = {f"{module}.{name}": tensor for key, module in modules.items() for name, tensor in state[key].items()}
+    parts = architecture.parts.items()
+    tensors = {f"{module}.{name}": tensor for key, module in parts for name, tensor in state[key].items()}
     return Network.for_inference(architecture, tensors)
 
 

@@ -80,7 +80,7 @@ def predict_files(run: Run, inputs: Sequence[Path], to: Path | None, *, image_co
         raise ConfigError(f"--output must not replace an input ({to}); name another file")
     samples = _read(run, inputs, image_column)
     prediction = run.predict(samples.samples)
-    goodness = total_goodness(prediction.goodness, run.network.architecture.predict_from)
+    goodness = total_goodness(prediction.goodness, run.network.architecture.predicting_layers)
     labels, probability, names = prediction.label.tolist(), prediction.probabilities.tolist(), run.class_names
     columns: dict[str, list[Any]] = {"input": samples.locations}
     if names:

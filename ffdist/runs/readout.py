@@ -29,6 +29,8 @@ MAX_EVALUATIONS = 500
 def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
     """Fits a readout to the frozen layers of a finished run until it converges; prints and returns its test error.
 
+    It is a joint readout of all predicting layers, also if the run had another readout or none.
+
     If the checkpoint is the one that the run's results belong to, the error is also added to its summary and, if the
     run is tracked by MLflow, logged to it as `test/fitted_readout_error`.
 
@@ -56,9 +58,11 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
         gradient = readout.fit(rows, dataset.labels["train"], iterations=MAX_EVALUATIONS, step=lambda: next(bar, None))
     predicted = [readout(batch).argmax(1) for batch in _activations(network, dataset.samples["test"], "test")]
     test_error = classification_error(torch.cat(predicted), dataset.labels["test"])
+    trained_error = summary["test_readout_error"]
+    trained = "" if trained_error is None else f"; {trained_error:.2%} by the readout trained with the layers"
     Console(highlight=False).print(
         f"test error {test_error:.2%} by a readout fitted to the layers of {run.folder} (largest gradient: "
-        f"{gradient:.1e} nats); {summary['test_readout_error']:.2%} by the readout trained with the layers",
+        f"{gradient:.1e} nats)" + trained,
         markup=False,
         soft_wrap=True,
     )
@@ -73,9 +77,11 @@ def fit_readout(run: Run, *, runs: Path, uri: str | None = None) -> float:
 
 
 def _log(test_error: float, uri: str, run_id: str) -> None:
-    """Logs the error at the step and time of the other error, so that another call adds no duplicate."""
+    """Logs the error at the step and time of the other errors, so that another call adds no duplicate."""
     with open_client(uri) as client:
-        points = [(point.step, point.timestamp) for point in client.get_metric_history(run_id, "test/readout_error")]
+        names = "test/readout_error", "test/goodness_error"
+        history = [point for name in names for point in client.get_metric_history(run_id, name)]
+        points = [(point.step, point.timestamp) for point in history]
         step, timestamp = max(points, default=(None, None))
         client.log_metric(run_id, "test/fitted_readout_error", test_error, timestamp, step)
 

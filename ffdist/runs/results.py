@@ -17,7 +17,7 @@ lacked some of them, share a row with those of later versions."""
 TASK_PREFIXES = (
     *("data.", "model.layers", "model.normalization"),
     *("model.predict_from", "training.epochs", "training.batch_size", "training.validation_samples"),
-    "training.pooled_features",
+    *("model.predict_to", "training.pooled_features"),
 )
 """Prefixes of the parameters that must be equal in a run and its baseline."""
 TASK_EXCEPTIONS = ("data.label", "data.label_scale", "data.root")
@@ -38,6 +38,7 @@ RULE_PARAMETERS = (
         "training.contrast",
         "training.learning_rate_schedule",
         "training.warmup_epochs",
+        "model.readout",
     ),
 )
 """Parameters of the learning rule, which the table shows unless they are at their default."""
@@ -115,7 +116,7 @@ def _search(client: Any, experiments: Sequence[str]) -> Iterator[Any]:
     token = None
     while True:
         page = client.search_runs(experiments, FINISHED_FILTER, page_token=token)
-        yield from (run for run in page if READOUT_ERROR in run.data.metrics and _has_row(run))
+        yield from (run for run in page if {READOUT_ERROR, GOODNESS_ERROR} & run.data.metrics.keys() and _has_row(run))
         token = page.token
         if not token:
             return
@@ -133,6 +134,8 @@ def _has_row(run: Any) -> bool:
 def _task(run: Any) -> str:
     """Returns a key that is equal for a run and its baselines by backpropagation."""
     names = [key for key in run.data.params if key.startswith(TASK_PREFIXES) and key not in TASK_EXCEPTIONS]
+    if run.data.params.get("model.predict_from") == "auto":  # the readout, as that of a baseline, reads the default
+        names.remove("model.predict_from")
     return _parameters(run, names)
 
 

@@ -151,7 +151,10 @@ class Run:
             )
         encoder, untrained = parse_encoder(self.summary["encoder"]), self.summary.get("untrained_classes", ())
         architecture = build_architecture(self.config, encoder, untrained)
-        architecture = replace(architecture, learned_goodness=self.summary["runner"] != "backpropagation")
+        learned_goodness, chosen = self.summary["runner"] != "backpropagation", self.summary.get("chosen_layers")
+        with _explain_read_errors(self.folder / SUMMARY):
+            chosen_layers = tuple(chosen) if chosen else None
+            architecture = replace(architecture, learned_goodness=learned_goodness, chosen_layers=chosen_layers)
         with as_config_error():
             _, state = checkpoints_of(self.config, self.folder).read(self.checkpoint.name, is_for_inference)
         try:
@@ -294,7 +297,8 @@ class Run:
                 f"labels must be integers in [0, {architecture.classes}), one per sample "
                 f"(samples: {len(prediction.label)}, labels: {labels.dtype}, {list(labels.shape)})"
             )
-        return evaluate(prediction.goodness, prediction.probabilities.argmax(-1), labels.long(), architecture)
+        by_readout = prediction.probabilities.argmax(-1) if architecture.has_readout else None
+        return evaluate(prediction.goodness, by_readout, labels.long(), architecture)
 
 
 @dataclass(frozen=True)
@@ -362,12 +366,14 @@ def _check_summary(summary: Any) -> dict[str, Any]:
     names = summary.get("class_names", [])
     data = summary.get("data", {})
     columns, features = (data.get("columns", {}), data.get("features", [])) if isinstance(data, dict) else (None, None)
+    chosen = summary.get("chosen_layers")
     classes, untrained = summary.get("classes", 1), summary.get("untrained_classes", [])
     checks = {
         "runner": isinstance(summary.get("runner"), str),
         "mlflow_run_id": isinstance(summary.get("mlflow_run_id"), str),
         "mlflow_tracking_uri": isinstance(summary.get("mlflow_tracking_uri"), str),
-        "test_readout_error": isinstance(summary.get("test_readout_error"), float),
+        "test_readout_error": isinstance(summary.get("test_readout_error", ""), float | None),
+        "chosen_layers": chosen is None or (isinstance(chosen, list) and [*map(type, chosen)] == [int, int]),
         "classes": isinstance(classes, int) and 1 <= classes <= MAX_CLASSES,
         "untrained_classes": isinstance(untrained, list) and all(isinstance(each, int) for each in untrained),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),

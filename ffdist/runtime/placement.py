@@ -33,18 +33,22 @@ class Placement(NamedTuple):
     stage_cpus: float
     other_cpus: float
     """CPUs per negative actor, and of the readout if it runs on a CPU."""
+    has_readout: bool = True
+    """Whether there is an actor for the readout."""
 
     def bundles(self, negative_actors: int) -> list[dict[str, float]]:
         """Returns the resources of each actor in order of creation: stages, readout, negatives."""
         stage, other = {"CPU": self.stage_cpus}, {"CPU": self.other_cpus}
         if not self.stage_gpus:
-            return [stage] * self.num_stages + [other] * (1 + negative_actors)
+            return [stage] * self.num_stages + [other] * (self.has_readout + negative_actors)
         # The readout reserves no CPU, because the stages may take all CPUs of the nodes with GPUs.
-        readout = {"GPU": READOUT_GPU_FRACTION}
-        return [stage | {"GPU": self.stage_gpus}] * self.num_stages + [readout] + [other] * negative_actors
+        readout = [{"GPU": READOUT_GPU_FRACTION}] * self.has_readout
+        return [stage | {"GPU": self.stage_gpus}] * self.num_stages + readout + [other] * negative_actors
 
 
-def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: dict[str, float]) -> Placement:
+def decide(
+    pipeline: Pipeline, *, layers: int, negative_actors: int, resources: dict[str, float], has_readout: bool = True
+) -> Placement:
     """Decides the resources of a run; a pure function of the configuration and the cluster's totals.
 
     If there are too few CPUs, actors share them evenly: `1 / ceil(threads / CPUs)` of a CPU per thread, because other
@@ -60,14 +64,17 @@ def decide(pipeline: Pipeline, *, layers: int, negative_actors: int, resources: 
     device: Literal["cpu", "cuda"] = "cuda" if gpus and pipeline.device != "cpu" else "cpu"
     auto_stages = min(layers, gpus) if device == "cuda" else layers
     num_stages = auto_stages if requested_stages == "auto" else requested_stages
-    num_threads = num_stages * pipeline.threads_per_stage + 1 + negative_actors
+    num_threads = num_stages * pipeline.threads_per_stage + has_readout + negative_actors
     cpu_fraction = _floor(1 / math.ceil(num_threads / cpus))
     return Placement(
         num_stages=num_stages,
         device=device,
-        stage_gpus=_floor((1 - READOUT_GPU_FRACTION) / math.ceil(num_stages / gpus)) if device == "cuda" else 0,
+        stage_gpus=_floor((1 - READOUT_GPU_FRACTION * has_readout) / math.ceil(num_stages / gpus))
+        if device == "cuda"
+        else 0,
         stage_cpus=_floor(pipeline.threads_per_stage * cpu_fraction),
         other_cpus=cpu_fraction,
+        has_readout=has_readout,
     )
 
 
@@ -98,8 +105,9 @@ def describe(runner: str, placement: Placement, blueprint: Blueprint) -> str:
     if runner == "serial":
         return f"{stages}, in this process"
     each = f"{placement.stage_gpus:.2g} GPU" if placement.stage_gpus else f"{placement.stage_cpus:.2g} CPU"
+    readout = ", 1 readout" * placement.has_readout
     return (
-        f"{stages}, {each} each; {blueprint.negatives.num_actors} for negatives, 1 readout; up to "
+        f"{stages}, {each} each; {blueprint.negatives.num_actors} for negatives{readout}; up to "
         f"{blueprint.max_in_flight} chunks of {blueprint.chunk_size} minibatches in flight"
     )
 

@@ -71,13 +71,16 @@ def ray_runner(
     factory = ActorFactory(group, pipeline.threads_per_stage)
     try:
         actors = blueprint.assemble(factory, _put(samples), _put(labels), None)
-        device, num_stages = blueprint.device, len(actors.stages)
-        calls = [actor.read_hardware.remote(device) for actor in (*actors.stages, actors.readout)]
+        learners = [*actors.stages, *([actors.readout] if actors.readout else [])]
+        calls = [actor.read_hardware.remote(blueprint.device) for actor in learners]
         calls += [actor.read_hardware.remote("cpu") for actor in actors.negatives]
         is_alive = cluster_probe()
         reports = Collector(factory.names, START_TIMEOUT_S, "the start timeout", is_alive=is_alive)(calls) or []
         hardware = hardware_of_actors(
-            blueprint.stage_layers, reports[:num_stages], reports[num_stages], reports[num_stages + 1 :]
+            blueprint.stage_layers,
+            reports[: len(actors.stages)],
+            reports[len(actors.stages)] if actors.readout else None,
+            reports[len(learners) :],
         )
         writer = factory.make_writer(checkpoints)  # last, without waiting: it is needed for the first checkpoint only
         starting = [writer.__ray_ready__.remote()]

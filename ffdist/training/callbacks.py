@@ -169,7 +169,7 @@ class Callbacks(Observer):
         self._step = step
         if self._callbacks:
             layers = torch.cat([report.metrics for report in trained.stages], 1)
-            metrics = average_metrics(layers, trained.readout.metrics, self._architecture)
+            metrics = average_metrics(layers, trained.readout_metrics, self._architecture)
             self._call("on_chunk", metrics)
 
     def on_evaluation(self, split: str, evaluation: Evaluation, step: int) -> None:

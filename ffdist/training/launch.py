@@ -83,7 +83,11 @@ def allocate(runner: RunnerName, prepared: Prepared, config: Config, resources: 
         totals, group = resources(config.pipeline.device), None
         while True:
             placement = decide(
-                config.pipeline, layers=len(config.model.layers), negative_actors=num_negative_actors, resources=totals
+                config.pipeline,
+                layers=len(config.model.layers),
+                negative_actors=num_negative_actors,
+                resources=totals,
+                has_readout=prepared.architecture.has_readout,
             )
             if runner != "ray":
                 break

@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ffdist.checkpoint.checkpoints import CheckpointError
 from ffdist.config.schema import Config
 from ffdist.errors import ActorLost, RunFailed
+from ffdist.ff.classify import best_layers
 from ffdist.ff.layers import MEASURED
 from ffdist.ff.negatives import NegativesError
 from ffdist.ff.schedules import lr_scales
@@ -56,7 +58,9 @@ class Loop:
         observers: Sequence[Observer],
     ) -> None:
         self._config, self._dataset, self._order = config, prepared.dataset, prepared.order
-        self._architecture, self._checkpointer, self._recoveries = prepared.architecture, checkpointer, recoveries
+        self._prepared, self._checkpointer, self._recoveries = prepared, checkpointer, recoveries
+        self.architecture = prepared.architecture
+        """Of the network; at the end, with the predicting layers that were chosen on the validation samples."""
         self._observers = [recoveries, *observers, stopping, checkpointer]  # callbacks before early stopping
         self.stopping = stopping
         """Early stopping of the run."""
@@ -110,7 +114,7 @@ class Loop:
             raise NegativesError(f"{error}; the run stopped, and {self._checkpointer.kept}") from error
 
     def _run(self, pipeline: Pipeline, start: Start, should_stop: Callable[[], bool]) -> None:
-        self._blocks = []
+        self._blocks, self.architecture = [], self._prepared.architecture
         for observer in self._observers:
             observer.on_start(start, pipeline)
         if start.state:
@@ -123,7 +127,17 @@ class Loop:
             self._process(pipeline.run(self._submitting(commands), self._schedule(chunk_size, start.position)))
         if len(self._dataset.labels["validation"]) and not self.interrupted:
             self._checkpointer.restore_reported(pipeline, is_ahead=bool(self.stopping.reason))
-            self._process(pipeline.run(self._test_blocks(should_stop), ()))
+            if self._config.chooses_layers:
+                self._choose_layers(pipeline, should_stop)
+            self._process(pipeline.run(self._blocks_of("test", should_stop), ()))
+
+    def _choose_layers(self, pipeline: Pipeline, should_stop: Callable[[], bool]) -> None:
+        """Chooses the predicting layers of the final weights, before the test set is used."""
+        events = list(pipeline.run(self._blocks_of("validation", should_stop), ()))
+        if not self.interrupted and self.architecture.goodness_predicts:
+            goodness = [torch.cat(event.goodness) for event in events if isinstance(event, Evaluated)]
+            layers = best_layers(torch.cat(goodness, 1), self._dataset.labels["validation"])
+            self.architecture = replace(self.architecture, chosen_layers=(layers.start + 1, layers.stop))
 
     def _process(self, events: Iterator[Event]) -> None:
         """Reports results, in their order.
@@ -169,8 +183,10 @@ class Loop:
             return
         blocks, self._blocks = self._blocks, []
         goodness = torch.cat([torch.cat(block.goodness) for block in blocks], 1)
-        predicted = torch.cat([block.predicted for block in blocks])
-        result = evaluate(goodness, predicted, self._dataset.labels[split], self._architecture)
+        predicted = [block.predicted for block in blocks if block.predicted is not None]
+        result = evaluate(
+            goodness, torch.cat(predicted) if predicted else None, self._dataset.labels[split], self.architecture
+        )
         if split == "test":
             self.test = result
         for observer in self._observers:
@@ -231,8 +247,8 @@ class Loop:
                 self._checkpointer.on_submit(command)
             yield command
 
-    def _test_blocks(self, should_stop: Callable[[], bool]) -> Iterator[Evaluate]:
-        for block in evaluation("test", len(self._dataset.labels["test"]), self._block_size):
+    def _blocks_of(self, split: str, should_stop: Callable[[], bool]) -> Iterator[Evaluate]:
+        for block in evaluation(split, len(self._dataset.labels[split]), self._block_size):
             self.interrupted = self.interrupted or should_stop()
             if self.interrupted:
                 return
@@ -243,7 +259,7 @@ class Loop:
 
     def _check_finite(self, trained: Trained) -> None:
         layers = torch.cat([report.metrics for report in trained.stages], 1)[:, :, : -len(MEASURED)]
-        finite = torch.cat((layers.isfinite().all(2), trained.readout.metrics.isfinite().all(1, keepdim=True)), 1)
+        finite = torch.cat((layers.isfinite().all(2), trained.readout_metrics.isfinite().all(1, keepdim=True)), 1)
         if finite.all():
             return
         self._complete_checkpoint(wait=True)  # its state was taken before

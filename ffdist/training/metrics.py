@@ -28,7 +28,7 @@ def average_metrics(layers: Tensor, readout: Tensor, architecture: Architecture)
 
     Args:
         layers: Values of each layer `[K, L, M]` in K minibatches.
-        readout: Loss and error of the readout `[K, 2]`.
+        readout: Loss and error of the readout `[K, 2]`; `[K, 0]` without one.
         architecture: Of the network; it has the names of the M values.
     """
     stacked = layers.double()
@@ -41,7 +41,7 @@ def average_metrics(layers: Tensor, readout: Tensor, architecture: Architecture)
         if name in architecture.layer_metrics[layer - 1]
         and (name not in MEASURED or value == value)  # a last, partial point has none
     }
-    return metrics | dict(zip(("readout/loss", "readout/error"), readout.double().mean(0).tolist(), strict=True))
+    return metrics | dict(zip(("readout/loss", "readout/error"), readout.double().mean(0).tolist(), strict=False))
 
 
 def error_metrics(split: str, evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, float]:
@@ -52,12 +52,10 @@ def error_metrics(split: str, evaluation: Evaluation, class_names: Sequence[str]
         evaluation: The errors.
         class_names: Names of the classes; may be empty.
     """
-    metrics = {
-        f"{split}/readout_error": evaluation.readout_error,
-        f"{split}/balanced_error": evaluation.balanced_error,
-    }
-    if evaluation.goodness_error is not None:
-        metrics[f"{split}/goodness_error"] = evaluation.goodness_error
+    metrics = {f"{split}/balanced_error": evaluation.balanced_error}
+    for name, value in (("readout", evaluation.readout_error), ("goodness", evaluation.goodness_error)):
+        if value is not None:
+            metrics[f"{split}/{name}_error"] = value
     for layer, error in enumerate(evaluation.layer_errors or [], 1):
         metrics[f"{split}/layer_{layer}_error"] = error
     errors = evaluation.class_errors
@@ -117,7 +115,7 @@ class Metrics(Observer):
         self._minibatches += chunk.num_minibatches
         for minibatch in range(chunk.num_minibatches):
             self._layers.append(layers[minibatch])
-            self._readout.append(trained.readout.metrics[minibatch])
+            self._readout.append(trained.readout_metrics[minibatch])
             done = chunk.step + minibatch + 1
             if done % self._every == 0:
                 self._log_averages(done)

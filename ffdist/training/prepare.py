@@ -46,6 +46,12 @@ def prepare(config: Config, data: Any = None) -> Prepared:
             f"training.stop needs a validation, but no samples are held out (training.validation_samples: "
             f"{validation_samples}, training samples: {len(dataset.labels['train']):,}); set validation_samples"
         )
+    if config.chooses_layers and not len(dataset.labels["validation"]):
+        raise ConfigError(
+            f"model.predict_from=auto chooses layers on validation samples, but none are held out "
+            f"(training.validation_samples: {validation_samples}, training samples: "
+            f"{len(dataset.labels['train']):,}); set validation_samples, or predict_from to a layer"
+        )
     order = SampleOrder(config.seed, len(dataset.labels["train"]), config.training.batch_size)
     if not order.num_minibatches:
         raise ConfigError(

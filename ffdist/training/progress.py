@@ -119,7 +119,7 @@ class Display(Observer):
         self.status(f"epoch {min(step // self._minibatches + 1, self._epochs)}/{self._epochs}")
         if (
             not self.console.is_terminal
-            and "readout/loss" in self._metrics
+            and {"readout/loss", "layer_1/loss"} & self._metrics.keys()
             and time.monotonic() > self._plain_at + PLAIN_EVERY_S
         ):
             self._plain_at = time.monotonic()
@@ -187,14 +187,16 @@ def closing_text(summary: dict[str, Any], folder: Path, *, look: str) -> str:
         look: Command or address that shows the tracked metrics.
     """
     layers = ", ".join(f"{error:.2%}" for error in summary["layer_errors"] or [])
+    chosen = summary["chosen_layers"]
     predicted = summary["predicted_samples_per_s"] if summary["train_s"] >= MIN_COMPARED_S else None
     by_goodness, by_readout = summary["test_goodness_error"], summary["test_readout_error"]
-    is_worse = by_goodness is not None and by_goodness > by_readout + MAX_EXCESS_ERROR
+    is_worse = None not in (by_goodness, by_readout) and by_goodness > by_readout + MAX_EXCESS_ERROR
     suffix = " since it was resumed" if any("resumed" in each["lost"] for each in summary["recoveries"]) else ""
     lines = {
         "test error": format_errors(summary["test_goodness_error"], summary["test_readout_error"]),
         "note": "goodness, which predicts the labels, is far worse than the readout; train longer" * is_worse,
         "each layer": layers and f"{layers} by goodness alone",
+        "predicted by": chosen and "layers {} to {}, with the least validation error".format(*chosen),
         "stopped": summary["stopped"],
         "trained in": f"{summary['train_s']:.1f} s; {summary['wall_s']:.1f} s with start and evaluation{suffix}",
         "speed": f"{summary['samples_per_s']:,.0f} samples/s" + (f"; predicted: {predicted:,.0f}" if predicted else ""),

@@ -102,6 +102,7 @@ class Reporter(Observer):
             "test_balanced_error": test.balanced_error,
             "class_errors": test.class_errors,
             "layer_errors": test.layer_errors,
+            "chosen_layers": list(chosen) if (chosen := loop.architecture.chosen_layers) else None,
             "samples_per_s": samples / loop.train_s,
             "train_s": loop.train_s,
             "checkpoint": checkpointer.reported,
@@ -118,7 +119,7 @@ class Reporter(Observer):
             "stages": len(session.placed.blueprint.stage_layers),
             "recoveries": recoveries.recoveries,
         }
-        network = network_of(self._architecture, state)
+        network = network_of(loop.architecture, state)
         loop.end(summary)  # before the summary is saved: if a callback fails, the run can be resumed
         self._tracker.log_tags({name: summary[name] for name in ("weights_sha256", "stopped") if summary[name]})
         self._tracker.log_metrics({"train_s": loop.train_s}, samples)

@@ -15,7 +15,7 @@ from ffdist.ff.layers import OBJECTIVE
 from ffdist.ff.network import Architecture, Network
 from ffdist.ff.optimizers import is_for_inference, is_optimizer_state
 from ffdist.pipeline.schedule import Position
-from ffdist.pipeline.stage import State, layer_name, state_of
+from ffdist.pipeline.stage import State, state_of
 from ffdist.runs.folder import (
     CONFIG,
     SUMMARY,
@@ -196,7 +196,7 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
     """
     weights, source_text = _weights_of(config, folder, which)
     network, state, remarks = Network(architecture), State(), [f"starting from {source_text}"]
-    modules = {layer_name(index): layer for index, layer in enumerate(network.layers)} | {"readout": network.readout}
+    modules = {name: network.get_submodule(module) for name, module in architecture.parts.items()}
 
     def is_own(key: str) -> bool:
         """Returns whether a tensor is of the layer itself, and neither of its optimizer nor of its objective."""
@@ -215,8 +215,8 @@ def start_from_weights(config: Config, architecture: Architecture, folder: Path,
             if not fits and heads:
                 remarks.append(f"the class scores of {name} of that run do not fit, and are initialized instead")
             state[name] |= {key: tensor for key, tensor in source.items() if is_own(key) or fits}
-        elif name == "readout":
-            remarks.append("the readout of that run does not fit, and is initialized instead")
+        elif name.startswith("readout"):
+            remarks.append(f"the {name} of that run does not fit, and is initialized instead")
         else:
             raise ConfigError(
                 f"the layers of {folder} do not fit ({name}: {shapes or 'missing'}, expected: "
@@ -234,8 +234,8 @@ def _weights_of(config: Config, folder: Path, which: str | None) -> tuple[State,
             network = load_network(folder)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} cannot be read ({error}); remove it, and try again") from error
-        layers = {layer_name(index): state_of(layer) for index, layer in enumerate(network.layers)}
-        return State(layers | {"readout": state_of(network.readout)}), f"model: {folder}"
+        parts = network.architecture.parts.items()
+        return {name: state_of(network.get_submodule(module)) for name, module in parts}, f"model: {folder}"
     with suppress(ConfigError):  # its own configuration says where its checkpoints are
         config = config_of(folder)
     checkpoints = checkpoints_of(config, folder)
