@@ -202,11 +202,6 @@ class Architecture:
         return self.objectives[0].scores_classes
 
     @property
-    def needs_negatives(self) -> bool:
-        """Whether layers need negatives."""
-        return self.objectives[0].needs_negatives
-
-    @property
     def custom_modules(self) -> list[str]:
         """Names of the modules of the user that the network needs."""
         names = [layer.name for layer in self.layers if isinstance(layer, Module)]
