@@ -114,7 +114,7 @@ def test_maps_are_pooled_to_a_number_of_features():
     }
     assert {shape: Form(shape).pooled(2048).shape for shape in shapes} == shapes
     form = Form((3, 4, 4), channels_last=True)
-    objective = Classifier(Rule(normalization="none", pooled_features=12), None, form, 2)
+    objective = Classifier(Rule(objective="classifier", normalization="none", pooled_features=12), None, form, 2)
     maps = torch.rand(2, 3, 4, 4, generator=generator(0, "maps"))
     features = objective.features(maps.permute(0, 2, 3, 1).flatten(1))
     torch.testing.assert_close(features, F.avg_pool2d(maps, 2).flatten(1))

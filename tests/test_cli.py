@@ -104,7 +104,8 @@ def test_mlflow_has_all_metrics_and_artifacts_of_both_runners(finished_runs):
             for name in metrics | errors
         }
         files = {file.path for file in client.list_artifacts(summary["mlflow_run_id"])}
-        plots = ("layers", "negatives", "goodness", "errors", "errors_over_time", "fields", "confusion", "timeline")
+        plots = {"layers", "negatives", "goodness", "samples", "errors", "errors_over_time", "fields", "confusion"}
+        plots |= {"timeline"}
         assert files == {"config.yaml", "timeline.json", "goodness", *(f"{plot}.png" for plot in plots)}
         goodness_plots = {file.path for file in client.list_artifacts(summary["mlflow_run_id"], "goodness")}
         assert "goodness/epoch_0002.png" in goodness_plots  # the newest of the plots that wait for upload

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from letters import letters
 from PIL import Image, ImageDraw, ImageFont
 
-from ffdist import train
+from ffdist import load_config, train
 
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
 CONFIG = """
@@ -156,3 +157,14 @@ def test_evaluation_reads_labels_from_the_training_column_and_never_guesses(few_
         output = ffdist("evaluate", few_classes_run.folder, "--data", f"{name}.parquet", code=code)
         assert message in output if code == 0 else re.search(message, output), output
     assert ffdist("predict", few_classes_run.folder, "patient.parquet").count("patient.parquet, row") == 4
+
+
+def test_letters_are_a_task_with_26_classes():
+    drawn = letters(600, 200)
+    assert drawn["train"][0].shape == (600, 1, 28, 28)
+    assert set(drawn["train"][1]) == set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert (drawn["train"][0].max((1, 2, 3)) > 100).all()
+    again = letters(600, 200)
+    assert (again["test"][0] == drawn["test"][0]).all()
+    config = load_config(str(Path(__file__).parent / "letters.yaml"))
+    assert config.data.name == "letters:letters"

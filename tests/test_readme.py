@@ -210,7 +210,7 @@ def test_python_examples(tmp_path, monkeypatch):
     """One after the other, as in a notebook; the network of the training loop has learned."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n((?:from ffdist|import torch).*?)```", TEXT, re.S)
-    assert len(examples) == TEXT.count("```python\n") - 8 == 3  # the others are tested below, and in test_module.py
+    assert len(examples) == TEXT.count("```python\n") - 9 == 3  # the others are tested below, and in test_module.py
     (training_loop,) = [example for example in examples if example.startswith("import torch")]
     names: dict[str, Any] = {}
     for example in examples:

@@ -369,4 +369,5 @@ def parse_encoder(entry: Any) -> Encoder:
 def encoder_entry(encoder: Encoder) -> dict[str, Any]:
     """Returns an encoder as JSON data."""
     kind = next(name for name, cls in ENCODERS.items() if cls is type(encoder))
-    return {"kind": kind, **asdict(encoder), "shape": list(encoder.shape)}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(encoder).items()}
+    return {"kind": kind, **values}
