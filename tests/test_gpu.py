@@ -38,6 +38,7 @@ def test_wide_network_is_trained_within_the_budget(data, capsys):
 
 def test_script_needs_only_torch_and_numpy():
     missing = ("ray", "mlflow", "pydantic", "yaml", "pyarrow", "torchvision", "PIL", "rich", "matplotlib", "psutil")
-    program = f"import sys; sys.modules |= dict.fromkeys({missing}); import gpu; print(len(gpu.SMALL))"
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    program = f"import sys; sys.modules |= dict.fromkeys({missing}); sys.path.insert(0, sys.argv[1]); import gpu"
+    command = [sys.executable, "-c", f"{program}; print(len(gpu.SMALL))", str(Path(__file__).parent)]
+    output = subprocess.run(command, capture_output=True, text=True)
     assert output.stdout == f"{len(gpu.SMALL)}\n", output.stderr

@@ -269,7 +269,7 @@ def test_error_of_a_failed_download_of_covertype_names_the_fix(tmp_path, monkeyp
         raise OSError("no network")
 
     monkeypatch.setattr("sklearn.datasets._base.urlretrieve", fail)
-    monkeypatch.setattr("sklearn.datasets._base.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of its retries
     with pytest.raises(ConfigError, match=r"could not be downloaded.*set data\.root or FFDIST_DATA.*network"):
         load_dataset(Data(name="covertype", root=tmp_path), seed=0, validation_samples="auto", may_import=True)
 
