@@ -68,8 +68,10 @@ def measure_pipeline(
             connections = stack.enter_context(start_processes(serve_copy, [(placed.blueprint, *data)] * num_cores))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
-            with _start_schedules(config, prepared, placed, costs, *data) if backpropagation else nullcontext() as more:
-                figures |= _compare(trainer, connections, seconds, NUM_ROUNDS, say, test, more) | _max_memory()
+            with (
+                _start_schedules(config, prepared, placed, costs, *data) if backpropagation else nullcontext() as others
+            ):
+                figures |= _compare(trainer, connections, seconds, NUM_ROUNDS, say, test, others) | _max_memory()
             if placed.predicted_samples_per_s:
                 figures["predicted_over_ray"] = placed.predicted_samples_per_s / figures["ray_samples_per_s"]
         for stages in range(1, layers + 1):

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ONE = 256
-"""Fixed-point numbers are multiples of 1 / ONE."""
+SCALE = 256
+"""Fixed-point numbers are multiples of 1 / SCALE."""
 GRAY = (19595, 38470, 7471)
 """Weights of red, green and blue in gray (ITU-R 601-2), in units of 1 / 2**16, as in Pillow."""
-FLATTEST = 0.75
-"""Smallest ratio of the sides of a crop; the greatest one is its reciprocal. As in torchvision."""
+MIN_ASPECT_RATIO = 0.75
+"""Smallest aspect ratio of a crop; the largest one is its reciprocal. As in torchvision."""
 
 
 class Augmentation(ABC):
@@ -49,7 +49,7 @@ class Augmentation(ABC):
 class Crop(Augmentation):
     """A random part of the image, bilinearly enlarged to its size (RandomResizedCrop of torchvision)."""
 
-    smallest: float
+    min_area: float
     """Smallest fraction of the image's area; the largest one is 1."""
 
     num_drawn = 4
@@ -58,9 +58,9 @@ class Crop(Augmentation):
         """Draws the top, the left, the height and the width of each part."""
         _, *sizes = shape
         area, ratio, *place = torch.rand(4, batch, generator=generator, dtype=torch.float64)
-        area = self.smallest + (1 - self.smallest) * area
+        area = self.min_area + (1 - self.min_area) * area
         is_tall = ratio < 0.5
-        ratio = (FLATTEST + (1 - FLATTEST) * (2 * ratio % 1)).sqrt()  # of a side and that of the square
+        ratio = (MIN_ASPECT_RATIO + (1 - MIN_ASPECT_RATIO) * (2 * ratio % 1)).sqrt()  # of a side and that of the square
         ratios = torch.where(is_tall, 1 / ratio, ratio), torch.where(is_tall, ratio, 1 / ratio)
         lengths = [
             (area.sqrt() * ratio * size).round().clamp(1, size) for size, ratio in zip(sizes, ratios, strict=True)
@@ -75,11 +75,11 @@ class Crop(Augmentation):
         values = images.to(torch.int32)
         for axis, start, length in zip((2, 3), drawn[:2], drawn[2:], strict=True):
             values = _enlarge(values, axis, start, length)
-        return ((values + ONE * ONE // 2) // (ONE * ONE)).to(torch.uint8)
+        return ((values + SCALE * SCALE // 2) // (SCALE * SCALE)).to(torch.uint8)
 
 
 def _enlarge(values: Tensor, axis: int, start: Tensor, length: Tensor) -> Tensor:
-    """Returns a part of each image along an axis, enlarged to its whole size, times ONE.
+    """Returns a part of each image along an axis, enlarged to its whole size, times SCALE.
 
     Args:
         values: `[N, C, Y, X]`, int32.
@@ -88,10 +88,12 @@ def _enlarge(values: Tensor, axis: int, start: Tensor, length: Tensor) -> Tensor
         length: Number of positions of each part `[N]`.
     """
     size = values.shape[axis]
-    ticks = torch.arange(size, device=values.device) * 2 + 1
-    position = ticks * length.unsqueeze(1) * (ONE // 2) // size - ONE // 2  # of the centers, in units of 1 / ONE
-    position = torch.minimum(position.clamp(min=0), (length.unsqueeze(1) - 1) * ONE)
-    below, fraction = position // ONE, position % ONE
+    numbers = torch.arange(size, device=values.device) * 2 + 1
+    position = (
+        numbers * length.unsqueeze(1) * (SCALE // 2) // size - SCALE // 2
+    )  # of the centers, in units of 1 / SCALE
+    position = torch.minimum(position.clamp(min=0), (length.unsqueeze(1) - 1) * SCALE)
+    below, fraction = position // SCALE, position % SCALE
     above = torch.minimum(below + 1, length.unsqueeze(1) - 1)
     shape = [len(values), 1, 1, 1]
     shape[axis] = size
@@ -99,25 +101,25 @@ def _enlarge(values: Tensor, axis: int, start: Tensor, length: Tensor) -> Tensor
         values.gather(axis, (start.unsqueeze(1) + each).view(shape).expand_as(values)) for each in (below, above)
     )
     weight = fraction.view(shape).to(torch.int32)
-    return low * (ONE - weight) + high * weight
+    return low * (SCALE - weight) + high * weight
 
 
 @dataclass(frozen=True)
 class Shift(Augmentation):
     """A random shift; pixels from beyond the border are 0."""
 
-    most: int
+    max_shift: int
     """Largest shift in each direction, in pixels."""
 
     num_drawn = 2
 
     def draw(self, batch: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draws the shift of each image up and left, from 0 to 2 * most; `most` is no shift."""
-        return torch.randint(2 * self.most + 1, (2, batch), generator=generator)
+        """Draws the shift of each image up and left, from 0 to 2 * max_shift; `max_shift` is no shift."""
+        return torch.randint(2 * self.max_shift + 1, (2, batch), generator=generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Returns shifted images."""
-        padded = F.pad(images, (self.most,) * 4)
+        padded = F.pad(images, (self.max_shift,) * 4)
         windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
         return windows[torch.arange(len(padded), device=padded.device), :, drawn[0], drawn[1]]
 
@@ -147,14 +149,14 @@ class Color(Augmentation):
     num_drawn = 3
 
     def draw(self, batch: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draws the factors, in units of 1 / ONE."""
-        most = round(self.strength * ONE)
-        return torch.randint(ONE - most, ONE + most + 1, (3, batch), generator=generator)
+        """Draws the factors, in units of 1 / SCALE."""
+        largest = round(self.strength * SCALE)
+        return torch.randint(SCALE - largest, SCALE + largest + 1, (3, batch), generator=generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Returns images with other colors."""
         brightness, contrast, saturation = drawn.to(torch.int32)[..., None, None, None]
-        values = (images.to(torch.int32) * brightness // ONE).clamp(max=255)
+        values = (images.to(torch.int32) * brightness // SCALE).clamp(max=255)
         gray = _gray(values).flatten(1)
         values = _blend(values, (gray.sum(1) // gray.shape[1]).to(torch.int32)[:, None, None, None], contrast)
         if images.shape[1] == len(GRAY):
@@ -164,7 +166,7 @@ class Color(Augmentation):
 
 def _blend(values: Tensor, gray: Tensor, factor: Tensor) -> Tensor:
     """Returns values whose differences from gray are multiplied by a factor, from 0 to 255."""
-    return (gray + (values - gray) * factor // ONE).clamp(0, 255)
+    return (gray + (values - gray) * factor // SCALE).clamp(0, 255)
 
 
 def _gray(values: Tensor) -> Tensor:

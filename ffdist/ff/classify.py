@@ -27,11 +27,11 @@ def best_layers(goodness: Tensor, labels: Tensor) -> range:
         labels: True labels `[N]`.
     """
 
-    def order(layers: range) -> tuple[float, int, int]:
+    def rank(layers: range) -> tuple[float, int, int]:
         return error(total_goodness(goodness, layers).argmax(-1), labels), len(layers), -layers.start
 
     stops = range(1, len(goodness) + 1)
-    return min((range(start, stop) for stop in stops for start in range(stop)), key=order)
+    return min((range(start, stop) for stop in stops for start in range(stop)), key=rank)
 
 
 def error(predicted: Tensor, labels: Tensor) -> float:

@@ -233,7 +233,7 @@ class Layer(Learner, ABC):
         activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs, batch, noise)
         values = activations.detach().reshape(*rows.shape[:2], -1)
         output, trained = self._output(values, noise), values[:num_trained]
-        loss = self.objective.total_loss_of(trained, output.scores[:num_trained], labels)
+        loss = self.objective.loss_with_terms(trained, output.scores[:num_trained], labels)
         unmeasured = loss.metrics[0].new_full((), torch.nan)
         measured = (
             (trained != 0).to(trained.dtype).mean() if measure else unmeasured,
@@ -272,7 +272,7 @@ class Layer(Learner, ABC):
             if number:
                 activations = self.compute_for_training(inputs, batch, minibatch.noise)
                 trained = activations.detach().view_as(trained)
-                loss = self.objective.total_loss_of(
+                loss = self.objective.loss_with_terms(
                     trained, self.objective.scores(trained, squared_norm(trained)), labels
                 )
             direction = loss.direction(part)

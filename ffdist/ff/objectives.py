@@ -151,7 +151,7 @@ class Objective(nn.Module, ABC):
             labels: True labels `[B]`, or None if it does not need them.
         """
 
-    def total_loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
+    def loss_with_terms(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch and of the terms, whose losses are further metrics."""
         loss = self.loss_of(activations, scores, labels)
         if not self.terms:

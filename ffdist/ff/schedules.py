@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-RISE, LOWEST = 0.3, 0.04
+RISE_FRACTION, INITIAL_SCALE = 0.3, 0.04
 """Fraction of a run in which `one_cycle` rises, and the factor that it begins with, as in torch's OneCycleLR."""
 
 
@@ -39,11 +39,11 @@ def cosine(epoch: int, epochs: int) -> float:
 
 
 def one_cycle(epoch: int, epochs: int) -> float:
-    """Returns half a cosine from LOWEST to 1, and then one from 1 to 0, in the middle of each epoch."""
+    """Returns half a cosine from INITIAL_SCALE to 1, and then one from 1 to 0, in the middle of each epoch."""
     done = (epoch + 0.5) / epochs
-    if done < RISE:
-        return LOWEST + (1 - LOWEST) * (1 - math.cos(math.pi * done / RISE)) / 2
-    return (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
+    if done < RISE_FRACTION:
+        return INITIAL_SCALE + (1 - INITIAL_SCALE) * (1 - math.cos(math.pi * done / RISE_FRACTION)) / 2
+    return (1 + math.cos(math.pi * (done - RISE_FRACTION) / (1 - RISE_FRACTION))) / 2
 
 
 def constant(epoch: int, epochs: int) -> float:

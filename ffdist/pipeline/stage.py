@@ -192,7 +192,9 @@ class Stage:
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
                 measure=mode.measure,
             )
-            metrics.append(layer_metrics if layer.metrics == self._metrics else self._spread(layer, layer_metrics))
+            metrics.append(
+                layer_metrics if layer.metrics == self._metrics else self._align_metrics(layer, layer_metrics)
+            )
             read = rows[passes.readout]
             if index in self._readouts:
                 assert labels is not None, "readouts need labels"
@@ -210,8 +212,8 @@ class Stage:
         signal, read = inputs
         return Passes(has_neutral=self._has_neutral).join(signal, read)
 
-    def _spread(self, layer: Layer, metrics: Tensor) -> Tensor:
-        """Returns the metrics of a layer in the places of their names, with 0 for those that it has not."""
+    def _align_metrics(self, layer: Layer, metrics: Tensor) -> Tensor:
+        """Returns the metrics of a layer in the places of their names, with 0 for those that it does not have."""
         by_name = dict(zip(layer.metrics, metrics, strict=True))
         return torch.stack([by_name.get(name, torch.zeros_like(metrics[0])) for name in self._metrics])
 

@@ -70,7 +70,7 @@ def draw_plots(
             path,
             are_probabilities=network.architecture.scores_classes,
         )
-    if network.architecture.goodness_predicts and _is_visible(dataset):
+    if network.architecture.goodness_predicts and _can_be_drawn(dataset):
         functions["samples.png"] = lambda path: _plot_samples(config, dataset, network, test, path)
     functions["errors.png"] = lambda path: plots.plot_errors(test, path)
     if {"validation/readout_error", "validation/goodness_error"} & history.keys():
@@ -119,7 +119,7 @@ def _plot_negatives(config: Config, dataset: Dataset, network: Network, path: Pa
     return plots.plot_negatives(images, labels, negatives, dataset.shape, dataset.names, path)
 
 
-def _is_visible(dataset: Dataset) -> bool:
+def _can_be_drawn(dataset: Dataset) -> bool:
     """Returns whether samples can be drawn as images."""
     return isinstance(dataset.encoder, ImageEncoder) and dataset.shape[0] in (1, 3)
 

@@ -169,7 +169,7 @@ def _scaled(scores: Tensor) -> Tensor:
 def plot_samples(
     images: Tensor, labels: Tensor, scores: Tensor, names: Sequence[str], path: Path, *, are_probabilities: bool = False
 ) -> Path:
-    """Draws images above what each layer makes of every label, and returns the path.
+    """Draws images above the scores of each layer for every label, and returns the path.
 
     Args:
         images: uint8 `[n, C, Y, X]`, with one or three channels.

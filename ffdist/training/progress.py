@@ -39,7 +39,7 @@ PLOTS = {
     "goodness.png": "how well each layer separates positive from negative data",
     "negatives.png": "the negatives that it was trained on",
     "errors_over_time.png": "the validation error over the epochs",
-    "samples.png": "what each layer makes of some test samples",
+    "samples.png": "the scores of each layer for some test samples",
     "fields.png": "the receptive fields of the first layer",
     "timeline.png": "when each actor computed and waited",
 }
