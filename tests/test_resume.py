@@ -15,7 +15,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from PIL import Image
 
-from ffdist import Config, ConfigError, Run, load_config, train
+from ffdist import Config, ConfigError, Run, load_config, resume, train
 from ffdist.runs.folder import checkpoints_of
 from ffdist.tracking.server import default_uri
 from ffdist.tracking.sync import LOCK
@@ -218,6 +218,14 @@ def test_run_resumes_from_checkpoint_uri_after_its_folder_was_deleted(runs, tmp_
     output = ffdist_in(tmp_path, "resume", folder.name, uri_setting, "--runs", runs)
     assert "resuming from" in output
     assert Run.find(folder).summary["weights_sha256"] == reference.summary["weights_sha256"]
+
+
+def test_run_resumes_beside_the_database_of_another_program(tmp_path):
+    folder = train_until_stopped(make_config(), tmp_path / "runs")
+    moved = folder.rename(tmp_path / folder.name)
+    MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()  # MLflow's default name
+    run = resume(moved, runs=tmp_path / "runs", runner="serial")
+    assert run.summary["mlflow_tracking_uri"] == default_uri(tmp_path / "runs")
 
 
 def test_run_resumes_with_moved_data_but_not_with_changed_data(runs, tmp_path):

@@ -32,6 +32,7 @@ from ffdist.runs.folder import (
     unconfirmed_settings,
 )
 from ffdist.storage.paths import kind_of
+from ffdist.tracking.server import database_has_run, default_uri
 from ffdist.training.prepare import Prepared
 from ffdist.training.provenance import BACKPROPAGATION, algorithm_of
 
@@ -87,7 +88,7 @@ class Interrupted(NamedTuple):
     config: Config
     folder: Path
     runs: Path
-    """Runs folder: the one that the run is in, if it has a tracking database."""
+    """Runs folder: the given one if its tracking database has the run, else the one that the run is in."""
     runner: Literal["ray", "serial", "backpropagation"]
     """The runner that it was started with."""
 
@@ -107,13 +108,14 @@ def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ())
     overrides = tuple(overrides)
     uri = dict(each.partition("=")[::2] for each in overrides).get("checkpoint.uri")
     folder = find_run(str(run), runs, uri)
-    runs = folder.parent if kind_of(folder.parent / "mlflow.db") else runs
     config = config_of(folder, overrides) if kind_of(folder / CONFIG) == "file" else None
     checkpoints = checkpoints_of(config, folder) if config else checkpoints_at(str(uri), folder)
     manifest = None
     with suppress(CheckpointError):  # reported later, when the checkpoint is read
         for name in checkpoints.names()[-1:]:
             manifest = checkpoints.read_manifest(name)
+    if not (manifest and database_has_run(default_uri(runs), manifest.mlflow_run_id)):
+        runs = folder.parent if kind_of(folder.parent / "mlflow.db") else runs
     if config is None:
         if manifest is None:
             raise ConfigError(
