@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # ffdist need not be inst
 
 from ffdist.bench.step import measure_steps
 from ffdist.data.order import SampleOrder
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.encoders import ImageEncoder
-from ffdist.ff.network import Architecture
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
 from ffdist.ff.schedules import lr_scales

@@ -3,9 +3,9 @@
 from dataclasses import fields
 
 from ffdist import load_config, train
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.layers import Minibatch, Output, Passes
-from ffdist.ff.network import Architecture
 
 ENCODER_SETTINGS = {field.name for field in fields(ImageEncoder)}
 

@@ -9,7 +9,7 @@ import torch
 
 from ffdist import load_config, train
 from ffdist.errors import ConfigError
-from ffdist.ff.network import Architecture
+from ffdist.ff.architecture import Architecture
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.costs import Costs, _minibatch_s, predicted_samples_per_s, send_s
 from ffdist.pipeline.partition import partition

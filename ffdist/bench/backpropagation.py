@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ffdist.bench.stretch import request, start_processes
 from ffdist.data.order import SampleOrder
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import Layer
-from ffdist.ff.network import Architecture
 from ffdist.ff.optimizers import Learner
 from ffdist.ff.readout import Readout
 from ffdist.pipeline.runner import configure_torch

@@ -36,8 +36,8 @@ from ffdist.console import track
 from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError, RunFailed
+from ffdist.ff.architecture import layer_name
 from ffdist.ff.encoders import ImageEncoder
-from ffdist.ff.network import layer_name
 from ffdist.pipeline.blueprint import Actors, Blueprint
 from ffdist.pipeline.partition import partition
 from ffdist.pipeline.runner import Runner

@@ -7,8 +7,8 @@ from typing import Any
 from ffdist.config.schema import Config
 from ffdist.config.sections import Data
 from ffdist.errors import ConfigError
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.encoders import ENCODERS, Encoder
-from ffdist.ff.network import Architecture
 from ffdist.ff.objectives import Rule, find_objective
 from ffdist.ff.optimizers import Update
 

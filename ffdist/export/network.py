@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.encoders import encoder_entry, parse_encoder
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Network
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update, is_for_inference
 from ffdist.ff.specs import layer_entry

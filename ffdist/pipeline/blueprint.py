@@ -5,7 +5,7 @@ from itertools import chain, repeat
 from typing import Any, Literal, NamedTuple
 
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
-from ffdist.ff.network import Architecture
+from ffdist.ff.architecture import Architecture
 from ffdist.pipeline.schedule import evaluation_block
 from ffdist.pipeline.source import NegativePlan, NegativeSource
 from ffdist.pipeline.stage import ReadoutStage, Stage

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.classify import confusion_matrix, error, total_goodness
-from ffdist.ff.network import Architecture
 
 MAX_WORST_CLASSES = 5
 """Largest number of classes whose errors are printed."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ffdist.ff.network import Architecture
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.specs import FLOAT32_BYTES
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.schedule import EVALUATION_ROWS

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffdist.ff.network import layer_name, readout_name
+from ffdist.ff.architecture import layer_name, readout_name
 from ffdist.pipeline.blueprint import Actors, Blueprint
 from ffdist.pipeline.hardware import Hardware, hardware_of_actors, read_hardware
 from ffdist.pipeline.schedule import Command, Evaluate, Snapshot, Train

@@ -9,7 +9,7 @@ split at epoch ends          a snapshot             then test set
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ffdist.ff.network import Architecture
+from ffdist.ff.architecture import Architecture
 
 EVALUATION_ROWS = 2200
 """Largest number of rows in an evaluation block. It is fixed, because the shape of a product determines the order of

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import one_hot
 from ffdist.ff.negatives import TrainingSet, find_kind, make_checked
-from ffdist.ff.network import Architecture
 from ffdist.pipeline.schedule import Evaluate, Train
 
 

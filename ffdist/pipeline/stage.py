@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ffdist.data.order import SampleOrder
+from ffdist.ff.architecture import Architecture, layer_name, readout_name
 from ffdist.ff.keyed import generator
 from ffdist.ff.layers import Layer, Minibatch, Passes
 from ffdist.ff.negatives import draw_wrong_labels
-from ffdist.ff.network import Architecture, layer_name, readout_name
 from ffdist.ff.readout import loss_and_error, sum_logits
 from ffdist.pipeline.executor import Executor, StepMode, make_executor
 from ffdist.pipeline.schedule import Evaluate, Train

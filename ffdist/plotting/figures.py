@@ -10,11 +10,12 @@ from ffdist.config.schema import Config
 from ffdist.data.datasets import Dataset
 from ffdist.data.order import SampleOrder
 from ffdist.errors import as_warning
+from ffdist.ff.architecture import Architecture, layer_name
 from ffdist.ff.encoders import ImageEncoder
 from ffdist.ff.keyed import generator
 from ffdist.ff.labels import one_hot
 from ffdist.ff.negatives import TrainingSet, draw_wrong_labels, find_kind, make_checked
-from ffdist.ff.network import Architecture, Network, layer_name
+from ffdist.ff.network import Network
 from ffdist.ff.objectives import signed_threshold
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.timeline import Span

@@ -19,7 +19,8 @@ from ffdist.config.values import NO_TRACKING
 from ffdist.data.datasets import Dataset
 from ffdist.errors import ConfigError
 from ffdist.export.network import ARCHITECTURE
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.architecture import Architecture
+from ffdist.ff.network import Network
 from ffdist.ff.specs import Module, layer_entry
 from ffdist.pipeline.stage import State
 from ffdist.storage.files import UnsafeFile, file_in, read_json

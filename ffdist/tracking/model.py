@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ffdist.ff.network import Architecture
+from ffdist.ff.architecture import Architecture
 
 NAME, CHECKPOINT = "model", "checkpoint"
 """Name of the model of a run's results, and tag of a model with the name of its checkpoint."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.layers import MEASURED
-from ffdist.ff.network import Architecture
 from ffdist.pipeline.evaluation import Evaluation
 from ffdist.pipeline.runner import Pipeline, Trained
 from ffdist.training.observer import Observer

@@ -11,9 +11,9 @@ from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import NegativesError, TrainingSet, find_kind, make_checked, source_sha256
-from ffdist.ff.network import Architecture
 from ffdist.pipeline import memory
 from ffdist.pipeline.source import NegativePlan
 

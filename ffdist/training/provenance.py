@@ -1,7 +1,7 @@
 """Provenance of weights: what they depend on besides the configuration, which is the algorithm and the hardware."""
 
 from ffdist.checkpoint.checkpoints import Manifest
-from ffdist.ff.network import Architecture
+from ffdist.ff.architecture import Architecture
 from ffdist.pipeline.hardware import Hardware
 
 FORWARD_FORWARD, BACKPROPAGATION = "Forward-Forward", "backpropagation"

@@ -11,8 +11,9 @@ from ffdist.config.loading import parse_config, parse_with_overrides
 from ffdist.config.schema import NEUTRAL_SETTINGS, Config
 from ffdist.errors import ConfigError
 from ffdist.export.network import load_network
+from ffdist.ff.architecture import Architecture
 from ffdist.ff.layers import OBJECTIVE
-from ffdist.ff.network import Architecture, Network
+from ffdist.ff.network import Network
 from ffdist.ff.optimizers import is_for_inference, is_optimizer_state
 from ffdist.pipeline.schedule import Position
 from ffdist.pipeline.stage import State, state_of
