@@ -89,9 +89,7 @@ def _enlarge(values: Tensor, axis: int, start: Tensor, length: Tensor) -> Tensor
     """
     size = values.shape[axis]
     numbers = torch.arange(size, device=values.device) * 2 + 1
-    position = (
-        numbers * length.unsqueeze(1) * (SCALE // 2) // size - SCALE // 2
-    )  # of the centers, in units of 1 / SCALE
+    position = numbers * length.unsqueeze(1) * (SCALE // 2) // size - SCALE // 2  # of centers, times SCALE
     position = torch.minimum(position.clamp(min=0), (length.unsqueeze(1) - 1) * SCALE)
     below, fraction = position // SCALE, position % SCALE
     above = torch.minimum(below + 1, length.unsqueeze(1) - 1)

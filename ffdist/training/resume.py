@@ -115,8 +115,9 @@ def find_interrupted(run: str | Path, runs: Path, overrides: Iterable[str] = ())
     with suppress(CheckpointError):  # reported later, when the checkpoint is read
         for name in checkpoints.names()[-1:]:
             manifest = checkpoints.read_manifest(name)
-    if not (manifest and database_has_run(default_uri(runs), manifest.mlflow_run_id)):
-        runs = folder.parent if kind_of(folder.parent / "mlflow.db") else runs
+    is_tracked_there = manifest and database_has_run(default_uri(runs), manifest.mlflow_run_id)
+    if not is_tracked_there and kind_of(folder.parent / "mlflow.db"):
+        runs = folder.parent
     if config is None:
         if manifest is None:
             raise ConfigError(
