@@ -46,19 +46,15 @@ class Form:
     def pooled(self, most: int) -> Form:
         """Returns the form of maps that are average-pooled to at most `most` values; that of vectors is the same.
 
-        The windows are the smallest squares that divide the map evenly, else the smallest ones. Channels are kept, even
-        if they are more.
+        The windows are the smallest squares that give so few values; the last ones of a row or column may be smaller.
+        Channels are kept, even if they are more.
         """
         if not self.is_map:
             return Form(self.shape)
         channels, height, width = self.shape
-        sides = [
-            side
-            for side in range(1, max(height, width) + 1)
-            if channels * -(-height // side) * -(-width // side) <= most
-        ] or [max(height, width)]
-        side = next((side for side in sides if height % side == 0 == width % side), sides[0])
-        return Form((channels, -(-height // side), -(-width // side)))
+        sides = range(1, max(height, width))
+        forms = (Form((channels, -(-height // side), -(-width // side))) for side in sides)
+        return next((form for form in forms if form.size <= most), Form((channels, 1, 1)))
 
     def _window(self, to: Form) -> int:
         """Returns the side length of the windows that `pool` averages over."""
