@@ -26,7 +26,7 @@ MATRIX = {
     "default": (),
     **{
         f"negatives {kind}": (f"negatives.kind={kind}",)
-        for kind in ("fixed", "hard_label", "all_wrong", "hybrid", "noise", "permuted")
+        for kind in ("fixed", "hard_label", "all_wrong", "hybrid", "mixed", "noise", "permuted")
     },
     "negatives hard_label, delayed": ("negatives.kind=hard_label", "negatives.prediction_delay=7"),
     "negatives noise, normal": ("negatives.kind=noise", "negatives.options={distribution: normal}"),

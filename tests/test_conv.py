@@ -108,7 +108,7 @@ def test_layer_computes_and_learns_like_modules_of_torch(spec):
         torch.testing.assert_close(layer(rows[0]).activations, expected)
 
 
-def test_statistics_of_the_positive_rows_normalize_all_passes_and_get_gradients_from_positive_rows_only():
+def test_statistics_of_the_positive_rows_normalize_all_passes_and_get_gradients_from_all():
     rule = Rule(normalization="none", peer_strength=0.0, loss="symmetric", update=Update(0.1, 0.0, 0.0, "sgd"))
     spec = Conv(8)
     layer, rows = make_layer(spec, rule), random_rows(2)
@@ -117,20 +117,19 @@ def test_statistics_of_the_positive_rows_normalize_all_passes_and_get_gradients_
     positive, negative = (F.conv2d(each.view(B, *FORM.shape), weight, padding=1) for each in rows)
     mean, variance = positive.mean((0, 2, 3)), positive.var((0, 2, 3), correction=0)
 
-    def normalize(maps, mean, variance):
+    def normalize(maps):
         scale = factor / (variance + 1e-5).sqrt()
         return ((maps - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]).relu()
 
-    goodness = [
-        normalize(*each).square().flatten(1).sum(1)
-        for each in ((positive, mean, variance), (negative, mean.detach(), variance.detach()))
-    ]
+    goodness = [normalize(each).square().flatten(1).sum(1) for each in (positive, negative)]
     loss = F.softplus(goodness[1] - goodness[0]).mean() / 2  # half of the derivative, as in the released code
     gradients = torch.autograd.grad(loss, leaves)
     _, metrics = layer.train_minibatch(Minibatch(rows, Passes(1, False)))
     for leaf, name, gradient in zip(leaves, ("weight", "factor", "bias"), gradients, strict=True):
         torch.testing.assert_close(layer.get_parameter(name), leaf.detach() - 0.1 * gradient)
     assert metrics[0].item() == pytest.approx(2 * loss.item(), rel=1e-6)
+    torch.testing.assert_close(layer.running_mean, 0.1 * mean.detach())
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * positive.detach().var((0, 2, 3)))
 
 
 def test_label_is_shown_as_constant_planes():

@@ -17,6 +17,7 @@ from ffdist.ff.negatives import (
     fixed,
     hybrid,
     make_checked,
+    mixed,
     noise,
     permuted,
     source_sha256,
@@ -138,6 +139,21 @@ def test_hybrid_masks_are_blurred_as_configured_and_differ_between_samples():
     assert edges[6] < edges[1] < edges[0]
 
 
+def test_mixed_is_the_mean_of_the_image_and_any_other_one():
+    images = torch.randint(256, (100, 42), dtype=torch.uint8)
+    data, indices = TrainingSet(images, LABELS[:100], 10, (1, 6, 7), seed=0), INDICES[:100]
+    negatives = mixed(data, indices, make_generator())
+    pairs = (images[:, None].int() + images) // 2  # [100, 100, 42]
+    is_pair = (pairs == negatives[:, None]).all(2)
+    assert (is_pair.sum(1) == 1).all()
+    others = is_pair.int().argmax(1)
+    assert (others != indices).all()
+    assert len(others.unique()) > 40
+    assert (data.labels[others] == data.labels).any(), "it uses no labels"
+    with pytest.raises(NegativesError, match="at least two samples"):
+        mixed(data._replace(samples=images[:1]), indices[:1], make_generator())
+
+
 def test_uniform_noise_covers_the_range_and_normal_noise_matches_the_moments():
     uniform = noise(make_training_set(), INDICES[:2000], make_generator()).double()
     assert (uniform.min(), uniform.max()) == (0, 255)
@@ -220,7 +236,7 @@ def test_kind_in_a_broken_module_is_rejected(tmp_path, monkeypatch):
         (
             "hard_lable",
             {},
-            "is none of wrong_label, fixed, hard_label, all_wrong, hybrid, noise, permuted, nor package.module",
+            "is none of wrong_label, fixed, hard_label, all_wrong, hybrid, mixed, noise, permuted, nor package.module",
         ),
         ("nowhere:at_all", {}, "cannot be imported .*nowhere"),
         (f"{__name__}:missing", {}, "cannot be imported .*missing"),

@@ -224,8 +224,8 @@ class Negatives(Section):
     """The negative data."""
 
     kind: str = "wrong_label"
-    """Kind of negatives: `wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `noise`, `permuted`, or a custom
-    function, `package.module:function`. `none`, the default of objectives that need no negatives."""
+    """Kind of negatives: `wrong_label`, `fixed`, `hard_label`, `all_wrong`, `hybrid`, `mixed`, `noise`, `permuted`, or
+    a custom function, `package.module:function`. `none`, the default of objectives that need no negatives."""
     options: dict[str, Any] = {}
     """Options of the kind, by name: `blurs` and `threshold` of `hybrid`, `distribution` of `noise`, or those of a
     custom function."""

@@ -140,6 +140,22 @@ def _partners(data: TrainingSet, indices: Tensor, generator: torch.Generator) ->
     return by_class[torch.where(place < start, place, place + size)]
 
 
+def mixed(data: TrainingSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Averages each image with another one of any class (Chen et al. 2024, self-contrastive forward-forward): `[n, D]`.
+
+    It uses no labels.
+
+    Raises:
+        NegativesError: The samples are not images, or there is only one.
+    """
+    _image_shape(data)
+    if len(data.samples) < 2:
+        raise NegativesError("needs at least two samples (samples: 1)")
+    step = torch.randint(1, len(data.samples), indices.shape, generator=generator)
+    others = data.samples[(indices + step) % len(data.samples)]
+    return ((data.samples[indices].to(torch.int16) + others) // 2).to(torch.uint8)
+
+
 def noise(data: TrainingSet, indices: Tensor, generator: torch.Generator, *, distribution: str = "uniform") -> Tensor:
     """Draws images of noise `[n, D]`.
 
@@ -184,6 +200,7 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "hard_label": wrong_label,  # until labels drawn by the readout arrive, see `HardLabels`
     "all_wrong": all_wrong,
     "hybrid": hybrid,
+    "mixed": mixed,
     "noise": noise,
     "permuted": permuted,
 }
@@ -257,7 +274,8 @@ def make_checked(
         )
     if are_labels and not labels_shown:
         raise NegativesError(
-            "shows wrong labels, but data.label=none shows no labels; set hybrid, noise or permuted, or data.label"
+            "shows wrong labels, but data.label=none shows no labels; set hybrid, mixed, noise or permuted, or "
+            "data.label"
         )
     true = data.labels[indices].view(-1, *[1] * (negatives.dim() - 1))
     if are_labels and not ((negatives >= 0) & (negatives < data.classes) & (negatives != true)).all():
