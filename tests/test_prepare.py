@@ -31,6 +31,13 @@ LOCAL = "{kind: local, grid: 3, stride: 2, field: 4, units: 5}"
             "chunk_size: 28, negatives.prediction_delay: 20",
         ),
         (["model.layers=[10000000,10000000]"], r"needed: 2,400,\d{3}\.\d GB, available: \d"),
+        (
+            [
+                *("training.batch_size=1", "data.label=everywhere"),
+                "model.layers=[{kind: conv, channels: 4, kernel: 8, padding: 0}]",
+            ],
+            "layer 1 has a batch norm, which needs at least two values of a channel",
+        ),
         (["training.batch_size=5000"], "batch_size: 5000, training samples: 1437"),
     ],
 )

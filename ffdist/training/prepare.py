@@ -1,5 +1,6 @@
 """Preparation of a run: loads and checks everything that its configuration names, before anything starts."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ffdist.errors import ConfigError
 from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import NegativesError, TrainingSet, find_kind, make_checked, source_sha256
+from ffdist.ff.specs import Conv
 from ffdist.pipeline import memory
 from ffdist.pipeline.source import NegativePlan
 
@@ -59,6 +61,12 @@ def prepare(config: Config, data: Any = None) -> Prepared:
             f"(batch_size: {order.batch_size}, training samples: {order.num_samples})"
         )
     architecture = build_architecture(config, dataset.encoder, dataset.untrained, may_import=True)
+    for number, (layer, form) in enumerate(zip(architecture.layers, architecture.activation_forms, strict=True), 1):
+        if isinstance(layer, Conv) and layer.norm == "batch" and order.batch_size * prod(form.shape[1:]) == 1:
+            raise ConfigError(
+                f"layer {number} has a batch norm, which needs at least two values of a channel in a minibatch "
+                f"(training.batch_size: 1, map: 1 x 1); raise batch_size, or set norm to group or none"
+            )
     host_memory.check(
         memory.driver_bytes(architecture), "the copy of the network in the driver, for resuming and for results,"
     )
