@@ -23,9 +23,9 @@ RUNNING_MOMENTUM = 0.1
 
 
 class _PositiveBatchNorm(torch.autograd.Function):
-    """A batch norm of all rows by the means and variances of the first ones, with its exact gradient.
+    """A batch norm of all rows by the means and variances of the first rows, with its exact gradient.
 
-    torch's operations alone would give the same in five times as long.
+    It is a function of its own because slices and elementwise operations take several times as long on a CPU.
     """
 
     @staticmethod
@@ -46,18 +46,19 @@ class _PositiveBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients: first those for constant means and variances, then with those of the first rows."""
+        """Returns the gradients of the arguments of `forward`; None for those that have none."""
         maps, mean, variance, factor = ctx.saved_tensors
-        to_maps, to_factor, to_bias = torch.ops.aten.native_batch_norm_backward(
+        # First as if means and variances were constants, and then through them, to the first rows.
+        grad_maps, grad_factor, grad_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, maps, factor, mean, variance, None, None, False, EPSILON, [True, True, True]
         )
         positive = maps[: ctx.batch]
         scale = torch.rsqrt(variance + EPSILON)
         share = factor * scale / positive[:, 0].numel()
-        slope = scale * share * to_factor
-        constant = share * to_bias - mean * slope
-        to_maps[: ctx.batch].addcmul_(positive, slope[:, None, None], value=-1).sub_(constant[:, None, None])
-        return to_maps, None, None, None, to_factor, to_bias
+        slope = scale * share * grad_factor
+        constant = share * grad_bias - mean * slope
+        grad_maps[: ctx.batch].addcmul_(positive, slope[:, None, None], value=-1).sub_(constant[:, None, None])
+        return grad_maps, None, None, None, grad_factor, grad_bias
 
 
 class ConvLayer(Layer):
@@ -106,7 +107,7 @@ class ConvLayer(Layer):
         """Returns the activations, with their graph; a batch norm uses the statistics of the positive rows.
 
         The gradient flows through these statistics for all rows. If it did so for the positive rows only, the negative
-        ones would pull at the means and scales of channels, which the norm removes, and the layer would not learn.
+        ones would mostly change the means and scales of channels, which the norm removes.
         """
         self.requires_grad_()
         with torch.enable_grad():
