@@ -11,6 +11,7 @@ from ffdist import ConfigError, load_config, load_network, train
 from ffdist.data.datasets import load_dataset
 from ffdist.data.order import SampleOrder
 from ffdist.export.network import Names, save_network
+from ffdist.ff.labels import join
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
 from ffdist.ff.specs import Local
@@ -56,7 +57,7 @@ def test_update_follows_the_cross_entropy_gradient_through_all_layers():
         parameters = {
             (layer, name): old[layer][name].clone().requires_grad_() for layer in old for name in ("weight", "bias")
         }
-        rows, readout_inputs = ARCHITECTURE.neutral_rows(IMAGES[samples]), []
+        rows, readout_inputs = join(ARCHITECTURE.neutral_rows(IMAGES[samples])), []
         for layer in ("layer_1", "layer_2"):
             rows = F.linear(rows, parameters[layer, "weight"], parameters[layer, "bias"]).relu()
             rows = rows / (rows.square().mean(1, keepdim=True) + 1e-12).sqrt()

@@ -5,6 +5,7 @@ import torch
 from helpers import image_architecture
 
 from ffdist.ff.classify import confusion_matrix, error
+from ffdist.ff.labels import join
 from ffdist.ff.network import Network
 from ffdist.ff.objectives import Rule
 from ffdist.ff.optimizers import Update
@@ -65,7 +66,7 @@ def test_subtract_mean_makes_predictions_independent_of_brightness():
     network = make_network(label="append", subtract_mean=True)
     for actual, expected in zip(network.predict(dark), network.predict(bright), strict=True):
         torch.testing.assert_close(actual, expected)
-    rows = network.architecture.rows(dark, torch.ones(6, 4))
+    rows = join(network.architecture.labeled_rows(dark, torch.ones(6, 4)))
     torch.testing.assert_close(rows[:, :20].sum(1), torch.zeros(6), atol=1e-5, rtol=0)
     assert not torch.equal(make_network(label="append").predict(dark).goodness, network.predict(dark).goodness)
 

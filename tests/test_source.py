@@ -7,6 +7,7 @@ from helpers import image_architecture
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.keyed import generator
+from ffdist.ff.labels import join
 from ffdist.pipeline.schedule import Train
 from ffdist.pipeline.source import Drawn, HardLabels, NegativePlan, NegativeSource, Shard, Source
 
@@ -62,7 +63,7 @@ def make_sources(plan: NegativePlan, jitter=0, **settings) -> tuple[Source, Nega
 def make_rows(source: Source, chunk: Train, *arrived: Shard | Drawn) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rows of a chunk that the readout does not read, and those that it reads."""
     parts = source.train(chunk, *arrived)
-    rows = torch.stack([source.rows(minibatch) for minibatch in zip(*parts, strict=True)])
+    rows = torch.stack([join(source.rows(minibatch)) for minibatch in zip(*parts, strict=True)])
     if source._architecture.labels_shown:
         return rows[:, :-1].flatten(1, 2), rows[:, -1]
     return rows[:, 1:].flatten(1, 2), rows[:, 0]

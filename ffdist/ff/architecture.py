@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ffdist.ff.encoders import Encoder
 from ffdist.ff.forms import Form
-from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
+from ffdist.ff.goodness import NORMALIZATIONS, normalize, squared_norm
 from ffdist.ff.keyed import generator
-from ffdist.ff.labels import neutral, one_hot
+from ffdist.ff.labels import LABELS, LabeledRows, Rows, neutral, one_hot
 from ffdist.ff.layers import MEASURED, Layer
 from ffdist.ff.objectives import RELEASE, Objective, Rule, find_objective, num_parameters
 from ffdist.ff.optimizers import READOUT_UPDATE, Update
@@ -327,23 +327,39 @@ class Architecture:
         num_features = sum(to.size for _, to in forms)
         return Readout(num_features, self.classes, update=self.readout_update, forms=forms if is_pooled else ())
 
-    def rows(self, samples: Tensor, claims: Tensor | None) -> Tensor:
-        """Turns samples and label values into input rows.
+    def unlabeled_rows(self, samples: Tensor) -> Tensor:
+        """Turns samples `[..., D]` into normalized rows that show no label `[..., D]`, of the compute type."""
+        values = self.encoder.values(samples)
+        return normalize(self.rule.normalization, values, squared_norm(values)).to(self.compute_dtype)
+
+    def labeled_rows(self, samples: Tensor, claims: Tensor) -> LabeledRows:
+        """Turns samples and label values into normalized rows `[..., D']`, of the compute type.
+
+        Leading dimensions of samples and label values are broadcast.
 
         Args:
             samples: `[..., D]`.
-            claims: Label values `[..., C]`, float32, 1 for the label; None to show no label.
-
-        Returns:
-            Normalized rows `[..., D']`, of the compute type.
+            claims: Label values `[..., C]`, float32, 1 for the label.
         """
-        rows = self.encoder.rows(samples, claims)
-        return NORMALIZATIONS[self.rule.normalization](rows, squared_norm(rows)).to(self.compute_dtype)
+        values, place = LABELS[self.encoder.label](self.encoder.values(samples), self.classes)
+        values, labels = (
+            part[(None,) * (max(samples.dim(), claims.dim()) - part.dim())]  # so that both have as many dimensions
+            for part in (values, claims * self.encoder.label_scale)
+        )
+        factors = NORMALIZATIONS[self.rule.normalization](squared_norm(values) + squared_norm(labels), values.shape[-1])
+        return LabeledRows(values.to(self.compute_dtype), labels, factors, place)
 
-    def claiming_rows(self, samples: Tensor) -> Tensor:
-        """Turns samples `[N, D]` into rows with every label that is tried `[N, T, D']`."""
-        labels = torch.tensor(self.tried, device=samples.device).expand(samples.shape[0], -1)
-        return self.rows(samples.unsqueeze(1), one_hot(labels, self.classes))
+    def claiming_rows(self, samples: Tensor, *, with_neutral: bool = False) -> LabeledRows:
+        """Turns samples `[N, D]` into rows with every label that is tried `[N, T, D']`.
+
+        Args:
+            samples: Samples.
+            with_neutral: Whether a row with the neutral label follows `[N, T + 1, D']`.
+        """
+        claims = one_hot(torch.tensor(self.tried, device=samples.device), self.classes)
+        if with_neutral:
+            claims = torch.cat((claims, neutral(samples[:1], self.classes)))
+        return self.labeled_rows(samples.unsqueeze(1), claims.unsqueeze(0))
 
     def by_class(self, goodness: Tensor) -> Tensor:
         """Returns the goodness of every class `[..., C]`, -inf for classes without training samples.
@@ -357,6 +373,8 @@ class Architecture:
         every[..., self.tried] = goodness[..., self.tried] if self.scores_classes else goodness
         return every
 
-    def neutral_rows(self, samples: Tensor) -> Tensor:
+    def neutral_rows(self, samples: Tensor) -> Rows:
         """Turns samples `[..., D]` into the rows that the readout's pass reads: with the neutral label, or none."""
-        return self.rows(samples, neutral(samples, self.classes) if self.labels_shown else None)
+        if not self.labels_shown:
+            return self.unlabeled_rows(samples)
+        return self.labeled_rows(samples, neutral(samples, self.classes))

@@ -88,7 +88,7 @@ class ConvLayer(Layer):
             self.register_buffer("running_mean", torch.zeros(spec.channels))
             self.register_buffer("running_var", torch.ones(spec.channels))
 
-    def prepare(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         """Returns the input maps `[R, C, Y, X]` of rows `[R, D]`."""
         maps = self._form.values(rows)
         if self._form.shared:

@@ -103,19 +103,6 @@ class Encoder(ABC):
     def values(self, samples: Tensor) -> Tensor:
         """Returns samples `[..., D]` as float32 values `[..., D]`."""
 
-    def rows(self, samples: Tensor, claims: Tensor | None) -> Tensor:
-        """Returns the rows of samples.
-
-        Args:
-            samples: `[..., D]`.
-            claims: Label values `[..., C]`, float32, 1 for the label; None to show no label.
-
-        Returns:
-            Rows `[..., D']`, float32, not normalized.
-        """
-        values = self.values(samples)
-        return values if claims is None else LABELS[self.label](values, claims * self.label_scale)
-
     def _set_moments(self, count: int, repeats: int) -> None:
         """Checks the fields `mean` and `deviation`, and converts them to tuples.
 

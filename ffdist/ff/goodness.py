@@ -75,21 +75,34 @@ MINUS = "minus_"
 """Prefix of the name of a goodness: its negative, so that positive rows have little of it."""
 
 
-def rms(activations: Tensor, squares: Tensor) -> Tensor:
-    """Divides every row by its root mean square, without subtracting the mean (the paper's released code)."""
-    return activations * torch.rsqrt(squares / activations.shape[-1] + TINY).unsqueeze(-1)
+def rms(squares: Tensor, size: int) -> Tensor:
+    """Rows are divided by their root mean square, without subtracting the mean (the paper's released code)."""
+    return torch.rsqrt(squares / size + TINY)
 
 
-def l2(activations: Tensor, squares: Tensor) -> Tensor:
-    """Divides every row by its L2 norm."""
-    return activations * torch.rsqrt(squares + TINY).unsqueeze(-1)
+def l2(squares: Tensor, size: int) -> Tensor:
+    """Rows are divided by their L2 norm."""
+    return torch.rsqrt(squares + TINY)
 
 
-def none(activations: Tensor, squares: Tensor) -> Tensor:
-    """Returns rows unchanged, so that the next layer can see their goodness."""
-    return activations
+def none(squares: Tensor, size: int) -> Tensor:
+    """Rows do not change, so that the next layer can see their goodness."""
+    return torch.ones_like(squares)
 
 
-NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"rms": rms, "l2": l2, "none": none}
-"""Normalizations, by the name in `model.normalization`, from activations `[..., H]`, float32 or wider, and their sums
-of squares `[...]`. A row of zeros stays zero."""
+NORMALIZATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"rms": rms, "l2": l2, "none": none}
+"""Normalizations, by the name in `model.normalization`. From the sums of squares of rows `[...]`, float32 or wider, and
+their number of values, each returns the factors of the rows `[...]`."""
+
+
+def normalize(kind: str, activations: Tensor, squares: Tensor) -> Tensor:
+    """Returns normalized activations `[..., H]`, float32 or wider. A row of zeros stays zero.
+
+    Args:
+        kind: A key of `NORMALIZATIONS`.
+        activations: `[..., H]`.
+        squares: Their sums of squares `[...]`.
+    """
+    if kind == "none":
+        return activations
+    return activations * NORMALIZATIONS[kind](squares, activations.shape[-1]).unsqueeze(-1)

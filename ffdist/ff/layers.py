@@ -5,13 +5,14 @@ Shapes: `P` passes, `T` passes that are trained on, `B` samples of a minibatch, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ffdist.ff.forms import Form
-from ffdist.ff.goodness import NORMALIZATIONS, squared_norm
+from ffdist.ff.goodness import normalize, squared_norm
+from ffdist.ff.labels import Rows, join
 from ffdist.ff.objectives import RELEASE, Loss, Rule, find_objective
 from ffdist.ff.optimizers import Learner
 
@@ -55,7 +56,7 @@ class Passes(NamedTuple):
 class Minibatch(NamedTuple):
     """The inputs of a layer for one minibatch."""
 
-    rows: Tensor
+    rows: Rows
     """Rows `[P, B, D]`, of the layer's compute type. A neutral pass is not trained on."""
     passes: Passes = Passes()
     labels: Tensor | None = None
@@ -110,7 +111,6 @@ class Layer(Learner, ABC):
         self.rule, self.compute_dtype = rule, compute_dtype
         self.objective = find_objective(rule)(rule, threshold, form, classes)
         self.objective.add_terms(compute_dtype, objective_generator)
-        self._normalize = NORMALIZATIONS[rule.normalization]
         self.statistics.register_buffer("mean_activity", torch.full((form.size,), INITIAL_MEAN_ACTIVITY))
 
     @abstractmethod
@@ -121,9 +121,13 @@ class Layer(Learner, ABC):
             inputs: Result of `prepare`: by default, rows `[R, D]` of the compute type.
         """
 
-    def prepare(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         """Arranges rows `[R, D]` for `compute` and `gradients`, `[R, ...]`. By default, it returns them."""
         return rows
+
+    def prepare(self, rows: Rows) -> Any:
+        """Returns the inputs of `compute` and `gradients` for rows `[..., D]`: by default, the result of `arrange`."""
+        return self.arrange(join(rows).reshape(-1, rows.shape[-1]))
 
     def compute_for_training(self, inputs: Tensor, batch: int, noise: Tensor | None) -> Tensor:
         """Returns the activations, with their graph. Submodules, such as batch norm, are in training mode.
@@ -139,21 +143,21 @@ class Layer(Learner, ABC):
         self.eval()
         return activations
 
-    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
+    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, passes: slice) -> Mapping[str, Tensor]:
         """Returns the gradient of each parameter, by name.
 
         Args:
-            direction: Minus the gradient of the loss with respect to the activations of these rows `[r, H]`.
+            direction: Minus the gradient of the loss with respect to the activations of these passes `[t, B, H]`.
             inputs: Result of `prepare`.
             activations: Result of `compute_for_training`.
-            rows: The rows that `direction` is for.
+            passes: The passes that `direction` is for.
         """
         if not activations.requires_grad:  # there are no parameters
             return {}
-        weights = direction
-        if direction.shape != activations.shape:
-            weights = torch.zeros_like(activations)
-            weights[rows] = direction
+        weights = direction.flatten(0, 1)
+        if weights.shape != activations.shape:
+            batch, weights = direction.shape[1], torch.zeros_like(activations)
+            weights[passes.start * batch : passes.stop * batch] = direction.flatten(0, 1)
         named = dict(self._own_parameters())
         gradients = torch.autograd.grad(activations, [*named.values()], weights, materialize_grads=True)
         self.requires_grad_(False)
@@ -180,18 +184,19 @@ class Layer(Learner, ABC):
         """Names of the metrics of a minibatch, in their order."""
         return (*self.objective.metrics, *self.rule.terms, *MEASURED)
 
-    def forward_for_training(self, rows: Tensor, noise: Tensor | None) -> Output:
+    def forward_for_training(self, rows: Rows, noise: Tensor | None) -> Output:
         """Returns the output for the positive rows `[B, D]` of a minibatch, with its graph, for backpropagation."""
-        return self._output(self.compute_for_training(self.prepare(rows), len(rows), noise), noise)
+        return self._output(self.compute_for_training(self.prepare(rows), rows.shape[0], noise), noise)
 
-    def forward(self, rows: Tensor) -> Output:
+    def forward(self, rows: Rows) -> Output:
         """Returns the output for rows `[..., D]` of the compute type."""
-        activations = self.compute(self.prepare(rows.reshape(-1, rows.shape[-1])))
+        activations = self.compute(self.prepare(rows))
         return self._output(activations.reshape(*rows.shape[:-1], -1))
 
     def _output(self, activations: Tensor, noise: Tensor | None = None) -> Output:
         squares, passed = squared_norm(activations), self.pass_on(activations, noise)
-        normalized = self._normalize(passed, squares if passed is activations else squared_norm(passed))
+        squares_passed = squares if passed is activations else squared_norm(passed)
+        normalized = normalize(self.rule.normalization, passed, squares_passed)
         return Output(normalized.to(self.compute_dtype), self.objective.scores(activations, squares))
 
     def pass_on(self, activations: Tensor, noise: Tensor | None) -> Tensor:
@@ -228,7 +233,7 @@ class Layer(Learner, ABC):
             and the values of `metrics`, float32, with NaN for those that were not measured.
         """
         rows, num_trained, labels = minibatch.rows, minibatch.passes.num_trained, minibatch.labels
-        inputs = self.prepare(rows.flatten(0, 1))
+        inputs = self.prepare(rows)
         batch, noise = rows.shape[1], minibatch.noise
         activations = self.compute(inputs) if lr_scale is None else self.compute_for_training(inputs, batch, noise)
         values = activations.detach().reshape(*rows.shape[:2], -1)
@@ -254,7 +259,7 @@ class Layer(Learner, ABC):
     def _learn(
         self,
         minibatch: Minibatch,
-        inputs: Tensor,
+        inputs: Any,
         activations: Tensor,
         trained: Tensor,
         loss: Loss,
@@ -266,10 +271,10 @@ class Layer(Learner, ABC):
         layer to the positive pass. It reaches inactive units in layers whose gradient is in closed form.
         """
         (num_passes, batch), labels = trained.shape[:2], minibatch.labels
-        inputs = inputs[: num_passes * batch]
         parts = [slice(0, 1), slice(1, num_passes)] if self.rule.alternating else [slice(0, num_passes)]
         for number, part in enumerate(parts * self.rule.updates_per_minibatch):
             if number:
+                inputs = self.prepare(minibatch.rows[:num_passes]) if number == 1 else inputs
                 activations = self.compute_for_training(inputs, batch, minibatch.noise)
                 trained = activations.detach().view_as(trained)
                 loss = self.objective.loss_with_terms(
@@ -282,8 +287,7 @@ class Layer(Learner, ABC):
                 self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)
                 strength = self.rule.peer_strength / batch
                 direction[0] += strength * (self.mean_activity.mean() - self.mean_activity)
-            rows = slice(part.start * batch, part.stop * batch)
-            gradients = dict(self.gradients(direction.flatten(0, 1), inputs, activations, rows))
+            gradients = dict(self.gradients(direction, inputs, activations, part))
             if part.start == 0:
                 gradients |= {f"{OBJECTIVE}{name}": gradient for name, gradient in loss.parameters.items()}
             self.update_parameters(gradients, lr_scale)

@@ -31,7 +31,7 @@ class LocalLayer(ReluLayer):
         self.weight.mul_(self._windows(torch.ones(1, form.width))[0].unsqueeze(1))
         self.refresh()
 
-    def prepare(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         """Returns the inputs of each band or field, from rows `[R, D]`."""
         return self._bands(rows) if self._spec.uses_bands else self._windows(rows)
 

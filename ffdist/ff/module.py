@@ -88,7 +88,7 @@ class ModuleLayer(Layer):
             self.module: nn.Module = module_class(**deepcopy(spec.options))
         self.requires_grad_(False)
 
-    def prepare(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         """Returns samples in their shape `[R, *shape]`, float32."""
         values = self._form.values(rows)
         return values.float() if values.dtype == torch.bfloat16 else values
@@ -110,10 +110,10 @@ class ModuleLayer(Layer):
         with _seeded(int(noise)):
             return super().compute_for_training(inputs, batch, noise)
 
-    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
+    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, passes: slice) -> Mapping[str, Tensor]:
         """Returns the gradient of each parameter, by name."""
         with self._deterministic(inputs.device):
-            return super().gradients(direction, inputs, activations, rows)
+            return super().gradients(direction, inputs, activations, passes)
 
     @contextmanager
     def _deterministic(self, device: torch.device) -> Iterator[None]:

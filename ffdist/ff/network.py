@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ffdist.ff.architecture import Architecture
 from ffdist.ff.classify import total_goodness
+from ffdist.ff.labels import Rows
 from ffdist.ff.layers import Layer, Output
 from ffdist.ff.optimizers import is_for_inference
 from ffdist.ff.readout import LayerReadouts, Readout
@@ -72,7 +73,7 @@ class Network(nn.Module):
             learner.optimizer = learner.statistics = nn.Module()
         return network.requires_grad_(False).eval()
 
-    def read(self, rows: Tensor, noise: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    def read(self, rows: Rows, noise: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Returns the readout's inputs for rows `[B, D']`: the normalized activations of each read layer `[B, H]`.
 
         Args:
@@ -86,11 +87,11 @@ class Network(nn.Module):
         """Returns the readout's inputs from the output of each layer."""
         return [outputs[index].activations for index in self.architecture.read_layers]
 
-    def goodness(self, rows: Tensor) -> Tensor:
+    def goodness(self, rows: Rows) -> Tensor:
         """Returns each layer's goodness for rows `[..., D']`, `[L, ...]`, or its class scores, `[L, ..., C]`."""
         return torch.stack([output.scores for output in self._outputs(rows)])
 
-    def _outputs(self, rows: Tensor, noise: Sequence[Tensor | None] | None = None) -> Iterator[Output]:
+    def _outputs(self, rows: Rows, noise: Sequence[Tensor | None] | None = None) -> Iterator[Output]:
         """Yields the output of each layer; for the arguments see `read`."""
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ffdist.ff.custom import find_class
 from ffdist.ff.forms import Form
-from ffdist.ff.goodness import GOODNESS, MINUS, NORMALIZATIONS, TINY, squared_norm
+from ffdist.ff.goodness import GOODNESS, MINUS, TINY, normalize, squared_norm
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import LAYER_UPDATE, Update
 from ffdist.ff.terms import TERMS
@@ -292,7 +292,7 @@ class Classifier(Objective):
 
     def scores(self, activations: Tensor, squares: Tensor) -> Tensor:
         """Returns the logarithm of the probability of each class `[..., C]`."""
-        features = self.features(NORMALIZATIONS[self.rule.normalization](activations, squares))
+        features = self.features(normalize(self.rule.normalization, activations, squares))
         is_learned = self.rule.class_scores != "groups"
         logits = F.linear(features, self.weight, self.bias) if is_learned else self.factor * features
         return logits.log_softmax(-1)
@@ -304,8 +304,7 @@ class Classifier(Objective):
         target = F.one_hot(labels, self.classes).to(scores.dtype) * (1 - smoothing) + smoothing / self.classes
         loss, index = -(target * log_probability).sum(1).mean(), labels.unsqueeze(1)
         pull = (target - log_probability.exp()) / len(labels)  # minus the gradient with respect to the logits
-        normalize = NORMALIZATIONS[self.rule.normalization]
-        normalized = normalize(activations[0], squared_norm(activations[0]))
+        normalized = normalize(self.rule.normalization, activations[0], squared_norm(activations[0]))
         features = self.features(normalized)
         if self.rule.class_scores == "groups":
             parameters = {"factor": (pull * features).sum()}

@@ -2,18 +2,25 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffdist.ff.forms import Form
+from ffdist.ff.labels import LabeledRows, Rows
 from ffdist.ff.layers import Layer
 
 
 def _refresh(layer: "ReluLayer", _: Any) -> None:
     layer.refresh()
+
+
+def _unflatten(tensor: Tensor, leading: Sequence[int]) -> Tensor:
+    unflattened: Tensor = tensor.unflatten(0, leading)  # type: ignore[no-untyped-call]
+    return unflattened
 
 
 class ReluLayer(Layer):
@@ -76,21 +83,45 @@ class ReluLayer(Layer):
     def _weight_gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
         """Returns the gradient of the weight, summed over rows, from that of the weighted sums `[R, H]`."""
 
-    def compute(self, inputs: Tensor) -> Tensor:
+    def prepare(self, rows: Rows) -> Rows:
+        """Arranges rows `[..., D]`, `[R, ...]`. Of rows that show labels, it arranges the samples, `[..., ...]`."""
+        if not isinstance(rows, LabeledRows):
+            return self.arrange(rows.reshape(-1, rows.shape[-1]))
+        samples = self.arrange(rows.samples.reshape(-1, rows.samples.shape[-1]))
+        return replace(rows, samples=_unflatten(samples, rows.samples.shape[:-1]))
+
+    def compute(self, inputs: Rows) -> Tensor:
         """Returns the activations `[R, H]`."""
         self._refresh_if_changed()
-        return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
+        if not isinstance(inputs, LabeledRows):
+            return self._product(inputs).to(self.weight.dtype).add_(self.bias).relu_()
+        leading = inputs.samples.shape[: inputs.factors.dim()]
+        of_samples = self._product(inputs.samples.flatten(0, len(leading) - 1)).to(self.weight.dtype)
+        factors = inputs.factors.unsqueeze(-1).to(self.weight.dtype)
+        labels = (inputs.labels * factors).flatten(0, -2)
+        sums = torch.addmm(self.bias, labels, self.weight.flatten(0, -2)[:, inputs.place].t())
+        by_row = sums.view(*inputs.factors.shape, -1)
+        return by_row.addcmul_(_unflatten(of_samples, leading), factors).relu_().flatten(0, -2)
 
-    def compute_for_training(self, inputs: Tensor, batch: int, noise: Tensor | None) -> Tensor:
+    def compute_for_training(self, inputs: Rows, batch: int, noise: Tensor | None) -> Tensor:
         """Returns the activations `[R, H]`; the closed form needs nothing else."""
         return self.compute(inputs)
 
-    def gradients(self, direction: Tensor, inputs: Tensor, activations: Tensor, rows: slice) -> Mapping[str, Tensor]:
+    def gradients(self, direction: Tensor, inputs: Rows, activations: Tensor, passes: slice) -> Mapping[str, Tensor]:
         """Returns the gradients of weight and bias."""
-        return {
-            "weight": self._weight_gradient(direction.to(self.compute_dtype), inputs[rows]),
-            "bias": direction.sum(0),
-        }
+        by_row, batch = direction.flatten(0, 1), direction.shape[1]
+        bias = by_row.sum(0)
+        if not isinstance(inputs, LabeledRows):
+            rows = inputs[passes.start * batch : passes.stop * batch]
+            return {"weight": self._weight_gradient(by_row.to(self.compute_dtype), rows), "bias": bias}
+        inputs = inputs[passes]
+        scaled = direction * inputs.factors.unsqueeze(-1)
+        is_shared = inputs.samples.shape[0] == 1
+        of_samples = (scaled.sum(0) if is_shared else scaled.flatten(0, 1)).to(self.compute_dtype)
+        weight = self._weight_gradient(of_samples, inputs.samples.flatten(0, 1))
+        labels = inputs.labels.expand(*inputs.factors.shape, -1).flatten(0, 1).to(scaled.dtype)
+        weight.flatten(0, -2)[:, inputs.place] = (scaled.flatten(0, 1).t() @ labels).to(weight.dtype)
+        return {"weight": weight, "bias": bias}
 
     def update_parameters(self, gradients: Mapping[str, Tensor], lr_scale: float) -> None:
         """Makes one update, also of the copy of the weights."""

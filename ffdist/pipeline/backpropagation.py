@@ -57,7 +57,7 @@ class Backpropagation:
             elif isinstance(command, Evaluate):
                 samples = self._samples[command.split][command.first : command.first + command.num_samples]
                 no_goodness = torch.empty(len(self._network.layers), len(samples), 0)
-                rows = self._network.architecture.neutral_rows(samples).to(self._device)
+                rows = self._network.architecture.neutral_rows(samples.to(self._device))
                 predicted = self._network.read_out(self._network.read(rows)).argmax(-1).cpu()
                 yield Evaluated(command, [no_goodness], predicted)
             else:

@@ -17,7 +17,7 @@ from ffdist.data.negatives_store import Store
 from ffdist.data.order import SHARD_SAMPLES, SampleOrder
 from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
-from ffdist.ff.labels import one_hot
+from ffdist.ff.labels import Rows, join, neutral, one_hot
 from ffdist.ff.negatives import TrainingSet, find_kind, make_checked
 from ffdist.pipeline.schedule import Evaluate, Train
 
@@ -244,7 +244,7 @@ class Source:
                 self.hard_labels.take(part)
         return self.hard_labels.replace(chunk, indices, negatives)
 
-    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+    def rows(self, parts: Sequence[Tensor]) -> Rows:
         """Makes the rows of a minibatch from the output of `train`.
 
         Returns:
@@ -253,13 +253,15 @@ class Source:
         """
         architecture, (samples, *rest) = self._architecture, parts
         if not architecture.labels_shown:
-            passes = architecture.neutral_rows(samples), *(architecture.rows(part, None) for part in rest)
-            return torch.stack(passes)
+            return architecture.unlabeled_rows(torch.stack([samples, *rest]))
         *others, labels = rest
-        negatives = (others or [samples]) * (len(labels) - 1)
         claims = one_hot(labels, architecture.classes)
-        rows = architecture.rows(torch.stack((samples, *negatives)), claims)
-        return torch.cat((rows, architecture.neutral_rows(samples).unsqueeze(0))) if architecture.has_neutral else rows
+        if architecture.has_neutral:
+            claims = torch.cat((claims, neutral(samples, architecture.classes).unsqueeze(0)))
+        passes = [samples]  # of all passes, if they differ only in the label
+        if others:
+            passes += others * (len(labels) - 1) + [samples] * architecture.has_neutral
+        return architecture.labeled_rows(torch.stack(passes), claims)
 
     def read(self, chunk: Train) -> Tensor:
         """Returns only the rows of the readout pass of a chunk `[K, B, D']`."""
@@ -267,16 +269,15 @@ class Source:
         samples = self._samples["train"][indices].to(self._device)
         if self._encoder.augments:
             samples = self._encoder.augment(samples, self._draw_augmentation(chunk))
-        return self._architecture.neutral_rows(samples)
+        return join(self._architecture.neutral_rows(samples))
 
-    def evaluate(self, block: Evaluate) -> tuple[Tensor, Tensor]:
-        """Returns the rows of a block with every label that is tried `[n, T, D']`, and for the readout `[n, D']`."""
+    def evaluate(self, block: Evaluate) -> Rows:
+        """Returns the rows of a block: with every label that is tried, and for the readout `[n, T + 1, D']`."""
         architecture = self._architecture
         samples = self._samples[block.split][block.first : block.first + block.num_samples].to(self._device)
         if not architecture.labels_shown:
-            rows = architecture.rows(samples, None)
-            return rows.unsqueeze(1)[:, :0], rows
-        return architecture.claiming_rows(samples), architecture.neutral_rows(samples)
+            return architecture.unlabeled_rows(samples.unsqueeze(1))
+        return architecture.claiming_rows(samples, with_neutral=True)
 
     def _draw_augmentation(self, chunk: Train) -> Tensor:
         """Draws the random numbers for the augmentation of a chunk's samples `[K, ..., B]`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ffdist.data.order import SampleOrder
 from ffdist.ff.architecture import Architecture, layer_name, readout_name
 from ffdist.ff.keyed import generator
+from ffdist.ff.labels import Rows
 from ffdist.ff.layers import Layer, Minibatch, Passes
 from ffdist.ff.negatives import draw_wrong_labels
 from ffdist.ff.readout import loss_and_error, sum_logits
@@ -184,10 +185,10 @@ class Stage:
         if self._labels is not None:
             *inputs, labels = inputs
         rows = self._rows(inputs)
-        passes = Passes(len(rows) - 1 - self._has_neutral, self._has_neutral)
+        passes = Passes(rows.shape[0] - 1 - self._has_neutral, self._has_neutral)
         metrics, reads = [], []
         for index, layer in self._layers.items():
-            (rows, _), layer_metrics = layer.train_minibatch(
+            (output, _), layer_metrics = layer.train_minibatch(
                 Minibatch(rows, passes, labels, noise.get(index)),
                 lr_scale=mode.lr_scale if mode.layer in (None, index) else None,
                 measure=mode.measure,
@@ -195,15 +196,15 @@ class Stage:
             metrics.append(
                 layer_metrics if layer.metrics == self._metrics else self._align_metrics(layer, layer_metrics)
             )
-            read = rows[passes.readout]
+            rows, read = output, output[passes.readout]
             if index in self._readouts:
                 assert labels is not None, "readouts need labels"
                 read, _ = self._readouts[index].train_minibatch([read], labels, lr_scale=mode.lr_scale)
             reads += [self._pool_read(index, read) if index in self._pooled else read] * (index in self._sent)
-        signal = rows[passes.others] if self._is_joint else rows
+        signal = output[passes.others] if self._is_joint else output
         return [torch.stack(metrics), *reads, *([] if self._is_last else [signal])]
 
-    def _rows(self, inputs: Sequence[Tensor]) -> Tensor:
+    def _rows(self, inputs: Sequence[Tensor]) -> Rows:
         """Returns all passes of a minibatch `[P, B, D]`."""
         if self._source:
             return self._source.rows(inputs)
@@ -230,16 +231,20 @@ class Stage:
             tried; then, as in `train`, the signal `[n, T, H]` or `[n, T + 1, H]`, and of each layer the rows for the
             readout `[n, H]` or the logits `[n, C]`.
         """
-        parts = self._source.evaluate(block) if self._source else message
-        rows = (torch.cat((parts[0], parts[1].unsqueeze(1)), 1) if len(parts) > 1 else parts[0]).to(self._device)
+        if self._source:
+            rows: Rows = self._source.evaluate(block)
+        else:
+            joined = torch.cat((message[0], message[1].unsqueeze(1)), 1) if len(message) > 1 else message[0]
+            rows = joined.to(self._device)
         goodness, reads = [], []
         for index, layer in self._layers.items():
-            rows, scores = layer(rows)
+            output, scores = layer(rows)
+            rows = output
             goodness.append(scores[:, -1] if self._scores_classes else scores[:, :-1])
-            read = self._readouts[index]([rows[:, -1]]) if index in self._readouts else rows[:, -1]
+            read = self._readouts[index]([output[:, -1]]) if index in self._readouts else output[:, -1]
             read = self._pool_read(index, read) if index in self._pooled else read
             reads.append(read.cpu().contiguous() if index in self._sent else None)
-        signal = None if self._is_last else (rows[:, :-1] if self._is_joint else rows).cpu().contiguous()
+        signal = None if self._is_last else (output[:, :-1] if self._is_joint else output).cpu().contiguous()
         self._clock.free()
         return [self._by_class(torch.stack(goodness).cpu()), signal, *reads]
 
