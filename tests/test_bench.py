@@ -20,14 +20,14 @@ def run_bench(tmp_path, *arguments: str, code: int = 0) -> tuple[str, dict[str, 
 
 
 def test_step_reports_fractions_of_the_floor(tmp_path, monkeypatch):
-    monkeypatch.setattr("ffdist.bench.step.COPY_VALUES", 10**6)
     monkeypatch.setattr("ffdist.bench.step.ROUND_S", 0.001)
     output, figures = run_bench(tmp_path, "step", "--units", "60", "--batch", "10", "--batch", "20")
     names = [
-        f"step_floor_fraction/{layer}/{batch}/{precision}"
+        f"{figure}/{layer}/{batch}/{precision}"
         for precision in ("float32", "bfloat16")
         for layer in ("dense_60", *LOCAL_LAYERS)
         for batch in (10, 20)
+        for figure in ("step_floor_fraction", "lowest", "highest")
     ]
     assert list(figures) == names
     assert all(fraction > 0 for fraction in figures.values())
@@ -50,6 +50,7 @@ def test_pipeline_reports_efficiency_and_overhead(tmp_path):
     assert 0 < figures["serialization_fraction"] < 1
     assert figures["stage_unique_bytes"] < figures["stage_resident_bytes"]
     assert "stages_2/pipeline_efficiency" not in figures
+    assert figures["lowest/ray_samples_per_s"] <= figures["ray_samples_per_s"] <= figures["highest/ray_samples_per_s"]
     assert "| pipeline_efficiency" in output
     assert {"checkpointing_over_not", "epoch_boundary_over_not", "predicted_over_ray"} < set(figures)
     assert {"gpipe_samples_per_s", "ray_over_gpipe", "1f1b_samples_per_s", "ray_over_1f1b"} < set(figures)

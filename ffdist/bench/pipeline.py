@@ -143,7 +143,7 @@ def _compare(
     test: Sequence[Evaluate] = (),
     measure_others: Callable[[float], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Returns throughputs and their ratios: medians over `num_rounds` interleaved rounds.
+    """Returns throughputs and their ratios: medians over `num_rounds` interleaved rounds, the lowest and the highest.
 
     If `test` is not empty, the cost of checkpoints, epoch boundaries and evaluation is measured, too. `measure_others`
     returns the samples per second of other pipelines, by name.
@@ -161,10 +161,8 @@ def _compare(
                 "serial_all_threads_samples_per_s": all_threads,
                 "copies_samples_per_s": all_copies,
                 "ray_samples_per_s": training.samples_per_s,
-                "machine_capacity": all_copies / one_thread,
-                "speedup_over_serial_1_thread": training.samples_per_s / one_thread,
-                "speedup_over_serial_all_threads": training.samples_per_s / all_threads,
-                "pipeline_efficiency": training.samples_per_s / all_copies,
+                "speedup_over_one_process": training.samples_per_s / max(one_thread, all_threads),
+                "pipeline_efficiency": training.samples_per_s / max(one_thread, all_threads, all_copies),
                 **_time_fractions(training),
             }
         )
@@ -183,7 +181,13 @@ def _compare(
                 "busy_evaluating_over_not": evaluating.busy_fraction / training.busy_fraction,
                 "evaluation_s": evaluating.evaluation_s,
             }
-    return {name: median(figures[name] for figures in rounds) for name in rounds[0]}
+    summaries: dict[str, Callable[[list[float]], float]]
+    summaries = {"": median} if num_rounds == 1 else {"": median, "lowest/": min, "highest/": max}
+    return {
+        f"{prefix}{name}": summarize([figures[name] for figures in rounds])
+        for prefix, summarize in summaries.items()
+        for name in rounds[0]
+    }
 
 
 def _measure_copies(connections: Sequence[Connection], threads: int, seconds: float) -> float:

@@ -1,7 +1,9 @@
 """Time of one layer's update relative to a lower bound, the floor. `python -m ffdist.bench.step cuda` needs only torch.
 
-The floor is the time of the matrix products alone, plus the time to read and write the weights, their momentum and, if
-the compute type is not float32, their copy in the compute type once, at the rate of a large copy on the same device.
+The floor is the larger of two times: that of the matrix products alone, and that to move the bytes that an update must
+move. These are the weights, their momentum and, if the compute type is not float32, their copy in the compute type,
+each read and written once, the input rows, read once, and the output rows, written once. They are moved at the rate of
+a repeated copy of so many bytes on the same device, so from the cache that holds them, if there is one.
 """
 
 import sys
@@ -27,8 +29,6 @@ LOCAL_LAYERS = {  # of the paper (section 3.2)
     "local_3x3x220": (Form((128, 4, 4), channels_last=True), Local(grid=3, field=2, units=220)),
     "local_2x2x512": (Form((220, 3, 3), channels_last=True), Local(grid=2, field=2, units=512)),
 }
-COPY_VALUES = 2**26
-"""Number of float32 values in the copy that measures the memory bandwidth; too many for any cache."""
 MAIN_STEP = "dense_2000", 100, "bfloat16"
 """The step whose fraction is also reported as `step_floor_fraction`, without a suffix."""
 NUM_ROUNDS, ROUND_S = 5, 0.1
@@ -36,22 +36,28 @@ NUM_ROUNDS, ROUND_S = 5, 0.1
 
 
 class Step(NamedTuple):
-    """Times of one update."""
+    """Times of one update, in each round."""
 
     layer: str
     batch: int
     precision: str
-    products_s: float
+    products_s: list[float]
     """Time of the matrix products alone."""
-    copy_s: float
-    """Time to read and write the parameters once."""
-    step_s: float
+    bytes_s: list[float]
+    """Time to move the bytes that an update must move."""
+    step_s: list[float]
     """Time of the whole update."""
 
     @property
-    def fraction(self) -> float:
+    def fractions(self) -> list[float]:
         """Time of the floor divided by the time of the update."""
-        return (self.products_s + self.copy_s) / self.step_s
+        rounds = zip(self.products_s, self.bytes_s, self.step_s, strict=True)
+        return [max(products_s, bytes_s) / step_s for products_s, bytes_s, step_s in rounds]
+
+    @property
+    def fraction(self) -> float:
+        """Median of the fractions."""
+        return median(self.fractions)
 
 
 def check_device(device: str) -> None:
@@ -85,7 +91,6 @@ def measure_steps(
     keep_memory()
     kind = torch.device(device).type
     units, batches = units or UNITS[kind], batches or BATCHES[kind]
-    byte_s = _measure_byte_s(device)
     for precision in PRECISIONS:
         settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0)}
         specs = {f"dense_{width}": (Form((width,)), Dense(width)) for width in units} | LOCAL_LAYERS
@@ -95,17 +100,10 @@ def measure_steps(
             layer.add_optimizer_state()
             layer.refresh()
             for batch in batches:
-                yield _measure(name, layer, form.width, batch, precision, byte_s, device)
+                yield _measure(name, layer, form.width, batch, precision, device)
 
 
-def _measure_byte_s(device: str) -> float:
-    """Returns the time to read or write one byte, in seconds."""
-    source = torch.zeros(COPY_VALUES, device=device)
-    target = torch.zeros_like(source)
-    return _median_times([lambda: target.copy_(source)], device)[0] / (2 * source.nbytes)
-
-
-def _measure(name: str, layer: ReluLayer, width: int, batch: int, precision: str, byte_s: float, device: str) -> Step:
+def _measure(name: str, layer: ReluLayer, width: int, batch: int, precision: str, device: str) -> Step:
     dtype, (*grid, units, fan_in) = layer.compute_dtype, layer.weight.shape
 
     def random(*shape: int) -> torch.Tensor:
@@ -128,13 +126,15 @@ def _measure(name: str, layer: ReluLayer, width: int, batch: int, precision: str
     def step() -> None:
         graphs(train, (rows,), StepMode(1.0))
 
-    products_s, step_s = _median_times([products, step], device)
-    num_bytes = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))
-    return Step(name, batch, precision, products_s, num_bytes * byte_s, step_s)
+    weight_bytes = 2 * layer.weight.numel() * (4 + 4 + (dtype.itemsize if dtype != torch.float32 else 0))
+    num_bytes = weight_bytes + 3 * batch * (width + len(layer.bias)) * dtype.itemsize
+    source = torch.zeros(num_bytes // 2, dtype=torch.uint8, device=device)  # each byte is read once and written once
+    target = torch.zeros_like(source)
+    return Step(name, batch, precision, *_times([products, lambda: target.copy_(source), step], device))
 
 
-def _median_times(functions: Sequence[Callable[[], object]], device: str) -> list[float]:
-    """Returns the median duration of each function over interleaved rounds, in seconds."""
+def _times(functions: Sequence[Callable[[], object]], device: str) -> list[list[float]]:
+    """Returns the duration of each function in each of several interleaved rounds, in seconds."""
     durations: list[list[float]] = [[] for _ in functions]
     for _ in range(NUM_ROUNDS + 1):
         for function, function_durations in zip(functions, durations, strict=True):
@@ -143,7 +143,7 @@ def _median_times(functions: Sequence[Callable[[], object]], device: str) -> lis
                 function()
                 count += 1
             function_durations.append((end - start) / count)
-    return [median(function_durations[1:]) for function_durations in durations]  # the first round is a warmup
+    return [function_durations[1:] for function_durations in durations]  # the first round is a warmup
 
 
 def _now(device: str) -> float:
@@ -155,15 +155,21 @@ def _now(device: str) -> float:
 def print_steps(steps: Iterable[Step]) -> dict[str, float]:
     """Prints a Markdown table of the steps while they are measured, and then one of their fractions.
 
+    Times and fractions are medians over the rounds; the range of a fraction follows it.
+
     Returns:
-        The fractions by name.
+        The medians of the fractions, and the lowest and the highest, by name.
     """
     figures, fractions = {}, dict[tuple[str, str], dict[int, float]]()
-    print("| layer | minibatch | precision | products | copying | update | floor / update |\n" + "| --- " * 7 + "|")
+    print("| layer | minibatch | precision | products | bytes | update | floor / update |\n" + "| --- " * 7 + "|")
     for step in steps:
-        times = " | ".join(f"{1000 * seconds:.2f} ms" for seconds in (step.products_s, step.copy_s, step.step_s))
-        print(f"| {step.layer} | {step.batch} | {step.precision} | {times} | {step.fraction:.2f} |", flush=True)
-        figures["/".join(("step_floor_fraction", *map(str, step[:3])))] = step.fraction
+        times = " | ".join(f"{1000 * median(rounds):.2f} ms" for rounds in step[3:])
+        lowest, highest = min(step.fractions), max(step.fractions)
+        spread = f"{step.fraction:.2f} ({lowest:.2f} to {highest:.2f})"
+        print(f"| {step.layer} | {step.batch} | {step.precision} | {times} | {spread} |", flush=True)
+        name = "/".join(map(str, step[:3]))
+        figures[f"step_floor_fraction/{name}"] = step.fraction
+        figures |= {f"lowest/{name}": lowest, f"highest/{name}": highest}
         if step[:3] == MAIN_STEP:
             figures["step_floor_fraction"] = step.fraction
         fractions.setdefault((step.layer, step.precision), {})[step.batch] = step.fraction
