@@ -7,10 +7,14 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from ffdist import load_config
+from ffdist.bench.peers import PEERS
+from ffdist.bench.plain import PlainLoop
 from ffdist.bench.report import print_figures
 from ffdist.bench.step import LOCAL_LAYERS
 from ffdist.bench.stretch import process_age_s
 from ffdist.cli import main
+from ffdist.training.prepare import prepare
 
 
 def run_bench(tmp_path, *arguments: str, code: int = 0) -> tuple[str, dict[str, float]]:
@@ -86,6 +90,35 @@ def test_convergence_reports_the_time_to_an_error(target, code, reached, tmp_pat
     assert figures["reached"] == reached
     assert figures["training_s"] + figures["start_s"] < figures["seconds"] + 1, "the first chunk counts for both"
     assert ("set training.epochs higher" in output) is not bool(reached)
+
+
+def test_a_plain_loop_learns():
+    prepared = prepare(load_config("digits", ["data.label=overwrite", "training.batch_size=50"]))
+    loop = PlainLoop([100, 100], prepared)
+    progress = loop.train_to_error(0.1, 60.0)
+    assert progress.test_error == loop.test_error() <= 0.1
+    assert progress.seconds > 0
+    assert loop.train_to_error(0.0, 0.0).test_error > 0, "the time limit ends it"
+
+
+@pytest.mark.slow
+def test_peers_are_compared(tmp_path):
+    settings = ["data.label=overwrite", "training.epochs=1", "model.layers=[30,20]", "--runs", str(tmp_path / "runs")]
+    output, figures = run_bench(
+        tmp_path, "peers", "digits", *settings, "--seconds", "0.1", "--error", "0.95", "--minutes", "0.01"
+    )
+    for peer in PEERS:
+        assert figures[f"lowest/ray_over_{peer}"] <= figures[f"ray_over_{peer}"] <= figures[f"highest/ray_over_{peer}"]
+        assert figures[f"lowest/{peer}_samples_per_s"] > 0
+    assert "| ray_over_plain |" in output
+    assert {figures[f"{peer}/seconds"] > 0 for peer in ("ray", "plain", "backpropagation")} == {True}
+    assert 0 < figures["backpropagation/test_error"] < 1
+
+
+def test_peers_need_dense_layers_on_images():
+    result = CliRunner().invoke(main, ["bench", "peers", "digits", "data.label=append"])
+    assert result.exit_code == 2
+    assert "dense layers with data.label=overwrite, such as mnist" in " ".join(result.output.split())
 
 
 def test_process_age_excludes_the_time_of_the_shell():

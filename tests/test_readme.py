@@ -79,6 +79,7 @@ ONLY_PARSED = ["ray down cluster/local.yaml -y", "pip install -e '.[dev]'", CHEC
 SHORT_BENCHMARKS = {
     "step": ["--units", "30", "--batch", "10"],
     "pipeline": ["model.layers=[20,10]", "--seconds", "0.1"],
+    "peers": ["model.layers=[20,10]", "training.epochs=1", "--seconds", "0.1", "--error", "1", "--minutes", "0.01"],
     "growth": ["--units", "20", "--seconds", "0.1"],
     "convergence": ["training.epochs=1", "model.layers=[30,20]", "data.label=overwrite", "--error", "1"],
 }
@@ -308,7 +309,6 @@ def test_benchmarks(line, name, request, monkeypatch, ffdist):
         pytest.skip("needs a GPU; set CUDA_VISIBLE_DEVICES=0")
     if "mnist" in line:
         request.getfixturevalue("mnist_root")
-    monkeypatch.setattr("ffdist.bench.step.COPY_VALUES", 10**6)
     monkeypatch.setattr("ffdist.bench.step.ROUND_S", 0.001)
     monkeypatch.setattr("ffdist.bench.growth.SIZES", ((1, 1), (2, 1)))
     monkeypatch.setattr("ffdist.bench.growth.NUM_ROUNDS", 1)

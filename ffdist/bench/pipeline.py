@@ -53,19 +53,14 @@ def measure_pipeline(
         raise ConfigError("--backprop measures on CPUs; set pipeline.device=cpu")
     figures, prepared, layers = dict[str, float](), prepare(config), len(config.model.layers)
     with ExitStack() as stack:
-        say("starting Ray")
-        resources = stack.enter_context(machine("ray", "local"))()
-        with allocate("ray", prepared, config, resources) as allocation:
-            precision, costs = resolve(config.training.precision, measure(allocation, prepared, config))
-        say(precision.reason or f"precision: {precision.value}")
-        config, prepared = with_precision(config, prepared, precision.value)
+        config, prepared, resources, costs = stack.enter_context(start_machine(config, prepared, say))
         with start_pipeline(config, prepared, resources, costs) as (trainer, placed):
             trainer.train(0.0)
             figures["start_s"] = trainer.start_s
-            num_cores, num_stages = len(os.sched_getaffinity(0)), len(trainer.blueprint.stage_layers)
-            say(f"starting a copy of the network on each of {num_cores} cores")
+            num_stages = len(trainer.blueprint.stage_layers)
+            say(f"starting a copy of the network on each of {num_cores()} cores")
             data = prepared.dataset.samples, prepared.dataset.labels["train"]
-            connections = stack.enter_context(start_processes(serve_copy, [(placed.blueprint, *data)] * num_cores))
+            connections = stack.enter_context(start_processes(serve_copy, [(placed.blueprint, *data)] * num_cores()))
             block = evaluation_block(prepared.architecture)
             test = list(evaluation("test", len(prepared.dataset.labels["test"]), block))
             with (
@@ -80,6 +75,29 @@ def measure_pipeline(
                     ratios = _compare(trainer, connections, seconds, 1, say)
                 figures |= {f"stages_{stages}/{name}": value for name, value in ratios.items()}
     return figures
+
+
+def num_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def start_machine(
+    config: Config, prepared: Prepared, say: Callable[[str], None]
+) -> Iterator[tuple[Config, Prepared, Resources, Costs | None]]:
+    """Starts Ray for the duration of a `with` block, and chooses the precision.
+
+    Yields:
+        The configuration with this precision, what was prepared for it, the resources, and the costs of the layers.
+    """
+    say("starting Ray")
+    with machine("ray", "local") as find_resources:
+        resources = find_resources()
+        with allocate("ray", prepared, config, resources) as allocation:
+            precision, costs = resolve(config.training.precision, measure(allocation, prepared, config))
+        say(precision.reason or f"precision: {precision.value}")
+        yield *with_precision(config, prepared, precision.value), resources, costs
 
 
 def _with_stages(config: Config, stages: int) -> Config:
@@ -128,7 +146,7 @@ def plan_backpropagation(
     baseline, dataset = config.by_backpropagation(), prepared.dataset
     architecture = build_architecture(baseline, dataset.encoder, dataset.untrained, may_import=True)
     architecture = replace(architecture, precision=prepared.architecture.precision)
-    most = min(len(os.sched_getaffinity(0)), prepared.order.batch_size)
+    most = min(num_cores(), prepared.order.batch_size)
     if len(stage_layers) > most:
         stage_layers = partition(costs.layers if costs else architecture.num_parameters, most)
     return PipelinePlan(architecture, prepared.order, stage_layers, config.pipeline.threads_per_stage)
@@ -181,11 +199,16 @@ def _compare(
                 "busy_evaluating_over_not": evaluating.busy_fraction / training.busy_fraction,
                 "evaluation_s": evaluating.evaluation_s,
             }
+    return summarize(rounds)
+
+
+def summarize(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Returns the median of each figure over the rounds, and, of several rounds, the lowest and the highest value."""
     summaries: dict[str, Callable[[list[float]], float]]
-    summaries = {"": median} if num_rounds == 1 else {"": median, "lowest/": min, "highest/": max}
+    summaries = {"": median} if len(rounds) == 1 else {"": median, "lowest/": min, "highest/": max}
     return {
-        f"{prefix}{name}": summarize([figures[name] for figures in rounds])
-        for prefix, summarize in summaries.items()
+        f"{prefix}{name}": summary([figures[name] for figures in rounds])
+        for prefix, summary in summaries.items()
         for name in rounds[0]
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor, multiprocessing
 
 from ffdist import IMPORTED_AT
 from ffdist.errors import RunFailed
+from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
 from ffdist.pipeline.runner import Evaluated, Runner, SnapshotTaken, Trained, keep_memory, serial_runner, torch_threads
 from ffdist.pipeline.schedule import Command, Evaluate, Position, Snapshot, Train, schedule
@@ -42,7 +43,7 @@ class Trainer:
         pipeline: Pipeline to train on.
     """
 
-    def __init__(self, pipeline: Runner) -> None:
+    def __init__(self, pipeline: Runner | Backpropagation) -> None:
         self.blueprint = pipeline.blueprint
         self._pipeline, self._order, self._epoch = pipeline, pipeline.blueprint.order, 0
         self._num_warmup = pipeline.blueprint.max_in_flight  # chunks before the steady state

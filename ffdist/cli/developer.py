@@ -119,6 +119,35 @@ def pipeline(arguments: tuple[str, ...], seconds: float, backprop: bool, path: P
 
 @bench.command()
 @config_argument
+@seconds_option
+@click.option("--error", type=click.FloatRange(0, 1), help="Also measure the time to this test error, such as 0.016.")
+@click.option("--minutes", default=20.0, show_default=True, help="Limit of the plain loop, with --error.")
+@runs_option
+@json_option
+def peers(
+    arguments: tuple[str, ...], seconds: float, error: float | None, minutes: float, runs: Path, path: Path | None
+) -> None:
+    """Measure training CONFIG over Ray, relative to a plain Forward-Forward loop and to backpropagation."""
+    with report_errors(RUN_INTERRUPTED):
+        check_writable("--json", path)
+        config, name = load(arguments)
+        from ffdist.bench.peers import measure_peers, measure_times_to_error
+        from ffdist.bench.report import print_figures
+
+        def say(text: str) -> None:
+            click.echo(text, err=True)
+
+        figures = measure_peers(config, seconds, say)
+        print_figures(figures)
+        if error is not None:
+            times = measure_times_to_error(config, error, minutes, say, runs=runs, name=name)
+            print_figures(times)
+            figures |= times
+        write_json(path, figures)
+
+
+@bench.command()
+@config_argument
 @click.option("--units", type=click.IntRange(1), default=1000, show_default=True, help="Units of every layer.")
 @seconds_option
 @json_option
