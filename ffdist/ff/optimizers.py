@@ -200,7 +200,8 @@ def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     Tensors of different shapes, such as a step counter next to a parameter, are not split.
     """
     first = tensors[0]
-    if first.dim() < 2 or first.device.type != "cpu" or any(tensor.shape != first.shape for tensor in tensors):
+    is_small = first.dim() < 2 or first.numel() <= BLOCK_VALUES
+    if is_small or first.device.type != "cpu" or any(tensor.shape != first.shape for tensor in tensors):
         return iter([tensors])
     num_rows = max(1, BLOCK_VALUES // first.shape[-1])
     return zip(*(torch.split(tensor.flatten(0, -2), num_rows) for tensor in tensors), strict=True)
