@@ -16,6 +16,7 @@ import torch
 
 from ffdist.ff.forms import Form
 from ffdist.ff.layers import Minibatch
+from ffdist.ff.objectives import Rule
 from ffdist.ff.relu import ReluLayer
 from ffdist.ff.specs import Dense, Local
 from ffdist.pipeline.executor import CudaGraphs, StepMode
@@ -78,6 +79,7 @@ def measure_steps(
     *,
     units: Sequence[int] = (),
     batches: Sequence[int] = (),
+    executor: str = "eager",
 ) -> Iterator[Step]:
     """Measures the update of dense layers with as many inputs as units, and of the paper's local layers, on one thread.
 
@@ -86,13 +88,18 @@ def measure_steps(
         units: Widths of the dense layers; empty for the default of the device.
         batches: Minibatch sizes, in samples, each with a positive, a negative and a neutral row; empty for the default
                 of the device.
+        executor: See `Rule.executor`.
     """
     torch.set_num_threads(1)
     keep_memory()
     kind = torch.device(device).type
     units, batches = units or UNITS[kind], batches or BATCHES[kind]
     for precision in PRECISIONS:
-        settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0)}
+        settings = {
+            "rule": Rule(executor=executor),
+            "compute_dtype": getattr(torch, precision),
+            "generator": torch.Generator().manual_seed(0),
+        }
         specs = {f"dense_{width}": (Form((width,)), Dense(width)) for width in units} | LOCAL_LAYERS
         for name, (form, spec) in specs.items():
             layer = spec.build(form, **settings).to(device)

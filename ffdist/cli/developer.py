@@ -18,6 +18,7 @@ from ffdist.cli.options import (
 from ffdist.errors import ConfigError, RunFailed
 
 json_option = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Output file.")
+EXECUTOR = "How the layer computes, as in pipeline.executor."
 FIXED_CHUNK_SIZE = "pipeline.chunk_size=20"  # otherwise the measured memory would depend on the chunk size
 seconds_option = click.option("--seconds", default=10.0, show_default=True, help="Seconds per measurement.")
 
@@ -85,18 +86,22 @@ def bench() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Device, as torch names it.")
 @click.option("--units", multiple=True, type=click.IntRange(1), help="Units of a dense layer; may be repeated.")
 @click.option("--batch", multiple=True, type=click.IntRange(1), help="Samples per minibatch; may be repeated.")
+@click.option("--executor", type=click.Choice(["eager", "fused"]), default="eager", show_default=True, help=EXECUTOR)
 @json_option
-def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], path: Path | None) -> None:
+def step(device: str, units: tuple[int, ...], batch: tuple[int, ...], executor: str, path: Path | None) -> None:
     """Measure the update of one layer, relative to its matrix products and memory traffic alone."""
     with report_errors():
         check_writable("--json", path)
         from ffdist.bench.step import check_device, measure_steps, print_steps
+        from ffdist.ff import kernels
 
         try:
             check_device(device)
         except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for an unknown device
             raise ConfigError(f"--device: {error}") from error
-        write_json(path, print_steps(measure_steps(device, units=units, batches=batch)))
+        if executor == "fused" and not kernels.are_compiled():
+            raise ConfigError("--executor=fused needs compiled kernels; install a C compiler and then ffdist")
+        write_json(path, print_steps(measure_steps(device, units=units, batches=batch, executor=executor)))
 
 
 @bench.command()

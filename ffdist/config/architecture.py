@@ -119,6 +119,7 @@ def _build_rule(config: Config, *, may_import: bool) -> Rule:
         alternating=training.updates == "alternating",
         updates_per_minibatch=training.updates_per_minibatch,
         peer_strength=training.peer_normalization,
+        executor=config.pipeline.executor,
         update=Update(
             training.learning_rate, training.weight_decay, training.momentum, training.optimizer, training.clip_norm
         ),

@@ -379,7 +379,7 @@ class Training(Section):
 
 
 class Pipeline(Section):
-    """Distribution of the work. It does not affect results, except for the last bits: threads_per_stage and device."""
+    """Distribution of the work. Only threads_per_stage, device and executor affect results: their last bits."""
 
     stages: Count | Literal["auto"] = "auto"
     """Number of stages, at most the number of layers. `auto`: one per layer, or one per GPU if there are fewer GPUs."""
@@ -396,6 +396,10 @@ class Pipeline(Section):
     have at most `negatives.prediction_delay` minibatches."""
     threads_per_stage: Count = 1
     """Number of torch threads of each stage and of the readout. It affects the last bits of results."""
+    executor: Literal["eager", "fused"] = "eager"
+    """How layers compute. `eager`: torch's operations. `fused`: kernels that do several of them at once, for dense and
+    local layers on CPUs with a sum or mean of squares as goodness, the optimizer `hinton` and one update per minibatch;
+    other layers are trained as with `eager`. It affects the last bits of results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the stages and the readout. `auto`: GPUs if the cluster has any."""
     max_failures: Annotated[int, Number, Field(ge=0)] = 5

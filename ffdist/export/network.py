@@ -43,7 +43,8 @@ def save_network(network: Network, folder: Path, names: Names) -> None:
         "encoder": encoder_entry(architecture.encoder),
         "layers": [layer_entry(layer) for layer in architecture.layers],
     }
-    values["rule"].pop("may_import")
+    for name in ("may_import", "executor"):  # only of use for training
+        values["rule"].pop(name)
     values |= {key: list(value) for key, value in names._asdict().items()}
     file_in(folder, ARCHITECTURE).write_text(json.dumps(values, indent=2))
 

@@ -62,11 +62,13 @@ class Goodness(NamedTuple):
     slope: Callable[[Tensor], Tensor]
     """Returns half of the derivative `[..., H]`, 0 where an activation is 0. The factor 2 of the square is part of the
     learning rate, as in the paper's released code."""
+    slope_factor: Callable[[int], float] | None = None
+    """Returns the factor of the activations in it, from the number of units; None if it is not their multiple."""
 
 
 GOODNESS = {
-    "sum_of_squares": Goodness(sum_of_squares, sum_of_squares_slope),
-    "mean_of_squares": Goodness(mean_of_squares, mean_of_squares_slope),
+    "sum_of_squares": Goodness(sum_of_squares, sum_of_squares_slope, lambda size: 1.0),
+    "mean_of_squares": Goodness(mean_of_squares, mean_of_squares_slope, lambda size: 1 / size),
     "softmax": Goodness(softmax, softmax_slope),
 }
 """Goodness functions, by the name in `model.goodness`."""

@@ -239,15 +239,19 @@ class Layer(Learner, ABC):
         values = activations.detach().reshape(*rows.shape[:2], -1)
         output, trained = self._output(values, noise), values[:num_trained]
         loss = self.objective.loss_with_terms(trained, output.scores[:num_trained], labels)
-        unmeasured = loss.metrics[0].new_full((), torch.nan)
-        measured = (
-            (trained != 0).to(trained.dtype).mean() if measure else unmeasured,
-            self._weight_rms() if measure else unmeasured,
-        )
-        metrics = torch.stack((*loss.metrics, *measured)).float()
+        metrics = self._metric_values(loss, trained, measure)
         if lr_scale is not None:
             self._learn(minibatch, inputs, activations, trained, loss, lr_scale)
         return output, metrics
+
+    def _metric_values(self, loss: Loss, trained: Tensor, measure: bool) -> Tensor:
+        """Returns the values of `metrics`, from the activations of the trained passes `[T, B, H]`."""
+        unmeasured = loss.metrics[0].new_full((), torch.nan)
+        measured = (
+            (trained != 0).to(torch.float32).mean() if measure else unmeasured,
+            self._weight_rms() if measure else unmeasured,
+        )
+        return torch.stack((*loss.metrics, *measured)).float()
 
     def _weight_rms(self) -> Tensor:
         """Returns the root mean square of the layer's own parameters with at least two dimensions; NaN without any."""
@@ -255,6 +259,11 @@ class Layer(Learner, ABC):
         count = sum(weight.numel() for weight in weights)
         means = [weight.square().mean() * (weight.numel() / count) for weight in weights]
         return torch.stack(means).sum().sqrt() if means else self.mean_activity.new_full((), torch.nan)
+
+    def _peer_direction(self, activity: Tensor, batch: int) -> Tensor:
+        """Updates the mean activity by that of a minibatch `[H]`; returns the pull on each positive row `[H]`."""
+        self.mean_activity.lerp_(activity, 1 - MEAN_ACTIVITY_MOMENTUM)
+        return self.rule.peer_strength / batch * (self.mean_activity.mean() - self.mean_activity)
 
     def _learn(
         self,
@@ -284,9 +293,7 @@ class Layer(Learner, ABC):
             if self.is_relu and not loss.is_masked:
                 direction.mul_(trained[part] != 0)
             if part.start == 0 and self.rule.peer_strength:
-                self.mean_activity.lerp_(trained[0].mean(0), 1 - MEAN_ACTIVITY_MOMENTUM)
-                strength = self.rule.peer_strength / batch
-                direction[0] += strength * (self.mean_activity.mean() - self.mean_activity)
+                direction[0] += self._peer_direction(trained[0].mean(0), batch)
             gradients = dict(self.gradients(direction, inputs, activations, part))
             if part.start == 0:
                 gradients |= {f"{OBJECTIVE}{name}": gradient for name, gradient in loss.parameters.items()}

@@ -88,15 +88,16 @@ class LocalLayer(ReluLayer):
             weight = self.weight.to(self.compute_dtype).view(*self._index.shape)
             self._compute_weight.scatter_(3, self._index, weight)
 
+    @property
+    def _num_blocks(self) -> int:
+        return self._spec.grid if self._spec.uses_bands else self._spec.grid**2
+
     def _product(self, inputs: Tensor) -> Tensor:
         weight = self._compute_weight.flatten(1, -2)
-        product = torch.bmm(inputs.transpose(0, 1), weight.transpose(1, 2))
-        return product.transpose(0, 1).flatten(1)
+        return torch.bmm(inputs.transpose(0, 1), weight.transpose(1, 2))
 
     def _weight_gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
-        # Contiguous by block, because transposing interleaved blocks would take longer than the product.
-        by_block = direction.view(len(inputs), inputs.shape[1], -1).transpose(0, 1).contiguous()
-        gradient = torch.bmm(by_block.mT, inputs.transpose(0, 1))
+        gradient = torch.bmm(direction.mT, inputs.transpose(0, 1))
         if self._spec.uses_bands:
             gradient = gradient.view(self._compute_weight.shape).gather(3, self._index)
         return gradient.view(self.weight.shape)

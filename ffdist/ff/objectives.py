@@ -53,6 +53,9 @@ class Rule:
     """Weight of the loss `Similarity`, which is added to the objective."""
     contrast: float = 0.0
     """Weight of the loss `Contrast`, which is added to the objective."""
+    executor: str = "eager"
+    """`eager`: torch's operations; `fused`: kernels that do several of them at once, for layers and devices that have
+    them. It affects the last bits of results."""
     may_import: bool = field(default=False, compare=False)
     """Whether the objective may be imported, because the configuration is the user's own."""
 
@@ -78,6 +81,8 @@ class Loss(NamedTuple):
     """Minus the gradient of the mean loss with respect to each parameter of the objective, by name."""
     is_masked: bool = True
     """Whether the direction is 0 where an activation is 0, as behind a ReLU."""
+    pull: Tensor | None = None
+    """Factor of each row `[T, B]`, if the direction is the product of activations and these; otherwise None."""
 
 
 class Objective(nn.Module, ABC):
@@ -236,7 +241,19 @@ class GoodnessObjective(Objective):
             slope = self._goodness.slope(activations[passes])
             return (-slope if self._is_minus else slope) * pull[passes].unsqueeze(-1)
 
-        return Loss((loss, positive.mean(), negative.mean(), pairwise_error), direction)
+        factor = self._slope_factor
+        metrics = loss, positive.mean(), negative.mean(), pairwise_error
+        return Loss(metrics, direction, pull=None if factor is None else factor * pull)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the direction is the product of activations and a factor of each row."""
+        return self._slope_factor is not None
+
+    @property
+    def _slope_factor(self) -> float | None:
+        factor = self._goodness.slope_factor and self._goodness.slope_factor(self.num_units)
+        return -factor if factor and self._is_minus else factor
 
 
 class Classifier(Objective):

@@ -12,6 +12,7 @@ from ffdist.data.datasets import Dataset, load_dataset
 from ffdist.data.negatives_store import Store
 from ffdist.data.order import SampleOrder
 from ffdist.errors import ConfigError
+from ffdist.ff import kernels
 from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import NegativesError, TrainingSet, find_kind, make_checked, source_sha256
@@ -61,6 +62,11 @@ def prepare(config: Config, data: Any = None) -> Prepared:
             f"(batch_size: {order.batch_size}, training samples: {order.num_samples})"
         )
     architecture = build_architecture(config, dataset.encoder, dataset.untrained, may_import=True)
+    if config.pipeline.executor == "fused" and not kernels.are_compiled():
+        raise ConfigError(
+            "pipeline.executor=fused needs kernels that are compiled when ffdist is installed; install a C compiler "
+            "and then ffdist, or set executor to eager"
+        )
     for number, (layer, form) in enumerate(zip(architecture.layers, architecture.activation_forms, strict=True), 1):
         if isinstance(layer, Conv) and layer.norm == "batch" and order.batch_size * prod(form.shape[1:]) == 1:
             raise ConfigError(

@@ -1,0 +1,141 @@
+"""Fused operations of ReLU layers on CPUs: one pass over activations or weights each, where torch needs several.
+
+They are written in C (kernels.c), and compiled when the package is installed, if there is a C compiler.
+
+Shapes: `R` rows, `F` blocks of `U` units, `H = F * U` units.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ffdist.ff.goodness import TINY
+
+LIBRARY = Path(__file__).with_name("_kernels.so")
+"""The compiled kernels."""
+DIVISORS = {"rms": lambda size: float(size), "l2": lambda size: 1.0, "none": lambda size: 0.0}
+"""By normalization and from the number of units: what a sum of squares is divided by before its root is taken."""
+POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+ARGUMENTS = {
+    "activate": [POINTER] * 2 + [INTEGER] * 3 + [NUMBER] * 2 + [POINTER] * 4 + [INTEGER],
+    "direct": [POINTER] * 3 + [INTEGER] * 4 + [POINTER] * 2,
+    "update": [POINTER] * 4 + [INTEGER] + [NUMBER] * 3,
+}
+"""Types of the arguments of the functions in C, by the first word of their names."""
+
+
+class Activated(NamedTuple):
+    """Result of `activate`."""
+
+    passed: Tensor
+    """Normalized activations `[R, H]`."""
+    squares: Tensor
+    """Sums of the squared activations `[R]`, float32."""
+    factors: Tensor
+    """Factors of the normalization `[R]`, float32."""
+    totals: Tensor
+    """Activations of the positive rows, summed `[H]`, float32."""
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+
+
+def are_compiled() -> bool:
+    """Returns whether the kernels were compiled when the package was installed."""
+    return _library() is not None
+
+
+@cache
+def _function(name: str) -> Any:
+    library = _library()
+    if library is None:
+        raise RuntimeError(
+            f"pipeline.executor=fused needs kernels that are compiled when ffdist is installed ({LIBRARY} is missing); "
+            f"install ffdist on this machine with a C compiler, or set executor to eager"
+        )
+    function = getattr(library, name)
+    function.argtypes, function.restype = ARGUMENTS[name.partition("_")[0]], None
+    return function
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Calls a function in C. Tensors must be contiguous, and on the CPU."""
+    for tensor in arguments:
+        assert not isinstance(tensor, Tensor) or (tensor.is_contiguous() and tensor.device.type == "cpu")
+    _function(name)(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+
+
+def _name(function: str, source: torch.dtype, target: torch.dtype) -> str:
+    parts = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (source, target))
+    return f"{function}_{'_to_'.join(parts)}"
+
+
+def activate(sums: Tensor, bias: Tensor, batch: int, *, normalization: str, dtype: torch.dtype) -> Activated:
+    """Returns activations, normalized and of a type for products.
+
+    Args:
+        sums: Weighted sums of the inputs `[F, R, U]`, of this type or float32.
+        bias: `[H]`, float32.
+        batch: Number of positive rows, the first ones.
+        normalization: A key of `NORMALIZATIONS`.
+        dtype: float32 or bfloat16.
+    """
+    blocks, rows, units = sums.shape
+    size = blocks * units
+    passed, totals = torch.empty(rows, size, dtype=dtype), torch.zeros(size)
+    squares, factors = torch.empty(rows), torch.empty(rows)
+    divisor, name = DIVISORS[normalization](size), _name("activate", sums.dtype, dtype)
+    _call(name, sums, bias, rows, blocks, units, divisor, TINY, passed, squares, factors, totals, batch)
+    return Activated(passed, squares, factors, totals)
+
+
+def direct(
+    passed: Tensor, weights: Tensor, peers: Tensor, batch: int, *, blocks: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns minus the gradient with respect to activations `[F, R, U]`, and its sum over rows `[H]`, float32.
+
+    Args:
+        passed: Normalized activations `[R, H]`.
+        weights: Factor of each row `[R]`, float32.
+        peers: Added to the positive rows `[H]`, float32.
+        batch: Number of positive rows, the first ones.
+        blocks: Number of blocks F.
+        dtype: Type of the gradient: that of `passed`, or float32.
+    """
+    rows, size = passed.shape
+    direction, bias = torch.empty(blocks, rows, size // blocks, dtype=dtype), torch.zeros(size)
+    name = _name("direct", passed.dtype, dtype)
+    _call(name, passed, weights, peers, rows, blocks, size // blocks, batch, direction, bias)
+    return direction, bias
+
+
+def update(
+    parameter: Tensor,
+    mean: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    *,
+    momentum: float,
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """Makes an update by the optimizer `hinton`, in place.
+
+    Args:
+        parameter: float32.
+        mean: Its running mean gradient.
+        gradient: float32 or bfloat16.
+        copy: A bfloat16 copy of the parameter, which gets the new values, if there is one.
+        momentum: In [0, 1).
+        learning_rate: Learning rate.
+        weight_decay: Weight decay per unit of learning rate.
+    """
+    name = _name("update", gradient.dtype, gradient.dtype) + ("_and_copy" if copy is not None else "")
+    decay = 1 - learning_rate * weight_decay
+    _call(name, parameter, mean, gradient, copy, parameter.numel(), 1 - momentum, learning_rate, decay)
