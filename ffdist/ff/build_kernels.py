@@ -7,7 +7,7 @@ import os
 import subprocess
 import sysconfig
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -24,7 +24,8 @@ class CompileKernels(BuildHookInterface[Any]):
         """Compiles the kernels: into the source folder if the package is installed as editable."""
         if self.target_name != "wheel":
             return
-        target = Path(self.root, LIBRARY) if version == "editable" else Path(mkdtemp(), LIBRARY.name)
+        self._folder = TemporaryDirectory()  # it lasts until the wheel is written
+        target = Path(self.root, LIBRARY) if version == "editable" else Path(self._folder.name, LIBRARY.name)
         compiler = os.environ.get("CC", "cc").split()
         command = [*compiler, *FLAGS, str(Path(self.root, SOURCE)), "-o", str(target), "-lm"]
         try:
