@@ -98,6 +98,11 @@ def test_no_command_is_left_untried():
         assert f"`{line}`" in READMES["tests/README.md"]
 
 
+def skip_without_kernels(line: str) -> None:
+    if "fused" in line and not kernels.are_compiled():
+        pytest.skip("needs compiled kernels; install a C compiler and then ffdist")
+
+
 def arguments(line: str) -> list[str]:
     program, *rest = shlex.split(line)
     assert program == "ffdist"
@@ -122,8 +127,7 @@ def test_training_commands(line, tmp_path, request, database, monkeypatch, ffdis
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     if "mnist" in line:
         request.getfixturevalue("mnist_root")
-    if "fused" in line and not kernels.are_compiled():
-        pytest.skip("needs compiled kernels; install a C compiler and then ffdist")
+    skip_without_kernels(line)
     short = ["training.epochs=1", "model.layers=[40,30,20]", "tracking.artifacts=[]", "--summary", "summary.json"]
     if line.startswith("ffdist train") and "pipeline" not in line:  # one command with Ray is enough
         short += ["--runner", "serial"]
@@ -310,6 +314,7 @@ def test_simulated_faults(ffdist):
 def test_benchmarks(line, name, request, monkeypatch, ffdist):
     if "cuda" in line and not torch.cuda.is_available():
         pytest.skip("needs a GPU; set CUDA_VISIBLE_DEVICES=0")
+    skip_without_kernels(line)
     if "mnist" in line:
         request.getfixturevalue("mnist_root")
     monkeypatch.setattr("ffdist.bench.step.ROUND_S", 0.001)

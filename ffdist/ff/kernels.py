@@ -91,7 +91,7 @@ def activate(sums: Tensor, bias: Tensor, batch: int, *, normalization: str, dtyp
     passed, totals = torch.empty(rows, size, dtype=dtype), torch.zeros(size)
     squares, factors = torch.empty(rows), torch.empty(rows)
     divisor, name = DIVISORS[normalization](size), _name("activate", sums.dtype, dtype)
-    _call(name, sums, bias, rows, blocks, units, divisor, TINY, passed, squares, factors, totals, batch)
+    _call(name, sums.contiguous(), bias, rows, blocks, units, divisor, TINY, passed, squares, factors, totals, batch)
     return Activated(passed, squares, factors, totals)
 
 
