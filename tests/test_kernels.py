@@ -15,10 +15,11 @@ from test_labels import FIRST_LAYERS, make_labeled_rows
 from ffdist import load_config, train
 from ffdist.errors import ConfigError
 from ffdist.ff import kernels
+from ffdist.ff.dense import DenseLayer
 from ffdist.ff.forms import Form
 from ffdist.ff.goodness import NORMALIZATIONS
 from ffdist.ff.layers import Minibatch, Passes
-from ffdist.ff.objectives import Rule
+from ffdist.ff.objectives import GoodnessObjective, Rule
 from ffdist.ff.optimizers import Update
 from ffdist.ff.specs import Dense, Local
 from ffdist.training.prepare import prepare
@@ -82,7 +83,6 @@ def test_fused_first_layers_learn_from_samples_and_labels_apart(label, precision
     form, spec = FIRST_LAYERS[label]
     layer, fused = make_layers(form, spec, Rule(), precision)
     rows = make_labeled_rows(label, 1)
-    rows = replace(rows, samples=rows.samples.to(layer.compute_dtype))
     check_equal(layer, fused, Minibatch(rows, Passes(num_negatives=2)), precision)
 
 
@@ -156,6 +156,40 @@ def test_a_fused_run_learns_and_is_resumed(tmp_path):
         shutil.rmtree(checkpoint)
     resumed = train(load_config("digits", settings), runner="serial", runs=tmp_path, resume=run.folder)
     assert resumed.summary["weights_sha256"] == run.summary["weights_sha256"]
+
+
+class Doubled(GoodnessObjective):
+    """An objective of the user, with other scores."""
+
+    def scores(self, activations, squares):
+        return 2 * super().scores(activations, squares)
+
+
+class OtherLayer(DenseLayer):
+    """A layer of the user."""
+
+
+@compiled
+def test_kernels_do_not_train_subclasses_of_the_user():
+    form, spec = LAYERS["dense"]
+    _, fused = make_layers(form, spec, Rule(), "float32")
+    assert fused._is_fused
+    fused.objective = Doubled(fused.rule, None, Form((50,)), 2)
+    assert not fused._is_fused
+    layer = OtherLayer(Form((50,)), (50, 70), rule=Rule(executor="fused"))
+    assert not layer._is_fused
+
+
+@compiled
+@pytest.mark.parametrize("content", [b"no library", None])
+def test_a_damaged_or_older_library_is_not_used(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "LIBRARY" if content else "SOURCE", tmp_path / "file")
+    (tmp_path / "file").write_bytes(content or b"another source")
+    kernels._library.cache_clear()
+    try:
+        assert not kernels.are_compiled()
+    finally:
+        kernels._library.cache_clear()
 
 
 def test_missing_kernels_are_an_error_before_the_start(tmp_path, monkeypatch):

@@ -333,7 +333,7 @@ class Architecture:
         return normalize(self.rule.normalization, values, squared_norm(values)).to(self.compute_dtype)
 
     def labeled_rows(self, samples: Tensor, claims: Tensor) -> LabeledRows:
-        """Turns samples and label values into normalized rows `[..., D']`, of the compute type.
+        """Turns samples and label values into normalized rows `[..., D']`.
 
         Leading dimensions of samples and label values are broadcast.
 
@@ -347,7 +347,7 @@ class Architecture:
             for part in (values, claims * self.encoder.label_scale)
         )
         factors = NORMALIZATIONS[self.rule.normalization](squared_norm(values) + squared_norm(labels), values.shape[-1])
-        return LabeledRows(values.to(self.compute_dtype), labels, factors, place)
+        return LabeledRows(values, labels, factors, place)
 
     def claiming_rows(self, samples: Tensor, *, with_neutral: bool = False) -> LabeledRows:
         """Turns samples `[N, D]` into rows with every label that is tried `[N, T, D']`.

@@ -6,6 +6,7 @@ Without a C compiler, the package is built without kernels.
 import os
 import subprocess
 import sysconfig
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +27,10 @@ class CompileKernels(BuildHookInterface[Any]):
             return
         self._folder = TemporaryDirectory()  # it lasts until the wheel is written
         target = Path(self.root, LIBRARY) if version == "editable" else Path(self._folder.name, LIBRARY.name)
-        compiler = os.environ.get("CC", "cc").split()
-        command = [*compiler, *FLAGS, str(Path(self.root, SOURCE)), "-o", str(target), "-lm"]
+        target.unlink(missing_ok=True)
+        source, compiler = Path(self.root, SOURCE), os.environ.get("CC", "cc").split()
+        digest = f'-DSOURCE_SHA256="{sha256(source.read_bytes()).hexdigest()}"'
+        command = [*compiler, *FLAGS, digest, str(source), "-o", str(target), "-lm"]
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -54,6 +54,14 @@ def softmax_slope(activations: Tensor) -> Tensor:
     return activations.softmax(-1) / 2 * (activations > 0)
 
 
+def _one(size: int) -> float:
+    return 1.0
+
+
+def _reciprocal(size: int) -> float:
+    return 1 / size
+
+
 class Goodness(NamedTuple):
     """A goodness function and its derivative."""
 
@@ -67,8 +75,8 @@ class Goodness(NamedTuple):
 
 
 GOODNESS = {
-    "sum_of_squares": Goodness(sum_of_squares, sum_of_squares_slope, lambda size: 1.0),
-    "mean_of_squares": Goodness(mean_of_squares, mean_of_squares_slope, lambda size: 1 / size),
+    "sum_of_squares": Goodness(sum_of_squares, sum_of_squares_slope, _one),
+    "mean_of_squares": Goodness(mean_of_squares, mean_of_squares_slope, _reciprocal),
     "softmax": Goodness(softmax, softmax_slope),
 }
 """Goodness functions, by the name in `model.goodness`."""

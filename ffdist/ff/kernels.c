@@ -6,13 +6,17 @@
 #include <math.h>
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define KERNEL __attribute__((target_clones("avx512f", "avx2", "default"))) void
 #else
 #define KERNEL void
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16 /* partial sums, which become vectors */
+
+const char source_sha256[] = SOURCE_SHA256; /* of this file, so that an older library is not used */
 
 typedef union { uint32_t bits; float value; } number;
 

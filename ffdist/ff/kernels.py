@@ -7,6 +7,7 @@ Shapes: `R` rows, `F` blocks of `U` units, `H = F * U` units.
 
 import ctypes
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ffdist.ff.goodness import TINY
 
-LIBRARY = Path(__file__).with_name("_kernels.so")
-"""The compiled kernels."""
+SOURCE, LIBRARY = (Path(__file__).with_name(name) for name in ("kernels.c", "_kernels.so"))
+"""The kernels, and the compiled kernels."""
 DIVISORS = {"rms": lambda size: float(size), "l2": lambda size: 1.0, "none": lambda size: 0.0}
 """By normalization and from the number of units: what a sum of squares is divided by before its root is taken."""
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -43,7 +44,12 @@ class Activated(NamedTuple):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        of_source = (ctypes.c_char * 65).in_dll(library, "source_sha256").value.decode()
+    except (OSError, ValueError):  # it is missing, or for another kind of machine
+        return None
+    return library if of_source == sha256(SOURCE.read_bytes()).hexdigest() else None
 
 
 def are_compiled() -> bool:
@@ -56,8 +62,9 @@ def _function(name: str) -> Any:
     library = _library()
     if library is None:
         raise RuntimeError(
-            f"pipeline.executor=fused needs kernels that are compiled when ffdist is installed ({LIBRARY} is missing); "
-            f"install ffdist on this machine with a C compiler, or set executor to eager"
+            f"pipeline.executor=fused needs kernels that are compiled when ffdist is installed ({LIBRARY} is missing, "
+            f"older than the source, or for another machine); install ffdist on this machine with a C compiler, or set "
+            f"executor to eager"
         )
     function = getattr(library, name)
     function.argtypes, function.restype = ARGUMENTS[name.partition("_")[0]], None
@@ -65,9 +72,14 @@ def _function(name: str) -> Any:
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Calls a function in C. Tensors must be contiguous, and on the CPU."""
-    for tensor in arguments:
-        assert not isinstance(tensor, Tensor) or (tensor.is_contiguous() and tensor.device.type == "cpu")
+    """Calls a function in C.
+
+    Raises:
+        ValueError: A tensor is not contiguous, or not on a CPU.
+    """
+    for each in arguments:
+        if isinstance(each, Tensor) and not (each.is_contiguous() and each.device.type == "cpu"):
+            raise ValueError(f"kernels need contiguous tensors on a CPU (strides: {each.stride()}, {each.device})")
     _function(name)(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
 
 

@@ -31,7 +31,7 @@ class LabeledRows:
     """
 
     samples: Tensor
-    """Samples with 0 in the place of the label values `[..., D']`."""
+    """Samples with 0 in the place of the label values `[..., D']`, float32."""
     labels: Tensor
     """Label values `[..., C]`, float32."""
     factors: Tensor
@@ -56,13 +56,13 @@ Rows = Tensor | LabeledRows
 """Input rows of a layer `[..., D']`."""
 
 
-def join(rows: Rows) -> Tensor:
-    """Returns rows as one tensor `[..., D']`, of the type of the samples."""
+def join(rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns rows as one tensor `[..., D']`; those that show labels are converted to a type."""
     if not isinstance(rows, LabeledRows):
         return rows
-    joined = rows.samples.to(rows.labels.dtype).expand(rows.shape).clone()
+    joined = rows.samples.expand(rows.shape).clone()
     joined[..., rows.place] = rows.labels
-    return (joined * rows.factors.unsqueeze(-1)).to(rows.samples.dtype)
+    return (joined * rows.factors.unsqueeze(-1)).to(dtype)
 
 
 def overwrite(samples: Tensor, classes: int) -> tuple[Tensor, slice]:

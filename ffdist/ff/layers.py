@@ -127,7 +127,7 @@ class Layer(Learner, ABC):
 
     def prepare(self, rows: Rows) -> Any:
         """Returns the inputs of `compute` and `gradients` for rows `[..., D]`: by default, the result of `arrange`."""
-        return self.arrange(join(rows).reshape(-1, rows.shape[-1]))
+        return self.arrange(join(rows, self.compute_dtype).reshape(-1, rows.shape[-1]))
 
     def compute_for_training(self, inputs: Tensor, batch: int, noise: Tensor | None) -> Tensor:
         """Returns the activations, with their graph. Submodules, such as batch norm, are in training mode.

@@ -23,6 +23,8 @@ class LocalLayer(ReluLayer):
         **settings: See `ReluLayer`.
     """
 
+    has_kernels = True
+
     def __init__(self, spec: Local, form: Form, **settings: Any) -> None:
         self._spec, self._form = spec, form
         self._line = spec.line_width(form)

@@ -137,7 +137,7 @@ class Learner(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(False)
             for slot in OPTIMIZERS[self.update.optimizer].slots:
-                if not hasattr(self.optimizer, key := _buffer_name(name, slot)):
+                if not hasattr(self.optimizer, key := buffer_name(name, slot)):
                     zeros = torch.zeros(()) if slot == "steps" else torch.zeros_like(parameter)
                     self.optimizer.register_buffer(key, zeros)
 
@@ -162,7 +162,7 @@ class Learner(nn.Module):
     def _ascend(self, name: str, parameter: Tensor, gradient: Tensor, copy: Tensor | None, step: Update) -> None:
         optimizer = OPTIMIZERS[step.optimizer]
         gradient = gradient.contiguous()  # torch's fused Adam on CPUs reads other memory formats in the wrong order
-        slots = [self.optimizer.get_buffer(_buffer_name(name, slot)) for slot in optimizer.slots]
+        slots = [self.optimizer.get_buffer(buffer_name(name, slot)) for slot in optimizer.slots]
         tensors = [parameter, gradient, *slots, *([] if copy is None else [copy])]
         # Block by block, so that a block stays in the CPU's cache for all operations of the update.
         for block, block_gradient, *rest in in_blocks(tensors):
@@ -179,7 +179,7 @@ def _clipped(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Ten
     return {name: gradient * factor.to(gradient.dtype) for name, gradient in gradients.items()}
 
 
-def _buffer_name(parameter: str, slot: str) -> str:
+def buffer_name(parameter: str, slot: str) -> str:
     """Returns the name of a buffer, which must not contain a dot."""
     return f"{parameter.replace('.', '/')}/{slot}"
 

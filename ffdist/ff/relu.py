@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ffdist.ff.forms import Form
 from ffdist.ff.labels import LabeledRows, Rows
 from ffdist.ff.layers import Layer, Minibatch, Output
 from ffdist.ff.objectives import GoodnessObjective, Loss
+from ffdist.ff.optimizers import buffer_name
 
 
 def _refresh(layer: "ReluLayer", _: Any) -> None:
@@ -45,6 +46,8 @@ class ReluLayer(Layer):
     """
 
     is_relu = True
+    has_kernels: ClassVar[bool] = False
+    """Whether kernels can train this very class; subclasses do not inherit it."""
 
     def __init__(
         self, form: Form, shape: tuple[int, ...], *, generator: torch.Generator | None = None, **settings: Any
@@ -97,7 +100,7 @@ class ReluLayer(Layer):
         """Arranges rows `[..., D]`, `[R, ...]`. Of rows that show labels, it arranges the samples, `[..., ...]`."""
         if not isinstance(rows, LabeledRows):
             return self.arrange(rows.reshape(-1, rows.shape[-1]))
-        samples = self.arrange(rows.samples.reshape(-1, rows.samples.shape[-1]))
+        samples = self.arrange(rows.samples.to(self.compute_dtype).reshape(-1, rows.samples.shape[-1]))
         return replace(rows, samples=_unflatten(samples, rows.samples.shape[:-1]))
 
     def compute(self, inputs: Rows) -> Tensor:
@@ -150,6 +153,7 @@ class ReluLayer(Layer):
         """Number of blocks of units that read the same inputs F."""
         return 1
 
+    @torch.no_grad()
     def train_minibatch(
         self, minibatch: Minibatch, *, lr_scale: float | None = 1.0, measure: bool = False
     ) -> tuple[Output, Tensor]:
@@ -178,9 +182,11 @@ class ReluLayer(Layer):
         rule, weight = self.rule, self.weight
         is_simple = rule.update.optimizer == "hinton" and rule.update.clip_norm is None and not rule.terms
         is_single = not rule.alternating and rule.updates_per_minibatch == 1
+        # Subclasses of the user may compute something else.
+        is_plain = vars(type(self)).get("has_kernels", False) and type(self.objective) is GoodnessObjective
         is_linear = isinstance(self.objective, GoodnessObjective) and self.objective.is_linear
         is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-        return rule.executor == "fused" and is_simple and is_single and is_linear and is_on_cpu
+        return rule.executor == "fused" and is_simple and is_single and is_plain and is_linear and is_on_cpu
 
     def _learn_fused(self, inputs: Rows, activated: kernels.Activated, loss: Loss, lr_scale: float) -> None:
         """Makes the update of a minibatch, as `_learn` does."""
@@ -206,7 +212,7 @@ class ReluLayer(Layer):
             parameter, update = self.get_parameter(name), self.rule.update
             kernels.update(
                 parameter,
-                self.optimizer.get_buffer(f"{name}/gradient"),
+                self.optimizer.get_buffer(buffer_name(name, "gradient")),
                 gradient.contiguous(),
                 self._copy if name == "weight" else None,
                 momentum=update.momentum,

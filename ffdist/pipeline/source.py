@@ -269,7 +269,7 @@ class Source:
         samples = self._samples["train"][indices].to(self._device)
         if self._encoder.augments:
             samples = self._encoder.augment(samples, self._draw_augmentation(chunk))
-        return join(self._architecture.neutral_rows(samples))
+        return join(self._architecture.neutral_rows(samples), self._architecture.compute_dtype)
 
     def evaluate(self, block: Evaluate) -> Rows:
         """Returns the rows of a block: with every label that is tried, and for the readout `[n, T + 1, D']`."""

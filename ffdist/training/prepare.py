@@ -16,7 +16,7 @@ from ffdist.ff import kernels
 from ffdist.ff.architecture import Architecture
 from ffdist.ff.keyed import generator
 from ffdist.ff.negatives import NegativesError, TrainingSet, find_kind, make_checked, source_sha256
-from ffdist.ff.specs import Conv
+from ffdist.ff.specs import Conv, Dense, Local
 from ffdist.pipeline import memory
 from ffdist.pipeline.source import NegativePlan
 
@@ -62,7 +62,10 @@ def prepare(config: Config, data: Any = None) -> Prepared:
             f"(batch_size: {order.batch_size}, training samples: {order.num_samples})"
         )
     architecture = build_architecture(config, dataset.encoder, dataset.untrained, may_import=True)
-    if config.pipeline.executor == "fused" and not kernels.are_compiled():
+    has_kernels = config.pipeline.device != "cuda" and any(
+        isinstance(layer, Dense | Local) for layer in architecture.layers
+    )
+    if config.pipeline.executor == "fused" and has_kernels and not kernels.are_compiled():
         raise ConfigError(
             "pipeline.executor=fused needs kernels that are compiled when ffdist is installed; install a C compiler "
             "and then ffdist, or set executor to eager"
