@@ -1,5 +1,6 @@
 """Small networks for tests."""
 
+import shutil
 from dataclasses import fields
 
 from ffdist import load_config, train
@@ -23,6 +24,13 @@ def train_rows(layer, rows, batch, negatives=1, **options):
     passes = Passes(negatives, has_neutral=num_passes > 1 + negatives)
     output, metrics = layer.train_minibatch(Minibatch(rows.view(num_passes, batch, -1), passes), **options)
     return Output(*(part.flatten(0, 1) for part in output)), metrics
+
+
+def forget_end(run, num_checkpoints) -> None:
+    """Makes a finished run look as if it had been stopped after its first checkpoints."""
+    (run.folder / "summary.json").unlink()
+    for checkpoint in sorted((run.folder / "checkpoints").iterdir())[num_checkpoints:]:
+        shutil.rmtree(checkpoint)
 
 
 def digests(name, settings, paces, runs) -> set[str]:

@@ -1,11 +1,9 @@
 """Objectives that classify in one pass, without negatives and without a label in the input."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import digests
+from helpers import digests, forget_end
 
 from ffdist import ConfigError, Run, load_config, load_network, train
 from ffdist.ff.dense import DenseLayer
@@ -188,9 +186,7 @@ def test_other_class_scores_are_equal_in_one_and_in_several_stages(change, tmp_p
 def test_run_without_negatives_is_resumed_with_other_stages(reference, tmp_path):
     settings = [*SHORT, "checkpoint.every_minibatches=10", "checkpoint.keep_last=50", "pipeline.chunk_size=5"]
     run = train(load_config("digits", settings), runner="serial", runs=tmp_path)
-    (run.folder / "summary.json").unlink()  # as if it had been stopped
-    for checkpoint in sorted((run.folder / "checkpoints").iterdir())[4:]:
-        shutil.rmtree(checkpoint)
+    forget_end(run, 4)
     config = load_config("digits", [*SHORT, "pipeline.stages=1", "pipeline.chunk_size=9"])
     resumed = train(config, runner="serial", runs=tmp_path, resume=run.folder)
     assert resumed.summary["weights_sha256"] == reference.summary["weights_sha256"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forget_end
 from torch import nn
 
 from ffdist import ConfigError, Run, load_config, train
@@ -109,9 +110,7 @@ def test_runs_with_any_number_of_stages_and_chunks_are_equal(run, ray_start_4_cp
 def test_run_is_resumed_with_the_same_result(run, tmp_path):
     settings = [*SHORT, f"model.layers={LAYERS}", "checkpoint.every_minibatches=10", "checkpoint.keep_last=50"]
     stopped = train(load_config("digits", [*settings, "pipeline.chunk_size=5"]), runner="serial", runs=tmp_path)
-    (stopped.folder / "summary.json").unlink()  # as if it had been stopped
-    for checkpoint in sorted((stopped.folder / "checkpoints").iterdir())[3:]:
-        shutil.rmtree(checkpoint)
+    forget_end(stopped, 3)
     resumed = train(load_config("digits", settings), runner="serial", runs=tmp_path, resume=stopped.folder)
     assert resumed.summary["weights_sha256"] == run.summary["weights_sha256"]
 

@@ -93,7 +93,7 @@ DEFINE_ACTIVATE(activate_float32_to_bfloat16, float, load_float, uint16_t, store
 
    passed [rows, blocks * units]. weights [rows]: factor of each row. peers [blocks * units]: added to the first
    `positive` rows. Results: direction [blocks, rows, units]; bias [blocks * units]: its sum over rows. */
-#define DEFINE_DIRECT(NAME, IN, LOAD, OUT, STORE)                                                                      \
+#define DEFINE_BACKWARD(NAME, IN, LOAD, OUT, STORE)                                                                    \
     KERNEL NAME(const IN *restrict passed, const float *restrict weights, const float *restrict peers, int64_t rows,   \
                 int64_t blocks, int64_t units, int64_t positive, OUT *restrict direction, float *restrict bias)        \
     {                                                                                                                  \
@@ -113,9 +113,9 @@ DEFINE_ACTIVATE(activate_float32_to_bfloat16, float, load_float, uint16_t, store
         }                                                                                                              \
     }
 
-DEFINE_DIRECT(direct_bfloat16, uint16_t, load_half, uint16_t, store_half)
-DEFINE_DIRECT(direct_float32, float, load_float, float, store_float)
-DEFINE_DIRECT(direct_bfloat16_to_float32, uint16_t, load_half, float, store_float)
+DEFINE_BACKWARD(backward_bfloat16, uint16_t, load_half, uint16_t, store_half)
+DEFINE_BACKWARD(backward_float32, float, load_float, float, store_float)
+DEFINE_BACKWARD(backward_bfloat16_to_float32, uint16_t, load_half, float, store_float)
 
 /* The optimizer `hinton`, in place. keep: 1 - momentum. decay: factor on the parameter. copy: gets the new values. */
 #define DEFINE_UPDATE(NAME, IN, LOAD, COPY)                                                                            \

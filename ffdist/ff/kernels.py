@@ -23,7 +23,7 @@ DIVISORS = {"rms": lambda size: float(size), "l2": lambda size: 1.0, "none": lam
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
     "activate": [POINTER] * 2 + [INTEGER] * 3 + [NUMBER] * 2 + [POINTER] * 4 + [INTEGER],
-    "direct": [POINTER] * 3 + [INTEGER] * 4 + [POINTER] * 2,
+    "backward": [POINTER] * 3 + [INTEGER] * 4 + [POINTER] * 2,
     "update": [POINTER] * 4 + [INTEGER] + [NUMBER] * 3,
 }
 """Types of the arguments of the functions in C, by the first word of their names."""
@@ -107,7 +107,7 @@ def activate(sums: Tensor, bias: Tensor, batch: int, *, normalization: str, dtyp
     return Activated(passed, squares, factors, totals)
 
 
-def direct(
+def backward(
     passed: Tensor, weights: Tensor, peers: Tensor, batch: int, *, blocks: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Returns minus the gradient with respect to activations `[F, R, U]`, and its sum over rows `[H]`, float32.
@@ -122,7 +122,7 @@ def direct(
     """
     rows, size = passed.shape
     direction, bias = torch.empty(blocks, rows, size // blocks, dtype=dtype), torch.zeros(size)
-    name = _name("direct", passed.dtype, dtype)
+    name = _name("backward", passed.dtype, dtype)
     _call(name, passed, weights, peers, rows, blocks, size // blocks, batch, direction, bias)
     return direction, bias
 

@@ -195,7 +195,7 @@ class ReluLayer(Layer):
         if self.rule.peer_strength:
             peers = self._peer_direction(activated.totals / batch, batch)
         count, is_labeled = num_trained * batch, isinstance(inputs, LabeledRows)
-        direction, bias = kernels.direct(
+        direction, bias = kernels.backward(
             activated.passed[:count],
             loss.pull.flatten() / activated.factors[:count],
             peers,
