@@ -16,13 +16,12 @@ from ffdist.bench.pipeline import (
     summarize,
 )
 from ffdist.bench.plain import Progress, serve_plain
-from ffdist.bench.stretch import Trainer, request, start_processes
+from ffdist.bench.stretch import Trainer, request, start_processes, train_on_request
 from ffdist.config.schema import Config
 from ffdist.errors import ConfigError
 from ffdist.ff.specs import Dense
 from ffdist.pipeline.backpropagation import Backpropagation
 from ffdist.pipeline.blueprint import Blueprint
-from ffdist.pipeline.runner import torch_threads
 from ffdist.training.precision import driver_device
 from ffdist.training.prepare import Prepared, prepare
 from ffdist.training.trainer import train
@@ -54,7 +53,7 @@ def measure_peers(config: Config, seconds: float, say: Callable[[str], None]) ->
             single = placed.blueprint._replace(architecture=plan.architecture, max_in_flight=1)
             with (
                 start_processes(serve_plain, [(num_units, prepared, num_cores())]) as loop,
-                start_processes(_serve_backpropagation, [(single, samples, labels["train"], num_cores())]) as process,
+                start_processes(_serve_backpropagation, [(single, samples, labels["train"])]) as process,
                 start_backpropagation(plan, samples, labels["train"]) as measure,
             ):
                 rounds = []
@@ -63,7 +62,7 @@ def measure_peers(config: Config, seconds: float, say: Callable[[str], None]) ->
                     rates = {
                         "ray": trainer.train(seconds).samples_per_s,
                         "plain": request(loop, (seconds, None))[0],
-                        "backpropagation": request(process, seconds)[0],
+                        "backpropagation": request(process, (num_cores(), seconds))[0],
                         **{name: measure(name, seconds)[0] for name in SCHEDULES},
                     }
                     ratios = {f"ray_over_{name}": rates["ray"] / rates[name] for name in PEERS}
@@ -129,16 +128,7 @@ def _num_units(config: Config, prepared: Prepared) -> list[int]:
 
 
 def _serve_backpropagation(
-    blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor, threads: int
-) -> Callable[[float], float]:
-    """Returns a function of seconds that trains a network by backpropagation in this process.
-
-    It returns samples per second. Other arguments are those of `Backpropagation`.
-    """
-    trainer = Trainer(Backpropagation(blueprint, samples, labels, None))
-
-    def train(seconds: float) -> float:
-        with torch_threads(threads):
-            return trainer.train(seconds).samples_per_s
-
-    return train
+    blueprint: Blueprint, samples: dict[str, Tensor], labels: Tensor
+) -> Callable[[tuple[int, float]], float]:
+    """Does what `serve_copy` does, by backpropagation."""
+    return train_on_request(Trainer(Backpropagation(blueprint, samples, labels, None)))

@@ -195,7 +195,11 @@ def serve_copy(
 
     It returns samples per second. Arguments are those of `serial_runner`.
     """
-    trainer = Trainer(serial_runner(blueprint, samples, labels, None))
+    return train_on_request(Trainer(serial_runner(blueprint, samples, labels, None)))
+
+
+def train_on_request(trainer: Trainer) -> Callable[[tuple[int, float]], float]:
+    """Returns a function of threads and seconds that trains and returns samples per second."""
 
     def train(message: tuple[int, float]) -> float:
         threads, seconds = message
