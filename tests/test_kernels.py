@@ -20,7 +20,8 @@ from ffdist.ff.goodness import NORMALIZATIONS
 from ffdist.ff.layers import Minibatch, Passes
 from ffdist.ff.objectives import GoodnessObjective, Rule
 from ffdist.ff.optimizers import Update
-from ffdist.ff.specs import Dense, Local
+from ffdist.ff.relu import ReluLayer
+from ffdist.ff.specs import Conv, Dense, Local
 from ffdist.training.prepare import prepare
 
 compiled = pytest.mark.skipif(
@@ -34,13 +35,13 @@ LAYERS = {
 FUSED = ["pipeline.executor=fused", "training.epochs=2", "model.layers=[60, 50, 40]", "tracking.artifacts=[]"]
 
 
-def make_layers(form, spec, rule, precision):
+def make_layers(form, spec, rule, precision, **settings):
     """Makes two equal layers, one for each executor."""
-    dtype = getattr(torch, precision)
-    layer = spec.build(form, rule=rule, compute_dtype=dtype, generator=torch.Generator().manual_seed(0))
+    settings = {"compute_dtype": getattr(torch, precision), "generator": torch.Generator().manual_seed(0), **settings}
+    layer = spec.build(form, rule=rule, **settings)
     layer.add_optimizer_state()
     fused = deepcopy(layer)
-    fused.rule = replace(rule, executor="fused")
+    fused.rule = fused.objective.rule = replace(rule, executor="fused")
     return layer, fused
 
 
@@ -58,8 +59,8 @@ def check_equal(layer, fused, minibatch, precision):
     for name, tensor in layer.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[name], tensor, **tolerance)
     assert not torch.equal(fused.weight, before)
-    copies = fused._compute_weight, layer._compute_weight
-    torch.testing.assert_close(*copies, rtol=0.02, atol=0.02)
+    if isinstance(layer, ReluLayer):
+        torch.testing.assert_close(fused._compute_weight, layer._compute_weight, rtol=0.02, atol=0.02)
 
 
 @compiled
@@ -83,6 +84,69 @@ def test_fused_first_layers_learn_from_samples_and_labels_apart(label, precision
     layer, fused = make_layers(form, spec, Rule(), precision)
     rows = make_labeled_rows(label, 1)
     check_equal(layer, fused, Minibatch(rows, Passes(num_negatives=2)), precision)
+
+
+CLASSIFY = Rule(
+    objective="class_goodness",
+    normalization="none",
+    peer_strength=0.0,
+    label_smoothing=0.1,
+    pooled_features=200,
+    contrast=0.5,
+    update=Update(0.1, 0.001, optimizer="sgd"),
+)
+
+
+def make_convolutions(spec, rule, precision, form):
+    """Makes two equal convolutions, one for each executor, and a minibatch."""
+    generator = torch.Generator().manual_seed(1)
+    layer, fused = make_layers(form, spec, rule, precision, classes=4, objective_generator=generator)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() == 1 or name == "objective.weight":  # otherwise initially 0 or 1
+                parameter.uniform_(0.1, 1, generator=generator)
+    fused.load_state_dict(layer.state_dict())
+    rows = torch.randn(1, 24, form.width, generator=generator).add_(0.5).to(layer.compute_dtype)
+    noise = layer.draw(24, generator) if layer.draws else None
+    return layer, fused, Minibatch(rows, Passes(0, False), torch.arange(24) % 4, noise)
+
+
+@compiled
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(11, 13), (8, 7), (2, 3)])
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        (Conv(20, dropout=0.2), {}),
+        (Conv(20, pool="max", dropout=0.2), {"objective": "classifier"}),
+        (Conv(20, pool="average", kernel=2, padding=1), {"contrast": 0.0}),
+    ],
+)
+def test_fused_convolutions_learn_what_others_learn(spec, settings, size, precision):
+    layer, fused, minibatch = make_convolutions(spec, replace(CLASSIFY, **settings), precision, Form((5, *size)))
+    assert fused._is_fused
+    check_equal(layer, fused, minibatch, precision)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(minibatch.rows), layer(minibatch.rows), rtol=0.02, atol=0.02)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        (Conv(20, norm="group"), {}),
+        (Conv(20, activation="leaky_relu"), {}),
+        (Conv(20), {"similarity": 1.0}),
+        (Conv(20), {"class_scores": "groups"}),
+        (Conv(20), {"normalization": "rms"}),
+        (Conv(20), {"updates_per_minibatch": 2}),
+    ],
+)
+def test_convolutions_without_kernels_are_trained_as_before(spec, settings):
+    layer, fused, minibatch = make_convolutions(spec, replace(CLASSIFY, **settings), "float32", Form((5, 8, 7)))
+    for each in (layer, fused):
+        each.train_minibatch(minibatch)
+    assert all(torch.equal(tensor, fused.state_dict()[name]) for name, tensor in layer.state_dict().items())
 
 
 @compiled
@@ -135,6 +199,16 @@ def test_layers_without_kernels_are_trained_as_before(rule):
             "units: 20}, 30]",
         ),
         ("data.label=none", "negatives.kind=hybrid", "training.schedule=greedy", "training.epochs=1"),
+        (
+            "model.layers=[{kind: conv, channels: 8}, {kind: conv, channels: 12, pool: max, dropout: 0.1}, 30]",
+            "training.objective=class_goodness",
+            "training.contrast=0.5",
+            "training.optimizer=adamw",
+            "training.peer_normalization=0",
+            "model.normalization=none",
+            "negatives.kind=none",
+            "data.label=none",
+        ),
     ],
 )
 def test_runs_with_any_number_of_stages_and_chunks_are_equal(settings, ray_start_4_cpus, tmp_path):

@@ -398,8 +398,9 @@ class Pipeline(Section):
     """Number of torch threads of each stage and of the readout. It affects the last bits of results."""
     executor: Literal["eager", "fused"] = "eager"
     """How layers compute. `eager`: torch's operations. `fused`: kernels that do several of them at once, for dense and
-    local layers on CPUs with a sum or mean of squares as goodness, the optimizer `hinton` and one update per minibatch;
-    other layers are trained as with `eager`. It affects the last bits of results."""
+    local layers on CPUs with a sum or mean of squares as goodness, the optimizer `hinton` and one update per minibatch,
+    and for convolutions on CPUs with a batch norm, `relu` and learned class scores; other layers are trained as with
+    `eager`. It affects the last bits of results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the stages and the readout. `auto`: GPUs if the cluster has any."""
     max_failures: Annotated[int, Number, Field(ge=0)] = 5

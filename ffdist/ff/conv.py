@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffdist.ff import kernels
 from ffdist.ff.forms import Form
-from ffdist.ff.layers import Layer
+from ffdist.ff.layers import OBJECTIVE, Layer, Minibatch, Output
+from ffdist.ff.objectives import Classifier
 from ffdist.ff.specs import Conv
 
 MAX_GROUPS = 32
 """Largest number of groups of a group norm."""
+MAX_POSITIONS_OF_COLUMNS = 64
+"""Largest number of positions of maps whose kernels learn by a product with columns, copies of what each position
+reads. On CPUs, it takes half as long as torch's gradient of a convolution for such maps, and longer for larger ones."""
 EPSILON = 1e-5
 """Added to variances, as in torch."""
 RUNNING_MOMENTUM = 0.1
@@ -125,9 +130,81 @@ class ConvLayer(Layer):
         return self.get_buffer("running_mean"), self.get_buffer("running_var")
 
     def _convolve(self, inputs: Tensor) -> Tensor:
+        return self._products(inputs).to(self.weight.dtype)
+
+    def _products(self, inputs: Tensor) -> Tensor:
+        """Returns the maps before their norm, of the compute type."""
         weight = self.weight.to(inputs.dtype, memory_format=torch.channels_last)
-        maps = F.conv2d(inputs, weight, stride=self._spec.stride, padding=self._spec.border)
-        return maps.to(self.weight.dtype)
+        return F.conv2d(inputs, weight, stride=self._spec.stride, padding=self._spec.border)
+
+    def _weight_gradient(self, direction: Tensor, inputs: Tensor) -> Tensor:
+        """Returns the gradient of the weight, from that of the maps before their norm `[R, Y, X, C]`."""
+        spec, (rows, height, width, channels) = self._spec, direction.shape
+        if height * width <= MAX_POSITIONS_OF_COLUMNS:
+            padded = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, *[spec.border] * 4))
+            windows = padded.unfold(1, spec.kernel, spec.stride).unfold(2, spec.kernel, spec.stride)
+            columns = windows.permute(0, 1, 2, 4, 5, 3).reshape(rows * height * width, -1)
+            gradient = direction.view(-1, channels).t() @ columns
+            return gradient.view(channels, spec.kernel, spec.kernel, -1).permute(0, 3, 1, 2)
+        weight, constants = self.weight.to(inputs.dtype), ([spec.stride] * 2, [spec.border] * 2, [1, 1])
+        of_weight: Tensor
+        _, of_weight, _ = torch.ops.aten.convolution_backward(
+            direction.permute(0, 3, 1, 2), inputs, weight, None, *constants, False, [0, 0], 1, [False, True, False]
+        )
+        return of_weight
+
+    @torch.no_grad()
+    def train_minibatch(
+        self, minibatch: Minibatch, *, lr_scale: float | None = 1.0, measure: bool = False
+    ) -> tuple[Output, Tensor]:
+        """Computes the output for a minibatch, and then learns from it; see `Layer`."""
+        if lr_scale is None or not self._is_fused:
+            return super().train_minibatch(minibatch, lr_scale=lr_scale, measure=measure)
+        objective, labels = self.objective, minibatch.labels
+        assert isinstance(objective, Classifier), "others have no kernels"
+        assert labels is not None, "it needs labels"
+        inputs = self.prepare(minibatch.rows)
+        maps = self._products(inputs).permute(0, 2, 3, 1).contiguous()
+        mean, variance = kernels.moments(maps)
+        self._update_running(mean, variance, maps[..., 0].numel())
+        rate = torch.rsqrt(variance + EPSILON)
+        scale = (self.factor * rate).float()
+        norm = kernels.Normalization(mean.float(), scale, self.bias - (mean * scale).float())
+        form, pooled = self._map, objective.pooled
+        side, counts = form.window(pooled), torch.tensor(form.window_sizes(pooled)).unsqueeze(-1)
+        passed, sums, squares = kernels.activate_maps(
+            maps, norm, minibatch.noise, pool=self._spec.pool, side=side, windows=pooled.shape[1:]
+        )
+        values, squares = (pooled.rows((each / counts).permute(0, 3, 1, 2)) for each in (sums, squares))
+        loss = objective.pooled_loss(values, squares, labels)
+        output = Output(passed.flatten(1).unsqueeze(0), loss.scores.unsqueeze(0))
+        activations = (maps * scale + norm.shift).relu() if measure else maps
+        metrics = self._metric_values(loss.metrics, activations, measure)
+        slope, constant = (
+            (pooled.values(gradient).permute(0, 2, 3, 1) / counts).contiguous()
+            for gradient in (2 * loss.of_squares, loss.of_values)
+        )
+        direction, factor, bias = kernels.backward_maps(maps, norm, slope, constant, side=side, rate=rate)
+        gradients = {"weight": self._weight_gradient(direction, inputs), "bias": bias}
+        gradients |= {"factor": factor, **{f"{OBJECTIVE}{name}": each for name, each in loss.parameters.items()}}
+        self.update_parameters(gradients, lr_scale)
+        return output, metrics
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether kernels train this layer; otherwise, torch's operations do."""
+        rule, spec, weight = self.rule, self._spec, self.weight
+        is_plain = type(self) is ConvLayer and spec.norm == "batch" and spec.activation == "relu"
+        is_pooled = isinstance(self.objective, Classifier) and self.objective.is_pooled
+        is_single = rule.updates_per_minibatch == 1 and not rule.peer_strength
+        is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        return rule.executor == "fused" and is_plain and is_pooled and is_single and is_on_cpu
+
+    def _update_running(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Updates the running means and variances by those of a minibatch, of so many positions."""
+        running_mean, running_variance = self._running
+        running_mean.lerp_(mean.float(), RUNNING_MOMENTUM)
+        running_variance.lerp_((variance * (count / (count - 1))).float(), RUNNING_MOMENTUM)
 
     def _activate(self, maps: Tensor) -> Tensor:
         """Returns rows `[R, H]` of maps before or after their batch norm."""

@@ -1,11 +1,13 @@
-"""Fused operations of ReLU layers on CPUs: one pass over activations or weights each, where torch needs several.
+"""Fused operations of layers on CPUs: one pass over activations or weights each, where torch needs several.
 
 They are written in C (kernels.c), and compiled when the package is installed, if there is a C compiler.
 
-Shapes: `R` rows, `F` blocks of `U` units, `H = F * U` units.
+Shapes: `R` rows, `F` blocks of `U` units, `H = F * U` units; `B` maps of `Y` x `X` positions with `C` channels, and
+`y` x `x` windows, which are squares of positions.
 """
 
 import ctypes
+import re
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -25,8 +27,14 @@ ARGUMENTS = {
     "activate": [POINTER] * 2 + [INTEGER] * 3 + [NUMBER] * 2 + [POINTER] * 4 + [INTEGER],
     "backward": [POINTER] * 3 + [INTEGER] * 4 + [POINTER] * 2,
     "update": [POINTER] * 4 + [INTEGER] + [NUMBER] * 3,
+    "moments": [POINTER] + [INTEGER] * 3 + [POINTER] * 2,
+    "activate_maps": [POINTER] * 4 + [INTEGER] * 6 + [POINTER] * 4,
+    "gradient_sums": [POINTER] * 6 + [INTEGER] * 5 + [POINTER] * 2,
+    "backward_maps": [POINTER] * 9 + [INTEGER] * 5 + [POINTER],
 }
-"""Types of the arguments of the functions in C, by the first word of their names."""
+"""Types of the arguments of the functions in C, by their names without types of numbers."""
+POOLS = {"none": 0, "max": 1, "average": 2}
+"""Kinds of pooling, by name."""
 
 
 class Activated(NamedTuple):
@@ -67,7 +75,8 @@ def _function(name: str) -> Any:
             f"executor to eager"
         )
     function = getattr(library, name)
-    function.argtypes, function.restype = ARGUMENTS[name.partition("_")[0]], None
+    arguments = next(types for key, types in ARGUMENTS.items() if re.fullmatch(f"{key}_b?float.*", name))
+    function.argtypes, function.restype = arguments, None
     return function
 
 
@@ -151,3 +160,79 @@ def update(
     name = _name("update", gradient.dtype, gradient.dtype) + ("_and_copy" if copy is not None else "")
     decay = 1 - learning_rate * weight_decay
     _call(name, parameter, mean, gradient, copy, parameter.numel(), 1 - momentum, learning_rate, decay)
+
+
+def moments(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the variance of each channel `[C]`, float64, of maps `[B, Y, X, C]`."""
+    batch, height, width, channels = maps.shape
+    partial, totals = torch.empty(2 * channels), torch.zeros(2 * channels, dtype=torch.float64)
+    _call(_name("moments", maps.dtype, maps.dtype), maps, batch, height * width, channels, partial, totals)
+    mean, mean_square = (totals / (batch * height * width)).view(2, channels)
+    return mean, (mean_square - mean.square()).clamp_(min=0)
+
+
+class Normalization(NamedTuple):
+    """A batch norm: how maps become activations, `relu((maps - mean) * scale + bias)`."""
+
+    mean: Tensor
+    """`[C]`, float32."""
+    scale: Tensor
+    """`[C]`, float32."""
+    shift: Tensor
+    """`bias - mean * scale` `[C]`, float32."""
+
+
+def activate_maps(
+    maps: Tensor, norm: Normalization, noise: Tensor | None, *, pool: str, side: int, windows: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what is passed on of maps, of their type, and the sums of the activations and of their squares by window.
+
+    Args:
+        maps: Maps before their batch norm `[B, Y, X, C]`.
+        norm: The batch norm.
+        noise: Factors of what is passed on `[B, C]`, or None.
+        pool: A key of `POOLS`.
+        side: Side length of a window, in positions.
+        windows: Number of windows y and x.
+
+    Returns:
+        `[B, Y', X', C]`; and twice `[B, y, x, C]`, float32.
+    """
+    batch, height, width, channels = maps.shape
+    divisor = 1 if pool == "none" else 2
+    passed = maps.new_empty(batch, height // divisor, width // divisor, channels)
+    sums, squares = torch.zeros(batch, *windows, channels), torch.zeros(batch, *windows, channels)
+    noise, lines = torch.ones(batch, channels) if noise is None else noise, torch.empty(2 * width * channels)
+    sizes = batch, height, width, channels, side, POOLS[pool]
+    name = _name("activate_maps", maps.dtype, maps.dtype)
+    _call(name, maps, norm.scale, norm.shift, noise, *sizes, lines, passed, sums, squares)
+    return passed, sums, squares
+
+
+def backward_maps(
+    maps: Tensor, norm: Normalization, slope: Tensor, constant: Tensor, *, side: int, rate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns minus the gradient of the loss with respect to maps, and to factor and bias of their batch norm.
+
+    Args:
+        maps: Maps before their batch norm `[B, Y, X, C]`, whose own means and variances it uses.
+        norm: The batch norm.
+        slope: By window, factor of an activation in minus the gradient with respect to it `[B, y, x, C]`, float32.
+        constant: Added to that `[B, y, x, C]`, float32.
+        side: Side length of a window, in positions.
+        rate: Reciprocal of the standard deviations `[C]`, float64.
+
+    Returns:
+        `[B, Y, X, C]`, of the type of the maps; and twice `[C]`, float32.
+    """
+    (*sizes, channels), count = maps.shape, maps[..., 0].numel()
+    partial, totals = torch.empty(2 * channels), torch.zeros(2 * channels, dtype=torch.float64)
+    arguments = maps, norm.scale, norm.shift, norm.mean, slope, constant
+    name = _name("gradient_sums", maps.dtype, maps.dtype)
+    _call(name, *arguments, *sizes, channels, side, partial, totals)
+    bias, along = totals.view(2, channels)
+    base, tilt = (bias / count).float(), (along * rate.square() / count).float()
+    direction = torch.empty_like(maps)
+    name = _name("backward_maps", maps.dtype, maps.dtype)
+    _call(name, *arguments, norm.scale, base, tilt, *sizes, channels, side, direction)
+    return direction, (along * rate).float(), bias.float()

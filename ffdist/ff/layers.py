@@ -4,7 +4,7 @@ Shapes: `P` passes, `T` passes that are trained on, `B` samples of a minibatch, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -239,19 +239,25 @@ class Layer(Learner, ABC):
         values = activations.detach().reshape(*rows.shape[:2], -1)
         output, trained = self._output(values, noise), values[:num_trained]
         loss = self.objective.loss_with_terms(trained, output.scores[:num_trained], labels)
-        metrics = self._metric_values(loss, trained, measure)
+        metrics = self._metric_values(loss.metrics, trained, measure)
         if lr_scale is not None:
             self._learn(minibatch, inputs, activations, trained, loss, lr_scale)
         return output, metrics
 
-    def _metric_values(self, loss: Loss, trained: Tensor, measure: bool) -> Tensor:
-        """Returns the values of `metrics`, from the activations of the trained passes `[T, B, H]`."""
-        unmeasured = loss.metrics[0].new_full((), torch.nan)
+    def _metric_values(self, values: Sequence[Tensor], trained: Tensor, measure: bool) -> Tensor:
+        """Returns the values of `metrics`.
+
+        Args:
+            values: Those of the loss.
+            trained: Activations of the trained passes `[..., H]`, which are read if `measure`.
+            measure: Whether to compute MEASURED.
+        """
+        unmeasured = values[0].new_full((), torch.nan)
         measured = (
             (trained != 0).to(torch.float32).mean() if measure else unmeasured,
             self._weight_rms() if measure else unmeasured,
         )
-        return torch.stack((*loss.metrics, *measured)).float()
+        return torch.stack((*values, *measured)).float()
 
     def _weight_rms(self) -> Tensor:
         """Returns the root mean square of the layer's own parameters with at least two dimensions; NaN without any."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from ffdist.ff.forms import Form
 from ffdist.ff.goodness import GOODNESS, MINUS, TINY, normalize, squared_norm
 from ffdist.ff.losses import LOSSES
 from ffdist.ff.optimizers import LAYER_UPDATE, Update
-from ffdist.ff.terms import TERMS
+from ffdist.ff.terms import TERMS, Contrast
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,21 @@ class Loss(NamedTuple):
     """Whether the direction is 0 where an activation is 0, as behind a ReLU."""
     pull: Tensor | None = None
     """Factor of each row `[T, B]`, if the direction is the product of activations and these; otherwise None."""
+
+
+class PooledLoss(NamedTuple):
+    """The loss of a minibatch, computed from pooled activations and squares of activations."""
+
+    scores: Tensor
+    """Score of each class `[B, C]`."""
+    metrics: tuple[Tensor, ...]
+    """Values of `Objective.metrics` and the losses of the terms, scalars."""
+    parameters: Mapping[str, Tensor]
+    """Minus the gradient with respect to each parameter of the objective, by name."""
+    of_values: Tensor
+    """Minus the gradient with respect to the pooled activations `[B, F]`."""
+    of_squares: Tensor
+    """Minus the gradient with respect to the pooled squares `[B, F]`."""
 
 
 class Objective(nn.Module, ABC):
@@ -161,14 +176,7 @@ class Objective(nn.Module, ABC):
         loss = self.loss_of(activations, scores, labels)
         if not self.terms:
             return loss
-        values: list[Tensor] = []
-
-        def added(positive: Tensor) -> Tensor:
-            values.extend(term(positive, labels) for term in self.terms.values())
-            weights = self.rule.terms.values()
-            return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
-
-        _, gradient, parameters = _differentiate(self.terms, added, activations[0])
+        values, gradient, parameters = self._loss_of_terms(activations[0], lambda term: term, labels)
 
         def direction(passes: slice) -> Tensor:
             direction = loss.direction(passes)
@@ -176,8 +184,27 @@ class Objective(nn.Module, ABC):
                 direction[0] += gradient
             return direction
 
-        parameters = {**loss.parameters, **{f"terms.{name}": each for name, each in parameters.items()}}
-        return Loss((*loss.metrics, *(each.detach() for each in values)), direction, parameters, is_masked=False)
+        return Loss((*loss.metrics, *values), direction, {**loss.parameters, **parameters}, is_masked=False)
+
+    def _loss_of_terms(
+        self, inputs: Tensor, function: Callable[[Any], Callable[..., Tensor]], labels: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """Returns the losses of the terms, and minus the gradients with respect to their inputs and parameters.
+
+        Args:
+            inputs: What the terms read of the positive rows `[B, ...]`.
+            function: Returns the function of a term that computes the loss from these and from labels.
+            labels: True labels `[B]`.
+        """
+        values: list[Tensor] = []
+
+        def added(leaf: Tensor) -> Tensor:
+            values.extend(function(term)(leaf, labels) for term in self.terms.values())
+            weights = self.rule.terms.values()
+            return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
+
+        _, gradient, parameters = _differentiate(self.terms, added, inputs)
+        return [each.detach() for each in values], gradient, {f"terms.{name}": e for name, e in parameters.items()}
 
 
 class AutogradObjective(Objective):
@@ -268,6 +295,8 @@ class Classifier(Objective):
     needs_labels = True
     needs_negatives = False
     scores_classes = True
+    reads_squares: ClassVar[bool] = False
+    """Whether the features are squares of activations."""
 
     def __init__(self, rule: Rule, threshold: float | None, form: Form, classes: int) -> None:
         super().__init__(rule, threshold, form, classes)
@@ -276,8 +305,8 @@ class Classifier(Objective):
         if rule.class_scores == "groups":
             self.factor = nn.Parameter(torch.ones(()), requires_grad=False)
         else:
-            self._pooled = form.pooled(rule.pooled_features)
-            self.weight = nn.Parameter(torch.zeros(classes, self._pooled.size), requires_grad=False)
+            self.pooled = form.pooled(rule.pooled_features)
+            self.weight = nn.Parameter(torch.zeros(classes, self.pooled.size), requires_grad=False)
             self.bias = nn.Parameter(torch.zeros(classes), requires_grad=False)
 
     @classmethod
@@ -301,7 +330,7 @@ class Classifier(Objective):
         """Returns the features `[..., F]` of normalized activations `[..., H]`."""
         values = self.transform(normalized)
         if self.rule.class_scores != "groups":
-            return self.form.pool(values, self._pooled)
+            return self.form.pool(values, self.pooled)
         maps = self.form.values(values.flatten(0, -2)).flatten(2) if self.form.is_map else values.unsqueeze(-1)
         by_unit = maps.reshape(*values.shape[:-1], self._channels, -1).mean(-1)
         groups = by_unit[..., : self._group_size * self.classes]  # units that are left over belong to no class
@@ -309,7 +338,10 @@ class Classifier(Objective):
 
     def scores(self, activations: Tensor, squares: Tensor) -> Tensor:
         """Returns the logarithm of the probability of each class `[..., C]`."""
-        features = self.features(normalize(self.rule.normalization, activations, squares))
+        return self.scores_from(self.features(normalize(self.rule.normalization, activations, squares)))
+
+    def scores_from(self, features: Tensor) -> Tensor:
+        """Returns the logarithm of the probability of each class `[..., C]`, from features `[..., F]`."""
         is_learned = self.rule.class_scores != "groups"
         logits = F.linear(features, self.weight, self.bias) if is_learned else self.factor * features
         return logits.log_softmax(-1)
@@ -317,33 +349,70 @@ class Classifier(Objective):
     def loss_of(self, activations: Tensor, scores: Tensor, labels: Tensor | None) -> Loss:
         """Returns the loss of a minibatch, with its gradient in closed form."""
         assert labels is not None, "it needs labels"
-        log_probability, smoothing = scores[0], self.rule.label_smoothing
-        target = F.one_hot(labels, self.classes).to(scores.dtype) * (1 - smoothing) + smoothing / self.classes
-        loss, index = -(target * log_probability).sum(1).mean(), labels.unsqueeze(1)
-        pull = (target - log_probability.exp()) / len(labels)  # minus the gradient with respect to the logits
         normalized = normalize(self.rule.normalization, activations[0], squared_norm(activations[0]))
-        features = self.features(normalized)
-        if self.rule.class_scores == "groups":
-            parameters = {"factor": (pull * features).sum()}
-        else:
-            parameters = {"weight": pull.t() @ features, "bias": pull.sum(0)}
+        metrics, pull, parameters = self.loss_from(self.features(normalized), scores[0], labels)
 
         def direction(passes: slice) -> Tensor:
             gradient = self.transform_gradient(normalized, self._spread(pull))
             return self._through_normalization(activations[0], normalized, gradient)[None][passes]
 
+        return Loss(metrics, direction, parameters, is_masked=False)
+
+    def loss_from(
+        self, features: Tensor, log_probability: Tensor, labels: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, dict[str, Tensor]]:
+        """Returns the values of `metrics`, and minus the gradient with respect to the logits and to the parameters.
+
+        Args:
+            features: `[B, F]`.
+            log_probability: Logarithm of the probability of each class `[B, C]`.
+            labels: True labels `[B]`.
+        """
+        smoothing = self.rule.label_smoothing
+        target = F.one_hot(labels, self.classes).to(log_probability.dtype) * (1 - smoothing) + smoothing / self.classes
+        loss, index = -(target * log_probability).sum(1).mean(), labels.unsqueeze(1)
+        pull = (target - log_probability.exp()) / len(labels)
+        if self.rule.class_scores == "groups":
+            parameters = {"factor": (pull * features).sum()}
+        else:
+            parameters = {"weight": pull.t() @ features, "bias": pull.sum(0)}
         metrics = (
             loss,
             (log_probability.argmax(1) != labels).float().mean(),
             log_probability.gather(1, index).mean(),
             log_probability.scatter(1, index, -torch.inf).amax(1).mean(),
         )
-        return Loss(metrics, direction, parameters, is_masked=False)
+        return metrics, pull, parameters
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether `pooled_loss` can compute the loss; subclasses may compute something else."""
+        is_plain, is_learned = type(self) in (Classifier, ClassGoodness), self.rule.class_scores == "learned"
+        reads_pooled = all(isinstance(term, Contrast) for term in self.terms.values())
+        return is_plain and is_learned and reads_pooled and self.rule.normalization == "none" and self.form.is_map
+
+    def pooled_loss(self, values: Tensor, squares: Tensor, labels: Tensor) -> PooledLoss:
+        """Returns what `loss_with_terms` does.
+
+        Args:
+            values: Average-pooled activations `[B, F]`.
+            squares: Average-pooled squares of activations `[B, F]`.
+            labels: True labels `[B]`.
+        """
+        features = squares if self.reads_squares else values
+        scores = self.scores_from(features)
+        metrics, pull, parameters = self.loss_from(features, scores, labels)
+        gradient, nothing = pull @ self.weight, torch.zeros_like(values)
+        of_values, of_squares = (nothing, gradient) if self.reads_squares else (gradient, nothing)
+        if self.terms:
+            of_terms, added, others = self._loss_of_terms(values, lambda term: term.loss_of_pooled, labels)
+            metrics, parameters, of_values = (*metrics, *of_terms), {**parameters, **others}, of_values + added
+        return PooledLoss(scores, metrics, parameters, of_values, of_squares)
 
     def _spread(self, pull: Tensor) -> Tensor:
         """Returns the gradient with respect to `transform` `[B, H]`, from that with respect to the logits `[B, C]`."""
         if self.rule.class_scores != "groups":
-            return self.form.unpool(pull @ self.weight, self._pooled)
+            return self.form.unpool(pull @ self.weight, self.pooled)
         channels, size = self._channels, self._group_size
         num_places = self.form.size // channels
         by_channel = pull.repeat_interleave(size, 1) * (self.factor / (size * num_places))
@@ -370,6 +439,8 @@ class ClassGoodness(Classifier):
 
     Every wrong class is a negative of the true one.
     """
+
+    reads_squares = True
 
     def transform(self, normalized: Tensor) -> Tensor:
         """Returns the squares."""

@@ -172,7 +172,7 @@ class ReluLayer(Layer):
         passed = activated.passed.view(num_passes, batch, -1)
         output = Output(passed, self.objective.scores(passed, activated.squares.view(num_passes, batch)))
         loss = self.objective.loss_of(passed[:num_trained], output.scores[:num_trained], minibatch.labels)
-        metrics = self._metric_values(loss, passed[:num_trained], measure)
+        metrics = self._metric_values(loss.metrics, passed[:num_trained], measure)
         self._learn_fused(inputs, activated, loss, lr_scale)
         return output, metrics
 

@@ -103,14 +103,19 @@ class Contrast(Term):
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss."""
-        projected = F.normalize(F.linear(self.form.pool(activations, self.pooled), self.weight), dim=1)
+        return self.loss_of_pooled(self.form.pool(activations, self.pooled), labels)
+
+    def loss_of_pooled(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """Returns the loss from average-pooled activations `[B, F]`."""
+        projected = F.normalize(F.linear(pooled, self.weight), dim=1)
         itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         logits = (projected @ projected.t() / TEMPERATURE).masked_fill(itself, -torch.inf)
         is_same = (labels.unsqueeze(1) == labels) & ~itself
         log_probability = logits.log_softmax(1).masked_fill(~is_same, 0)
         num_same = is_same.sum(1)
         by_sample = -log_probability.sum(1) / num_same.clamp(min=1)
-        return by_sample.sum() / (num_same > 0).sum().clamp(min=1)
+        loss: Tensor = by_sample.sum() / (num_same > 0).sum().clamp(min=1)
+        return loss
 
 
 TERMS: dict[str, type[Term]] = {"similarity": Similarity, "contrast": Contrast}

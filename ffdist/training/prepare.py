@@ -63,7 +63,7 @@ def prepare(config: Config, data: Any = None) -> Prepared:
         )
     architecture = build_architecture(config, dataset.encoder, dataset.untrained, may_import=True)
     has_kernels = config.pipeline.device != "cuda" and any(
-        isinstance(layer, Dense | Local) for layer in architecture.layers
+        isinstance(layer, Dense | Local | Conv) for layer in architecture.layers
     )
     if config.pipeline.executor == "fused" and has_kernels and not kernels.are_compiled():
         raise ConfigError(
