@@ -20,7 +20,7 @@ MAX_GROUPS = 32
 """Largest number of groups of a group norm."""
 MAX_POSITIONS_OF_COLUMNS = 64
 """Largest number of positions of maps whose kernels learn by a product with columns, copies of what each position
-reads. On CPUs, it takes half as long as torch's gradient of a convolution for such maps, and longer for larger ones."""
+reads. On CPUs, this is faster than torch's gradient of a convolution for such maps, and slower for larger ones."""
 EPSILON = 1e-5
 """Added to variances, as in torch."""
 RUNNING_MOMENTUM = 0.1

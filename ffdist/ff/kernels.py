@@ -172,7 +172,7 @@ def moments(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Normalization(NamedTuple):
-    """A batch norm: how maps become activations, `relu((maps - mean) * scale + bias)`."""
+    """A batch norm: how maps become activations, `relu(maps * scale + shift)`."""
 
     mean: Tensor
     """`[C]`, float32."""
